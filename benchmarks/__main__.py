@@ -1,0 +1,223 @@
+"""``python -m benchmarks``: measure, or make the README's table and picture from what was measured."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from benchmarks import peers as peers_module
+from benchmarks.cases import CELLS, MODES, SHAPES, Case, select
+from benchmarks.peers import DEFAULT, OURS, fused
+from benchmarks.report import LOAD, print_results, readme_table, rows_line, write_between_markers
+from benchmarks.results import ResultsError, check_writable, default_path, describe_run, load, save
+from benchmarks.suite import Listener, Plan, Suite
+
+# For everything but the start of Python: a whole run stays below 6 minutes, a quick one below 60 s.
+SECONDS, QUICK_SECONDS = 330.0, 48.0
+
+# Where there is no terminal, lines are wide enough for the tables.
+_WIDTH = 150
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _positive_int(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+    return value
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in (part.strip() for part in text.split(",")) if name]
+
+
+def _measure_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m benchmarks",
+        description="Measure fused_rnn against torch.nn and others. Other commands: readme, show.",
+    )
+    parser.add_argument("--threads", type=_positive_int, default=2, help="threads of every provider (default 2)")
+    parser.add_argument("--backend", help="backend of fused_rnn (default: its automatic choice)")
+    parser.add_argument(
+        "--peers",
+        type=_names,
+        default=list(DEFAULT),
+        help=f"whom to compare with, of {','.join(list(peers_module.peers())[1:])}",
+    )
+    parser.add_argument("--cells", type=_names, help=f"some of {','.join(CELLS)}")
+    parser.add_argument("--shapes", type=_names, help=f"BxTxH, some of {','.join(shape.name for shape in SHAPES)}")
+    parser.add_argument("--modes", type=_names, help=f"some of {','.join(MODES)}")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds, below a minute")
+    parser.add_argument(
+        "--seconds", type=_seconds, help=f"time for all cases (default {SECONDS:.0f}, with --quick {QUICK_SECONDS:.0f})"
+    )
+    parser.add_argument("--no-memory", action="store_true", help="skip bytes held and memory growth")
+    parser.add_argument("--json", type=Path, help="results file (default benchmarks/out/<date>.json)")
+    return parser
+
+
+def measure(arguments: Sequence[str]) -> int:
+    """The measuring command. Returns the exit code: 0, 1 if a gate was red, 130 after Ctrl-C."""
+    parser = _measure_parser()
+    options = parser.parse_args(arguments)
+    path: Path = options.json or default_path()
+    known = peers_module.peers(options.backend)
+    for name in options.peers:
+        if name not in known or name == OURS:
+            parser.error(f"--peers: expected some of {','.join(other for other in known if other != OURS)}, got {name!r}")
+    try:
+        cases = select(options.cells, options.shapes, options.modes, options.quick)
+        check_writable(path)
+    except (ValueError, ResultsError) as error:
+        parser.error(str(error))
+    _check_backend(parser, options.backend)
+    chosen = {name: known[name] for name in dict.fromkeys((OURS, *options.peers))}
+    reason = chosen[OURS].unavailable()
+    if reason:
+        parser.error(f"nothing to measure: {reason}")
+
+    seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
+    plan = Plan(seconds, min_rounds=2 if options.quick else 3, measure_memory=not options.no_memory)
+    console = _console()
+    suite = Suite(
+        chosen, options.threads, describe_run(chosen, options.backend, options.threads), plan, backend=options.backend
+    )
+    if options.threads > (os.cpu_count() or 1):
+        console.print(f"[yellow]{options.threads} threads on {os.cpu_count()} cores: they will wait for each other.[/yellow]")
+    load = suite.run_info["load"]
+    if load > LOAD:
+        console.print(f"[yellow]Other programs use this machine (load {load:.1f}): expect wide spreads.[/yellow]")
+    results = _run_with_progress(suite, cases, path, console)
+    save(results, path)
+    if results["rows"]:
+        print_results(results, console)
+    console.print(f"{len(results['rows'])} rows in {path}", soft_wrap=True)
+    if not results["run"]["complete"]:
+        return 130
+    return 1 if any(row["status"] == "wrong" for row in results["rows"]) else 0
+
+
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=_WIDTH)
+
+
+def _check_backend(parser: argparse.ArgumentParser, backend: str | None) -> None:
+    """A backend that was asked for and cannot run ends the command before anything is measured."""
+    name = backend or os.environ.get("FUSED_RNN_BACKEND")
+    if not name:
+        return
+    source = "--backend" if backend else "FUSED_RNN_BACKEND"
+    try:
+        with fused.package().backend(name):
+            pass
+    except (ImportError, AttributeError, ValueError, RuntimeError) as error:
+        parser.error(f"{source}: {error}")
+
+
+def _run_with_progress(suite: Suite, cases: Sequence[Case], path: Path, console: Console) -> dict[str, Any]:
+    columns = (
+        TextColumn("{task.description:<42}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, speed_estimate_period=60) as progress:
+        task = progress.add_task("", total=1.0)
+
+        def begins(case: Case, what: str) -> None:
+            description = what if what == "memory growth" else f"{case.mode} {case.class_name} {case.shape.name}: {what}"
+            progress.update(task, description=description)
+
+        def rows(case: Case, case_rows: list[dict[str, Any]]) -> None:
+            # Written after every case: even a kill leaves what was measured.
+            save(suite.results, path)
+            progress.console.print(rows_line(case_rows))
+
+        suite.listener = Listener(begins, lambda done: progress.update(task, completed=done), rows)
+        return suite.run(cases)
+
+
+def readme(arguments: Sequence[str]) -> int:
+    """The command that writes the README's table and the picture."""
+    parser = _Parser(
+        prog="python -m benchmarks readme", description="Write the README's speed-up table and picture from a results file."
+    )
+    parser.add_argument("results", type=Path, help="a file that python -m benchmarks wrote")
+    parser.add_argument("--readme", type=Path, default=_ROOT / "README.md", help="file with the markers (default README.md)")
+    parser.add_argument("--pictures", type=Path, default=_ROOT / "benchmarks" / "results", help="folder of the picture")
+    options = parser.parse_args(arguments)
+    # Imported here: measuring needs no matplotlib.
+    from benchmarks import plots
+
+    try:
+        results = load(options.results)
+        pictures = plots.speedups(results, options.pictures)
+        address = os.path.relpath(pictures[0], options.readme.resolve().parent).replace(os.sep, "/")
+        write_between_markers(options.readme, readme_table(results, address))
+    except ResultsError as error:
+        parser.error(str(error))
+    for path in (options.readme, *pictures):
+        print(path)
+    return 0
+
+
+def show(arguments: Sequence[str]) -> int:
+    """The command that prints a results file's tables again."""
+    parser = _Parser(prog="python -m benchmarks show", description="Print the tables of a results file.")
+    parser.add_argument("results", type=Path, help="a file that python -m benchmarks wrote")
+    options = parser.parse_args(arguments)
+    try:
+        print_results(load(options.results), _console())
+    except ResultsError as error:
+        parser.error(str(error))
+    return 0
+
+
+COMMANDS = {"readme": readme, "show": show}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; without the name of one, measure."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments and not arguments[0].startswith("-"):
+        if arguments[0] not in COMMANDS:
+            print(
+                f"python -m benchmarks: unknown command {arguments[0]!r}; expected {', '.join(COMMANDS)} or options",
+                file=sys.stderr,
+            )
+            return 2
+        return COMMANDS[arguments[0]](arguments[1:])
+    return measure(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

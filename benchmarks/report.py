@@ -1,0 +1,313 @@
+"""Tables: in the terminal and in the README, only from results."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.cases import CELLS, MODES
+from benchmarks.goals import by_case, evaluate, figure, ratio
+from benchmarks.peers import OURS, peers
+from benchmarks.results import ResultsError
+
+BEGIN, END = "<!-- speedup:begin -->", "<!-- speedup:end -->"
+
+# A load average above this, before anything is measured, is worth a warning.
+LOAD = 0.5
+
+Results = Mapping[str, Any]
+
+
+def machine(results: Results) -> str:
+    """The machine and the software, in one line."""
+    run = results["run"]
+    versions = run["versions"]
+    names = [f"{name} {versions[name]}" for name in ("fused_rnn", "torch", "onnxruntime", "python") if name in versions]
+    backend = run["backend"]
+    detail = run["backends"].get(backend, {}).get("detail", "")
+    served = f"{backend} backend ({detail})" if detail else f"{backend} backend"
+    threads = f"{_count(run['threads'], 'thread')} on {_count(run['cores'], 'core')}"
+    return f"{run['cpu']}, {threads}, {served}, {', '.join(names)}, {run['date'][:10]}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def compared(results: Results) -> list[str]:
+    """The providers other than ours, in the order of the run."""
+    return [name for name in results["run"]["providers"] if name != OURS]
+
+
+def title(provider: str) -> str:
+    """What a table calls a provider."""
+    known = peers()
+    return known[provider].title if provider in known else provider
+
+
+def _ms(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def times(value: float | None) -> str:
+    """A ratio with two digits after the point, cut and not rounded: 1.499 is not 1.5."""
+    return "–" if value is None else f"{int(value * 100 + 1e-9) / 100:.2f}"
+
+
+def size(value: float | None) -> str:
+    """Bytes for people."""
+    if value is None:
+        return "–"
+    for unit, step in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if abs(value) >= step:
+            return f"{value / step:.1f} {unit}"
+    return f"{value:.0f} B"
+
+
+def _shown_ratio(row: Mapping[str, Any] | None, ours: Mapping[str, Any] | None) -> Text:
+    value = ratio(row, ours)
+    if value is None or row is None:
+        return Text("–", style="dim")
+    style = "bold green" if value >= 1.05 else "yellow" if value >= 0.95 else "bold red"
+    return Text(times(value) + ("~" if row.get("noisy") else ""), style=style)
+
+
+def terminal(results: Results) -> RenderableType:
+    """Everything that was measured: a table per mode, memory growth, goals, notes."""
+    parts: list[RenderableType] = []
+    for mode, meaning in MODES.items():
+        if any(row["mode"] == mode for row in results["rows"]):
+            parts.append(_mode_table(results, mode, meaning))
+    if results["growth"]:
+        parts.append(_growth_table(results))
+    parts.append(_goals_table(results))
+    parts.append(_notes(results))
+    return Group(*parts)
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", header_style="bold", pad_edge=False)
+
+
+def _mode_table(results: Results, mode: str, meaning: str) -> Table:
+    # A peer that has no figure in this mode gets no column; the notes say why.
+    present = {row["provider"] for row in results["rows"] if row["mode"] == mode and row["status"] != "missing"}
+    others = [name for name in compared(results) if name in present]
+    table = _table(f"{mode.capitalize()}: {meaning}")
+    table.add_column("cell")
+    table.add_column("B×T×H")
+    table.add_column("ms ours")
+    for name in others:
+        table.add_column(f"ms {title(name)}")
+    for name in others:
+        table.add_column(f"{title(name)}/ours")
+    if mode != "streaming":
+        table.add_column("× floor")
+    if mode == "training":
+        table.add_column("held ours")
+        table.add_column("held torch.nn")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for cell, (class_name, _) in CELLS.items():
+        cases = by_case(results["rows"], mode, cell)
+        for rows in cases:
+            ours = rows.get(OURS)
+            shown: list[RenderableType] = [class_name, next(iter(rows.values()))["shape"]["name"].replace("x", "×")]
+            shown += [_shown_ms(rows.get(name)) for name in (OURS, *others)]
+            shown += [_shown_ratio(rows.get(name), ours) for name in others]
+            if mode != "streaming":
+                shown.append(times(figure(ours, "x_floor")))
+            if mode == "training":
+                shown += [size(figure(rows.get(name), "held_bytes")) for name in (OURS, "torch")]
+            table.add_row(*shown)
+        if len(cases) > 1:
+            for name, values in (("geomean", statistics.geometric_mean), ("min", min)):
+                line: list[RenderableType] = [f"{class_name} {name}", "", *[""] * (1 + len(others))]
+                line += [times(summary(results, mode, cell, other, values)) for other in others]
+                table.add_row(*line, style="bold" if name == "geomean" else "", end_section=name == "min")
+    return table
+
+
+def summary(results: Results, mode: str, cell: str, other: str, statistic: Any) -> float | None:
+    """A statistic of ``other / ours`` over the shapes, or None where no shape has both."""
+    values = [ratio(rows.get(other), rows.get(OURS)) for rows in by_case(results["rows"], mode, cell)]
+    present = [value for value in values if value is not None]
+    return float(statistic(present)) if present else None
+
+
+def _shown_ms(row: Mapping[str, Any] | None) -> RenderableType:
+    if row is not None and row["status"] == "wrong":
+        return Text("WRONG", style="bold red")
+    return _ms(figure(row, "ms"))
+
+
+def _growth_table(results: Results) -> Table:
+    table = _table("Inference memory beyond the results, at T and 4T")
+    for name in ("cell", "provider", "at T", "at 4T", "growth", ""):
+        table.add_column(name, justify="right" if name in ("at T", "at 4T", "growth") else "left")
+    for row in results["growth"]:
+        head = (CELLS[row["cell"]][0], title(row["provider"]))
+        if row["status"] == "ok":
+            table.add_row(*head, size(row["peak_bytes"]), size(row["peak_bytes_long"]), size(row["growth_bytes"]))
+        else:
+            table.add_row(*head, "–", "–", "–", Text(row["reason"], style="dim"))
+    return table
+
+
+_VERDICT_STYLE = {"pass": "bold green", "fail": "bold red", "part": "yellow", "not measured": "dim"}
+
+
+def _goals_table(results: Results) -> Table:
+    table = _table("Goals (set for two cores)")
+    for name in ("mode", "cell", "figure", "goal", "reached", "shapes", "verdict"):
+        table.add_column(name, justify="right" if name in ("goal", "reached", "shapes") else "left")
+    for goal in evaluate(results):
+        in_bytes = "bytes" in goal["goal"] and goal["mode"] == "growth"
+        shown = size if in_bytes else times
+        value = goal["value"]
+        # An upper bound must not be passed by cutting digits either.
+        reached = shown(value if value is None or in_bytes or goal["at_least"] else -(-value * 100 // 1) / 100)
+        table.add_row(
+            goal["mode"],
+            CELLS[goal["cell"]][0],
+            goal["goal"],
+            ("≥ " if goal["at_least"] else "≤ ") + shown(goal["bound"]),
+            reached + ("~" if goal["noisy"] else ""),
+            f"{goal['count']}/{goal['of']}",
+            Text(goal["verdict"], style=_VERDICT_STYLE[goal["verdict"]]),
+        )
+    return table
+
+
+def _notes(results: Results) -> Text:
+    run = results["run"]
+    text = Text(machine(results) + "\n", style="dim")
+    if "gemm_gflops" in run:
+        rate = run["gemm_gflops"]
+        text.append(f"sgemm 2048³: {rate['median']:.0f} GFLOP/s (p20 {rate['p20']:.0f}, p80 {rate['p80']:.0f}). ")
+        text.append("× floor: time over that of the same products at this rate.\n")
+    text.append("ms are medians over rounds. ~: p20 and p80 of that ratio lie too far apart, or too few rounds.\n")
+    load = run.get("load", 0.0)
+    if load > LOAD:
+        text.append(f"Other programs kept the machine busy when this began (load {load:.1f}).\n", style="yellow")
+    reasons: dict[str, set[str]] = {}
+    for row in [*results["rows"], *results["growth"]]:
+        if row["status"] == "missing":
+            reasons.setdefault(row["provider"], set()).add(row["reason"])
+    for name, found in reasons.items():
+        text.append(f"{title(name)}: {'; '.join(sorted(found))}\n")
+    for row in results["rows"]:
+        if row["status"] == "wrong":
+            text.append(f"WRONG {row['provider']} {row['case']}: {row['reason']}\n", style="bold red")
+    if not run["complete"]:
+        text.append("Stopped early: this is what was measured so far.\n", style="bold yellow")
+    return text
+
+
+def print_results(results: Results, console: Console) -> None:
+    """Print ``terminal(results)``."""
+    console.print(terminal(results))
+
+
+def readme_table(results: Results, picture: str | None = None) -> str:
+    """The README's block, in Markdown: speed-ups per shape, geometric means, machine.
+
+    Args:
+        picture: address of the picture, relative to the README.
+    """
+    modes = [mode for mode in ("training", "inference") if any(row["mode"] == mode for row in results["rows"])]
+    columns = [(mode, cell) for mode in modes for cell in CELLS if by_case(results["rows"], mode, cell)]
+    if not columns:
+        raise ResultsError("these results hold neither training nor inference: nothing for the README")
+    cases = {column: {_shape(rows)["name"]: rows for rows in by_case(results["rows"], *column)} for column in columns}
+    names = list(dict.fromkeys(name for column in columns for name in cases[column]))
+    lines = ["Times as fast as `torch.nn`, same weights, same results (float32):", ""]
+    lines.append("| B × T × H | " + " | ".join(f"{CELLS[cell][0]} {mode}" for mode, cell in columns) + " |")
+    lines.append("|---|" + "---:|" * len(columns))
+    for name in names:
+        shown = [_markdown_cell(cases[column].get(name, {})) for column in columns]
+        lines.append(f"| {name.replace('x', ' × ')} | " + " | ".join(shown) + " |")
+    means = [summary(results, mode, cell, "torch", statistics.geometric_mean) for mode, cell in columns]
+    lines.append("| **geometric mean** | " + " | ".join(f"**{_markdown_ratio(mean)}**" for mean in means) + " |")
+    noisy = any("\\*" in line for line in lines)
+    remark = "\\* The spread between rounds is too wide for this figure to mean much." if noisy else ""
+    for sentence in (remark, _streaming_sentence(results), _onnx_sentence(results)):
+        lines += ["", sentence] if sentence else []
+    lines += ["", f"Measured with `python -m benchmarks` on {machine(results)}."]
+    lines += ["", f"![Speed-up over torch.nn for each shape and cell]({picture})"] if picture else []
+    return "\n".join(lines)
+
+
+def _shape(rows: Mapping[str, Any]) -> Mapping[str, Any]:
+    shape: Mapping[str, Any] = next(iter(rows.values()))["shape"]
+    return shape
+
+
+def _markdown_cell(rows: Mapping[str, Any]) -> str:
+    value = ratio(rows.get("torch"), rows.get(OURS))
+    noisy = value is not None and rows["torch"].get("noisy")
+    return _markdown_ratio(value) + ("\\*" if noisy else "")
+
+
+def _markdown_ratio(value: float | None) -> str:
+    return "–" if value is None else f"{times(value)}×"
+
+
+def _streaming_sentence(results: Results) -> str:
+    parts = []
+    for cell, (class_name, _) in CELLS.items():
+        value = summary(results, "streaming", cell, "torch", min)
+        parts += [f"{class_name} {times(value)}×"] if value is not None else []
+    return f"One streaming step (B = T = 1, H = 512): {', '.join(parts)}." if parts else ""
+
+
+def _onnx_sentence(results: Results) -> str:
+    parts = []
+    for cell, (class_name, _) in CELLS.items():
+        mean = summary(results, "inference", cell, "onnxruntime", statistics.geometric_mean)
+        least = summary(results, "inference", cell, "onnxruntime", min)
+        parts += [f"{class_name} {times(mean)}× (least {times(least)}×)"] if mean is not None else []
+    return f"Inference against ONNX Runtime, geometric mean: {', '.join(parts)}." if parts else ""
+
+
+def write_between_markers(path: Path, block: str) -> None:
+    """Replace what stands between the markers of a Markdown file.
+
+    Raises:
+        ResultsError: if the file cannot be read or written, or has not exactly one pair of markers.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ResultsError(f"cannot read {path}: {error.strerror or error}") from error
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ResultsError(f"{path}: expected one {BEGIN} and one {END} after it")
+    head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    try:
+        path.write_text(f"{head}\n{block}\n{tail}")
+    except OSError as error:
+        raise ResultsError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def rows_line(case_rows: Sequence[Mapping[str, Any]]) -> Text:
+    """One finished case in one line, for the running display."""
+    rows = {row["provider"]: row for row in case_rows}
+    first = next(iter(rows.values()))
+    ours = rows.get(OURS)
+    line = Text(f"{first['mode']:<10}{CELLS[first['cell']][0]:<5}{first['shape']['name']:<12}")
+    for name, row in rows.items():
+        shown = "WRONG" if row["status"] == "wrong" else _ms(figure(row, "ms"))
+        line.append(f" {title(name)} {shown}", style="bold red" if row["status"] == "wrong" else "")
+        if name != OURS and ratio(row, ours) is not None:
+            line.append(" (")
+            line.append_text(_shown_ratio(row, ours))
+            line.append(")")
+    return line

@@ -1,0 +1,144 @@
+"""The results file: what ran where, and one JSON row per case and provider."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from benchmarks.peers import Peer, fused
+
+FORMAT = 1
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+class ResultsError(Exception):
+    """A results file cannot be read or written; the message is one line for the user."""
+
+
+def cpu_model() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.lower().startswith(("model name", "cpu model")):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    return f"{commit}+changes" if commit and git("status", "--porcelain") else commit
+
+
+def describe_run(peers: Mapping[str, Peer], backend: str | None, threads: int) -> dict[str, Any]:
+    """Where and with what a run is made.
+
+    Args:
+        peers: those measured, by name.
+        backend: what was asked for, or None for the automatic choice.
+    """
+    versions = {"python": platform.python_version(), "numpy": numpy.__version__, "torch": torch.__version__}
+    missing = {}
+    for name, peer in peers.items():
+        reason = peer.unavailable()
+        if reason:
+            missing[name] = reason
+        else:
+            versions[{"ours": "fused_rnn"}.get(name, name)] = peer.version()
+    backends: dict[str, Any] = {}
+    chosen = backend
+    if "ours" in peers and "ours" not in missing:
+        listed = fused.package().backends()
+        backends = {k: {"available": v.available, "detail": v.detail} for k, v in listed.items()}
+        # The package's rule: the environment variable, else the first that is available.
+        chosen = backend or os.environ.get("FUSED_RNN_BACKEND") or next(k for k, v in backends.items() if v["available"])
+    return {
+        "format": FORMAT,
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "device": "cpu",
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+        # Of the last minute, before the run adds its own.
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
+        "threads": threads,
+        "backend": chosen,
+        "backend_asked_for": backend,
+        "backends": backends,
+        "providers": list(peers),
+        "missing": missing,
+        "versions": versions,
+        "commit": _commit(),
+        "command": ["python", "-m", "benchmarks", *sys.argv[1:]],
+        "complete": False,
+    }
+
+
+def default_path() -> Path:
+    """benchmarks/out/<date>.json."""
+    return _ROOT / "benchmarks" / "out" / f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}.json"
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder and find out now whether the results can be written in the end.
+
+    Raises:
+        ResultsError: if they cannot.
+    """
+    try:
+        if path.is_dir():
+            raise ResultsError(f"--json: {path} is a folder, expected a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.with_name(path.name + ".part")
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ResultsError(f"--json: cannot write {path}: {error.strerror or error}") from error
+
+
+def save(results: Mapping[str, Any], path: Path) -> None:
+    """Write the file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(json.dumps(results, indent=1) + "\n")
+        part.replace(path)
+    except OSError as error:
+        raise ResultsError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a results file.
+
+    Raises:
+        ResultsError: if it cannot be read, or is not one of ours.
+    """
+    try:
+        results: dict[str, Any] = json.loads(path.read_text())
+    except OSError as error:
+        raise ResultsError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ResultsError(f"{path} is not JSON: {error}") from error
+    if not isinstance(results, dict) or not {"run", "rows", "growth"} <= set(results):
+        raise ResultsError(f"{path} is not a results file of python -m benchmarks")
+    if results["run"].get("format") != FORMAT:
+        raise ResultsError(f"{path}: expected format {FORMAT}, got {results['run'].get('format')}; measure again")
+    return results

@@ -1,0 +1,120 @@
+// What a kernel is given: plain pointers and sizes, the same for every instruction set. The caller has checked them.
+//
+// Row buffers hold the active rows of all steps, one step after another; a row has D recurrences, a recurrence has
+// blocks of H columns (fused_rnn/cells.py names them). Strides count elements; columns are contiguous.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fused_rnn {
+
+using Index = std::ptrdiff_t;
+
+enum class CellKind : int { kRnnTanh, kRnnRelu, kLstm, kGru };
+constexpr int kCellKinds = 4;
+
+// One weight matrix as a product reads it: element (k, column) of a K x columns matrix.
+enum class Layout : int {
+  kPanels,  // [column / lanes][K][lanes], columns padded with zeros to whole vectors
+  kColumns  // K contiguous per column: a torch weight as it is, for products of few rows
+};
+
+template <class T>
+struct Matrix {
+  const T* data = nullptr;
+  Layout layout = Layout::kPanels;
+  Index inner = 0;   // K
+  Index stride = 0;  // kColumns: elements from one column to the next
+};
+
+template <class T>
+struct Rows {
+  T* data = nullptr;
+  Index row_stride = 0;
+  Index recurrence_stride = 0;
+
+  T* at(Index row, Index d) const { return data + row * row_stride + d * recurrence_stride; }
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// Which rows a step works on. Without batch_sizes and offsets the batch is dense.
+struct StepRows {
+  Index length = 0;
+  Index batch = 0;
+  const std::int64_t* batch_sizes = nullptr;
+  const std::int64_t* offsets = nullptr;
+
+  Index count(Index t) const { return batch_sizes ? static_cast<Index>(batch_sizes[t]) : batch; }
+  Index offset(Index t) const { return offsets ? static_cast<Index>(offsets[t]) : t * batch; }
+};
+
+// How the threads share the work of a step.
+enum class Sharing : int { kAuto, kBatch, kUnits };
+
+struct Sizes {
+  Index recurrences = 0;  // D
+  Index hidden = 0;       // H
+  Index output = 0;       // P: H, or proj_size
+  StepRows steps;
+  const bool* reverse = nullptr;  // (D,)
+  const bool* reset = nullptr;    // (R,), or null
+  int threads = 1;
+  Sharing sharing = Sharing::kAuto;
+};
+
+template <class T>
+struct ForwardArgs {
+  Sizes sizes;
+  Rows<T> tape;                // in: gates_x; out: what the backward reads
+  Rows<T> out;                 // (R, D, P); may be the tape itself for cells whose tape is the output
+  T* states[2] = {};           // (D, N, P) and (D, N, H), updated in place; the second only where the cell has one
+  const Matrix<T>* weight_hh;  // D matrices, K = P
+  const Matrix<T>* weight_hr;  // D matrices, K = H, or null
+  const T* bias = nullptr;     // (D, bias blocks * H), or null
+};
+
+template <class T>
+struct BackwardArgs {
+  Sizes sizes;
+  Index t_begin = 0, t_end = 0;
+  Rows<T> d_gates;      // rows of the walked steps only
+  T* d_states[2] = {};  // updated in place
+  Rows<const T> d_out;  // or null
+  Rows<const T> tape;
+  Rows<const T> out;
+  const T* states_0[2] = {};
+  const Matrix<T>* weight_hh;  // D matrices, transposed use: K = d_gates columns that feed back, P columns
+  const Matrix<T>* weight_hr;  // D matrices, K = P, H columns, or null
+};
+
+// Source of a pack: a torch weight, rows x columns, row-major.
+template <class T>
+struct PackArgs {
+  bool backward = false;
+  bool projection = false;  // weight_hr instead of weight_hh
+  const T* weight = nullptr;
+  Index row_stride = 0;
+  Index hidden = 0, output = 0;
+  int threads = 1;
+  T* panels = nullptr;
+};
+
+// The kernels of one instruction set for one dtype.
+template <class T>
+struct TypedKernels {
+  void (*forward[kCellKinds])(const ForwardArgs<T>&);
+  void (*backward[kCellKinds])(const BackwardArgs<T>&);
+  // Elements that PackArgs::panels must hold.
+  Index (*panel_elements[kCellKinds])(const PackArgs<T>&);
+  void (*pack[kCellKinds])(const PackArgs<T>&);
+};
+
+struct Kernels {
+  const char* isa;
+  int vector_bytes;
+  TypedKernels<float> f32;
+  TypedKernels<double> f64;
+};
+
+}  // namespace fused_rnn

@@ -1,0 +1,178 @@
+// Backpropagation through time for every cell: one parallel region walks the steps in the opposite order of the forward.
+#pragma once
+
+#include "walk.h"
+
+namespace fused_rnn {
+namespace FUSED_RNN_ISA {
+
+// One thread's walk over one part of the batch of one recurrence.
+template <class Cell, class T>
+class BackwardWalk {
+ public:
+  BackwardWalk(const BackwardArgs<T>& args, const T* zeros, Index d, Range batch, Barrier& barrier, int member, int members)
+      : args_(args),
+        steps_(args.sizes.steps),
+        hidden_(args.sizes.hidden),
+        output_(args.sizes.output),
+        origin_(steps_.offset(args.t_begin)),
+        zeros_(zeros),
+        d_(d),
+        reverse_(args.sizes.reverse[d]),
+        batch_(batch),
+        units_(share(vectors_of(hidden_, kLanes<T>), members, member)),
+        outputs_(share(vectors_of(output_, kLanes<T>), members, member)),
+        barrier_(barrier),
+        shared_(members > 1),
+        d_h_(args.d_states[0] + d * steps_.batch * output_),
+        d_c_(Cell::kHasC ? args.d_states[1] + d * steps_.batch * hidden_ : nullptr),
+        scratch_(batch.size()) {}
+
+  void run() {
+    const Index length = args_.t_end - args_.t_begin;
+    Index walked = -1, active = 0;
+    // One more turn than steps: the last one carries the gradient of the first walked states out.
+    for (Index s = 0; s <= length; ++s) {
+      const Index t = s == length ? -1 : reverse_ ? args_.t_begin + s : args_.t_end - 1 - s;
+      const Index n = t < 0 ? 0 : clip(steps_.count(t), batch_);
+      if (n == 0 && active == 0) continue;
+      if (args_.weight_hr) {
+        feed_back<Projected>(t, n, walked, active);
+        meet();
+        project(t, n);
+      } else {
+        feed_back<Direct>(t, n, walked, active);
+      }
+      meet();
+      walked = t;
+      active = n;
+    }
+  }
+
+ private:
+  struct Direct {};
+  struct Projected {};
+
+  void meet() {
+    if (shared_) barrier_.wait();
+  }
+
+  bool resets(Index row) const { return args_.sizes.reset && args_.sizes.reset[row]; }
+
+  T* d_gates(Index row) const { return args_.d_gates.at(row - origin_, d_); }
+
+  // d_h of step t: what its output receives, and what comes back from the step walked before (`walked`, with `active` rows).
+  // Rows that step t no longer has are done: their d_h is the gradient of the state they started from.
+  template <class Kind>
+  void feed_back(Index t, Index n, Index walked, Index active) {
+    constexpr bool kProjected = std::is_same_v<Kind, Projected>;
+    const Index first = t < 0 ? 0 : steps_.offset(t) + batch_.begin;
+    const Index after = walked < 0 ? 0 : steps_.offset(walked) + batch_.begin;
+    const T** rows = scratch_.rows.get();
+    for (Index j = 0; j < active; ++j) rows[j] = resets(after + j) ? zeros_ : d_gates(after + j);
+    const Range columns = kProjected ? outputs_ : units_;
+    const auto ahead = [&](Index j, Index v) {
+      if (j < n && !kProjected) fetch(t, j, v * kLanes<T>);
+    };
+    product<T, 1>(args_.weight_hh[d_], output_, columns, n > active ? n : active, active, scratch_, ahead,
+                  [&](Index j, Index v, const Vec<T>* sums) {
+                    const Index unit = v * kLanes<T>;
+                    T* carry = d_h_ + (batch_.begin + j) * output_ + unit;
+                    with_io<T>(output_, v, [&](auto io, Index) {
+                      Vec<T> d_h = sums[0];
+                      if (Cell::kDirect || j >= active) d_h += io.load(carry);
+                      if (j >= n) {
+                        io.store(carry, d_h);
+                        return;
+                      }
+                      if (args_.d_out) d_h += io.load(args_.d_out.at(first + j, d_) + unit);
+                      if constexpr (kProjected) {
+                        io.store(d_gates(first + j) + Cell::kGradients * hidden_ + unit, d_h);
+                      } else {
+                        point(io, d_h, t, j, unit);
+                      }
+                    });
+                  });
+  }
+
+  // d_m = d_h W_hr, and the gates from it
+  void project(Index t, Index n) {
+    if (n == 0) return;
+    const Index first = steps_.offset(t) + batch_.begin;
+    const T** rows = scratch_.rows.get();
+    for (Index j = 0; j < n; ++j) rows[j] = d_gates(first + j) + Cell::kGradients * hidden_;
+    const auto ahead = [&](Index j, Index v) { fetch(t, j, v * kLanes<T>); };
+    product<T, 1>(args_.weight_hr[d_], hidden_, units_, n, n, scratch_, ahead, [&](Index j, Index v, const Vec<T>* sums) {
+      with_io<T>(hidden_, v, [&](auto io, Index) { point(io, sums[0], t, j, v * kLanes<T>); });
+    });
+  }
+
+  // Fetches what point() will touch and no step before it has.
+  void fetch(Index t, Index j, Index unit) const {
+    const Index row = steps_.offset(t) + batch_.begin + j;
+    const T* tape = args_.tape.at(row, d_) + unit;
+    for (int b = 0; b < Cell::kTape; ++b) prefetch(tape + b * hidden_);
+    if (Cell::kPrevious != Previous::kNone) prefetch(before(t, j) + unit);
+    if (args_.d_out && output_ == hidden_) prefetch(args_.d_out.at(row, d_) + unit);
+    T* d_gates_row = d_gates(row) + unit;
+    for (int b = 0; b < Cell::kGradients; ++b) prefetch_to_write(d_gates_row + b * hidden_);
+  }
+
+  template <class Io>
+  void point(Io io, Vec<T> d_h, Index t, Index j, Index unit) {
+    const Index row = steps_.offset(t) + batch_.begin + j, sequence = batch_.begin + j;
+    BackwardPoint<T> p;
+    p.tape = args_.tape.at(row, d_) + unit;
+    p.previous = Cell::kPrevious == Previous::kNone ? nullptr : before(t, j) + unit;
+    p.hidden = hidden_;
+    p.d_h = d_h_ + sequence * output_ + unit;
+    p.d_c = d_c_ + sequence * hidden_ + unit;
+    p.reset = resets(row);
+    p.d_gates = d_gates(row) + unit;
+    Cell::backward(io, d_h, p);
+  }
+
+  // The state before step t that the cell's backward reads.
+  const T* before(Index t, Index j) const {
+    if (resets(steps_.offset(t) + batch_.begin + j)) return zeros_;
+    const Index previous = reverse_ ? t + 1 : t - 1, sequence = batch_.begin + j;
+    const bool has = previous >= 0 && previous < steps_.length && sequence < steps_.count(previous);
+    const Index row = has ? steps_.offset(previous) + sequence : 0;
+    if constexpr (Cell::kPrevious == Previous::kC) {
+      return has ? args_.tape.at(row, d_) + Cell::kTapeC * hidden_
+                 : args_.states_0[1] + (d_ * steps_.batch + sequence) * hidden_;
+    } else {
+      return has ? args_.out.at(row, d_) : args_.states_0[0] + (d_ * steps_.batch + sequence) * output_;
+    }
+  }
+
+  const BackwardArgs<T>& args_;
+  const StepRows& steps_;
+  const Index hidden_, output_, origin_;
+  const T* const zeros_;
+  const Index d_;
+  const bool reverse_;
+  const Range batch_, units_, outputs_;
+  Barrier& barrier_;
+  const bool shared_;
+  T* const d_h_;
+  T* const d_c_;
+  Scratch<T> scratch_;
+};
+
+template <class Cell, class T>
+void backward(const BackwardArgs<T>& args) {
+  const Sizes& s = args.sizes;
+  if (s.steps.batch == 0 || args.t_begin == args.t_end) return;
+  const Plan plan = make_plan(s.threads, step_cost<T>(s, Cell::kFeedback, 20 * Cell::kGates), s.sharing);
+  const std::vector<Range> parts = batch_parts(s.steps, plan.batch_parts);
+  const Buffer<T> zeros((Cell::kFeedback > 1 ? Cell::kFeedback : 1) * s.hidden);
+  const std::unique_ptr<Barrier[]> barriers(new Barrier[static_cast<std::size_t>(plan.groups)]);
+  for (int g = 0; g < plan.groups; ++g) barriers[g].set_members(plan.unit_parts);
+  for_each_task(plan, s.recurrences, [&](Index d, int part, int group, int member, int members) {
+    BackwardWalk<Cell, T>(args, zeros.get(), d, parts[static_cast<std::size_t>(part)], barriers[group], member, members).run();
+  });
+}
+
+}  // namespace FUSED_RNN_ISA
+}  // namespace fused_rnn

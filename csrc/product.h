@@ -1,0 +1,202 @@
+// The recurrent product: a few rows of h (or of d_gates) times a weight matrix, the result handed on in vectors.
+//
+// The caller names a group of at most kGroup vectors of columns; the results of a chunk of rows stay in a small scratch that
+// lives in the first-level cache, where the cell's pointwise part picks them up.
+#pragma once
+
+#include "args.h"
+#include "simd.h"
+
+namespace fused_rnn {
+namespace FUSED_RNN_ISA {
+
+// Vectors of columns per group: all gates of one vector of LSTM units, or as many vectors of units.
+constexpr int kGroup = 4;
+
+// Rows of a chunk: kChunk x kGroup vectors are 12 KiB at 64 bytes a vector, a quarter of a 48 KiB first-level cache.
+constexpr int kChunk = 48;
+
+// Steps of K that one pass over a chunk's rows takes: kGroup panels of 96 vectors are 24 KiB, half of that cache, so a panel
+// is read from further away once per chunk and not once per register tile.
+constexpr Index kDepth = 96;
+
+// Rows of a register tile of `vectors` columns: accumulators, weights and one broadcast fill the register file.
+constexpr int tile_rows(int vectors) {
+#if FUSED_RNN_MANY_REGISTERS
+  return vectors == 4 ? 6 : 8;
+#else
+  return vectors == 4 ? 2 : vectors == 3 ? 4 : 6;
+#endif
+}
+
+// c[m][v] (+)= sum over k in [k_begin, k_end) of a[m][k] * panel[v][k]. The caller's c has kGroup vectors a row. Every step
+// fetches one vector from `ahead` on, for a later tile.
+template <class T, int kVectors, int kRows>
+inline void panel_tile(const T* panels, Index panel_stride, Index k_begin, Index k_end, const T* const* a, Vec<T>* c,
+                       const T* ahead) {
+  Vec<T> sums[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums[m][v] = k_begin == 0 ? Vec<T>{} : c[m * kGroup + v];
+  }
+  const T* rows[kRows];
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m) rows[m] = a[m];
+  const T* w = panels + k_begin * kLanes<T>;
+  for (Index k = k_begin; k < k_end; ++k, w += kLanes<T>) {
+    Vec<T> weights[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) weights[v] = *reinterpret_cast<const Vec<T>*>(w + v * panel_stride);
+    prefetch(ahead);
+    ahead += kLanes<T>;
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+      const Vec<T> x = broadcast<T>(rows[m][k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[m][v] += x * weights[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) c[m * kGroup + v] = sums[m][v];
+  }
+}
+
+template <class T, int kVectors, int kRows = tile_rows(kVectors)>
+inline void panel_tile_of(int rows, const T* panels, Index panel_stride, Index k_begin, Index k_end, const T* const* a,
+                          Vec<T>* c, const T* ahead) {
+  if (rows == kRows) {
+    panel_tile<T, kVectors, kRows>(panels, panel_stride, k_begin, k_end, a, c, ahead);
+  } else if constexpr (kRows > 1) {
+    panel_tile_of<T, kVectors, kRows - 1>(rows, panels, panel_stride, k_begin, k_end, a, c, ahead);
+  }
+}
+
+// All rows of a chunk, cut into tiles of nearly equal height: 8 rows are 4 + 4 and not 6 + 2.
+//
+// While the tiles of one pass work on one stretch of K, they fetch the next stretch, and in the last pass the panels at `next`,
+// which are read after these. `ahead(row)` is called once for every row, between the tiles of the first pass: the caller
+// fetches what it will combine the products with.
+template <class T, int kVectors, class RowAhead>
+inline void panel_chunk(const T* panels, Index inner, const T* const* a, int rows, Vec<T>* c, const T* next, RowAhead&& ahead) {
+  const int tiles = (rows + tile_rows(kVectors) - 1) / tile_rows(kVectors);
+  const Index panel_stride = inner * kLanes<T>;
+  for (Index k = 0; k < inner; k += kDepth) {
+    const Index k_end = k + kDepth < inner ? k + kDepth : inner;
+    for (int tile = 0, row = 0; tile < tiles; ++tile) {
+      const int height = (rows - row + tiles - tile - 1) / (tiles - tile);
+      const T* soon = (k_end < inner ? panels + k_end * kLanes<T> : next) + (tile % kVectors) * panel_stride;
+      panel_tile_of<T, kVectors>(height, panels, panel_stride, k, k_end, a + row, c + row * kGroup, soon);
+      if (k == 0) {
+        for (int i = row; i < row + height; ++i) ahead(i);
+      }
+      row += height;
+    }
+  }
+}
+
+// kRows x kColumns dot products along K, which is contiguous on both sides.
+template <class T, int kColumns, int kRows>
+inline void dot_tile(const T* columns, Index stride, Index inner, const T* const* a, T* results, Index row_stride) {
+  Vec<T> sums[kRows][kColumns] = {};
+  const auto add = [&](auto read, Index k) {
+    Vec<T> w[kColumns];
+#pragma GCC unroll 8
+    for (int i = 0; i < kColumns; ++i) w[i] = read(columns + i * stride + k);
+#pragma GCC unroll 4
+    for (int m = 0; m < kRows; ++m) {
+      const Vec<T> x = read(a[m] + k);
+#pragma GCC unroll 8
+      for (int i = 0; i < kColumns; ++i) sums[m][i] += x * w[i];
+    }
+  };
+  Index k = 0;
+  for (; k + kLanes<T> <= inner; k += kLanes<T>) add([](const T* p) { return load<T>(p); }, k);
+  const int rest = static_cast<int>(inner - k);
+  if (rest) add([rest](const T* p) { return load_first<T>(p, rest); }, k);
+#pragma GCC unroll 4
+  for (int m = 0; m < kRows; ++m) store_first<T>(results + m * row_stride, sums_of<T, kColumns>(sums[m]), kColumns);
+}
+
+// Columns of one dot tile: enough independent sums to hide the latency of a fused multiply-add at one row.
+template <class T>
+constexpr int kDotColumns = FUSED_RNN_MANY_REGISTERS && kLanes<T> >= 8 ? 8
+                            : kLanes<T> >= 4                           ? 4
+                                                                       : 2;
+constexpr int kDotRows = 2;
+
+// One vector of columns, of which `count` exist, for all rows of a chunk.
+template <class T>
+inline void dot_chunk(const Matrix<T>& w, Index column, int count, const T* const* a, int rows, Vec<T>* c) {
+  T* results = reinterpret_cast<T*>(c);
+  constexpr Index kRowStride = kGroup * kLanes<T>;
+  for (int row = 0; row < rows; row += kDotRows) {
+    const bool one = row + 1 == rows;
+    T* result = results + row * kRowStride;
+    int i = 0;
+    for (; i + kDotColumns<T> <= count; i += kDotColumns<T>) {
+      const T* columns = w.data + (column + i) * w.stride;
+      if (one) {
+        dot_tile<T, kDotColumns<T>, 1>(columns, w.stride, w.inner, a + row, result + i, kRowStride);
+      } else {
+        dot_tile<T, kDotColumns<T>, kDotRows>(columns, w.stride, w.inner, a + row, result + i, kRowStride);
+      }
+    }
+    for (; i < count; ++i) {
+      const T* columns = w.data + (column + i) * w.stride;
+      for (int m = 0; m < (one ? 1 : kDotRows); ++m) {
+        dot_tile<T, 1, 1>(columns, w.stride, w.inner, a + row + m, result + m * kRowStride + i, kRowStride);
+      }
+    }
+    for (; i < kLanes<T>; ++i) {
+      for (int m = 0; m < (one ? 1 : kDotRows); ++m) result[m * kRowStride + i] = 0;
+    }
+  }
+}
+
+// How vectors of columns lie in a weight matrix: `gates` blocks of `hidden` columns. Vector v is gate v % gates of the units
+// of vector v / gates.
+struct Columns {
+  int gates;
+  Index hidden;
+};
+
+// c[row][0 .. vectors) of vectors first .. first + vectors - 1 of the columns, for `rows` <= kChunk rows. The product after
+// this one starts at vector `next`; `ahead` as in panel_chunk.
+template <class T, class RowAhead>
+inline void product_chunk(const Matrix<T>& w, Columns columns, Index first, int vectors, const T* const* a, int rows, Vec<T>* c,
+                          Index next, RowAhead&& ahead) {
+  if (w.layout == Layout::kColumns) {
+    for (int row = 0; row < rows; ++row) ahead(row);
+    for (int v = 0; v < vectors; ++v) {
+      const Index gate = (first + v) % columns.gates, unit = (first + v) / columns.gates * kLanes<T>;
+      const Index exist = columns.hidden - unit < kLanes<T> ? columns.hidden - unit : kLanes<T>;
+      dot_chunk<T>(w, gate * columns.hidden + unit, static_cast<int>(exist), a, rows, c + v);
+    }
+    return;
+  }
+  const T* panels = w.data + first * w.inner * kLanes<T>;
+  const T* after = w.data + next * w.inner * kLanes<T>;
+  switch (vectors) {
+    case 1:
+      return panel_chunk<T, 1>(panels, w.inner, a, rows, c, after, ahead);
+    case 2:
+      return panel_chunk<T, 2>(panels, w.inner, a, rows, c, after, ahead);
+    case 3:
+      return panel_chunk<T, 3>(panels, w.inner, a, rows, c, after, ahead);
+    default:
+#if FUSED_RNN_MANY_REGISTERS
+      return panel_chunk<T, 4>(panels, w.inner, a, rows, c, after, ahead);
+#else
+      // Four vectors by two rows would load more than they multiply; twice two vectors by six rows do not.
+      const T* others = panels + 2 * w.inner * kLanes<T>;
+      panel_chunk<T, 2>(panels, w.inner, a, rows, c, others, ahead);
+      return panel_chunk<T, 2>(others, w.inner, a, rows, c + 2, after, [](int) {});
+#endif
+  }
+}
+
+}  // namespace FUSED_RNN_ISA
+}  // namespace fused_rnn

@@ -1,0 +1,153 @@
+// What the forward and the backward walk share: the parts of a batch, the rows before a step, whole and last vectors.
+#pragma once
+
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <vector>
+
+#include "pointwise.h"
+#include "product.h"
+#include "team.h"
+
+namespace fused_rnn {
+namespace FUSED_RNN_ISA {
+
+struct Range {
+  Index begin, end;
+  Index size() const { return end - begin; }
+};
+
+// Part `index` of `parts` of `whole` items, as even as can be.
+inline Range share(Index whole, int parts, int index) { return {whole * index / parts, whole * (index + 1) / parts}; }
+
+inline Index clip(Index count, Range rows) {
+  return count < rows.begin ? 0 : (count < rows.end ? count - rows.begin : rows.size());
+}
+
+inline Index vectors_of(Index columns, int lanes) { return (columns + lanes - 1) / lanes; }
+
+// Zero-initialised memory on a boundary of whole vectors. The standard containers are kept out of these files where their
+// element type is not of this namespace: the linker would merge the copies of all instruction sets into one of them.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(Index size) : size_(size) {
+    data_.reset(static_cast<T*>(::operator new[](bytes(), std::align_val_t{64})));
+    std::memset(data_.get(), 0, bytes());
+  }
+  T* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { ::operator delete[](p, std::align_val_t{64}); }
+  };
+  std::size_t bytes() const { return (static_cast<std::size_t>(size_) * sizeof(T) + 63) / 64 * 64 + 64; }
+
+  Index size_;
+  std::unique_ptr<T[], Free> data_;
+};
+
+// Cuts the batch so that every part has about the same number of active rows over all steps.
+inline std::vector<Range> batch_parts(const StepRows& steps, int parts) {
+  std::vector<Range> ranges;
+  if (!steps.batch_sizes) {
+    for (int p = 0; p < parts; ++p) ranges.push_back(share(steps.batch, parts, p));
+    return ranges;
+  }
+  Index total = 0;
+  for (Index t = 0; t < steps.length; ++t) total += steps.count(t);
+  // batch_sizes never grows: going back from the last step, rows join and are never lost, so row's length is t + 1 when it
+  // is first seen.
+  const Buffer<Index> buffer(steps.batch);
+  Index* lengths = buffer.get();
+  for (Index t = steps.length, row = 0; t-- > 0;) {
+    for (; row < steps.count(t); ++row) lengths[row] = t + 1;
+  }
+  Index begin = 0, done = 0;
+  for (int p = 0; p < parts; ++p) {
+    Index end = begin;
+    const Index goal = total * (p + 1) / parts;
+    while (end < steps.batch && (done < goal || p + 1 == parts)) done += lengths[end++];
+    ranges.push_back({begin, end});
+    begin = end;
+  }
+  return ranges;
+}
+
+// One thread's private memory for a walk: the pointers to its rows of the product, and the product's results.
+template <class T>
+struct Scratch {
+  explicit Scratch(Index batch) : rows(batch) {}
+  alignas(64) Vec<T> products[kChunk * kGroup];
+  Buffer<const T*> rows;
+};
+
+// Calls f(io, v) for vector v, with io for a whole vector or for the last few units.
+template <class T, class F>
+inline void with_io(Index columns, Index v, F&& f) {
+  const Index rest = columns - v * kLanes<T>;
+  if (rest >= kLanes<T>) {
+    f(Whole<T>{}, v);
+  } else {
+    f(First<T>{static_cast<int>(rest)}, v);
+  }
+}
+
+// The product of rows `rows` (pointers, one per row; null products where `known` rows end) with the columns `vectors` of
+// `w`, handed to sink(row, v, sums): v is a vector of units, sums its `gates` products.
+// `ahead(row, v)` is called some time before sink(row, v, …), for it to fetch what sink will touch.
+template <class T, int kGates, class Ahead, class Sink>
+inline void product(const Matrix<T>& w, Index hidden, Range vectors, Index n, Index known, Scratch<T>& scratch, Ahead&& ahead,
+                    Sink&& sink) {
+  // A group is all gates of one vector of units, or several vectors of units where a cell has one gate.
+  constexpr Index kVectors = kGates == 1 ? kGroup : 1;
+  for (Index v = vectors.begin; v < vectors.end; v += kVectors) {
+    const Index count = vectors.end - v < kVectors ? vectors.end - v : kVectors;
+    for (Index row = 0; row < n; row += kChunk) {
+      const Index end = n - row < kChunk ? n : row + kChunk;
+      // The next chunk reads the same panels again, the next group those after them, and the next step starts over.
+      const Index next = end < n ? v : v + count < vectors.end ? v + count : vectors.begin;
+      const Index products = known <= row ? 0 : (known < end ? known : end) - row;
+      if (products) {
+        product_chunk<T>(w, {kGates, hidden}, v * kGates, static_cast<int>(count * kGates), scratch.rows.get() + row,
+                         static_cast<int>(products), scratch.products, next * kGates, [&](int j) {
+                           for (Index u = 0; u < count; ++u) ahead(row + j, v + u);
+                         });
+      }
+      for (Index i = products * kGroup; i < (end - row) * kGroup; ++i) scratch.products[i] = Vec<T>{};
+      for (Index j = row; j < end; ++j) {
+        const Vec<T>* sums = scratch.products + (j - row) * kGroup;
+        for (Index u = 0; u < count; ++u) sink(j, v + u, sums + u * kGates);
+      }
+    }
+  }
+}
+
+// Runs task(d, part, group, member, members) for every part of every recurrence's batch, each by the threads of one group.
+// A team that came out smaller than planned still does all tasks: its members become groups of one.
+template <class F>
+inline void for_each_task(const Plan& plan, Index recurrences, F&& task) {
+  parallel(plan.threads(), [&](int rank, int size) {
+    const int members = size < plan.threads() ? 1 : plan.unit_parts;
+    const int groups = size < plan.threads() ? (size < plan.groups ? size : plan.groups) : plan.groups;
+    const int group = rank / members, member = rank % members;
+    if (group >= groups) return;
+    for (Index i = group; i < recurrences * plan.batch_parts; i += groups) {
+      task(i / plan.batch_parts, static_cast<int>(i % plan.batch_parts), group, member, members);
+    }
+  });
+}
+
+// The work of one step, for the plan. A row's vector takes `gates` fused multiply-adds per step of K, two a cycle, and
+// `pointwise` cycles.
+template <class T>
+inline StepCost step_cost(const Sizes& s, int gates, double pointwise) {
+  const double vectors = static_cast<double>(vectors_of(s.hidden, kLanes<T>));
+  const double multiply_adds = gates * static_cast<double>(s.output) / 2;
+  return {s.recurrences, s.steps.batch, vectors_of(s.hidden, kLanes<T>), vectors * (multiply_adds + pointwise),
+          static_cast<double>(gates) * s.hidden * s.output * sizeof(T)};
+}
+
+}  // namespace FUSED_RNN_ISA
+}  // namespace fused_rnn

@@ -1,0 +1,56 @@
+# The extension of csrc/module.cpp, for type checkers.
+from collections.abc import Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+
+_Array = NDArray[Any]
+
+def isas() -> list[str]: ...
+def isa() -> str: ...
+def set_isa(name: str) -> None: ...
+def advise_huge_pages(address: int, bytes: int) -> None: ...
+
+class Packed:
+    def __init__(
+        self, cell: str, weights: Sequence[_Array], backward: bool, projection: bool, as_columns: bool, threads: int
+    ) -> None: ...
+
+def forward(
+    cell: str,
+    tape: _Array,
+    out: _Array,
+    states: Sequence[_Array],
+    weight_hh: Packed,
+    weight_hr: Packed | None,
+    recurrent_bias: _Array | None,
+    length: int,
+    batch: int,
+    batch_sizes: _Array | None,
+    offsets: _Array | None,
+    reverse: Sequence[bool],
+    reset: _Array | None,
+    threads: int,
+    sharing: str = "auto",
+) -> None: ...
+def backward(
+    cell: str,
+    d_gates: _Array,
+    d_states: Sequence[_Array],
+    d_out: _Array | None,
+    tape: _Array,
+    out: _Array,
+    states_0: Sequence[_Array],
+    weight_hh: Packed,
+    weight_hr: Packed | None,
+    length: int,
+    batch: int,
+    batch_sizes: _Array | None,
+    offsets: _Array | None,
+    t_begin: int,
+    t_end: int,
+    reverse: Sequence[bool],
+    reset: _Array | None,
+    threads: int,
+    sharing: str = "auto",
+) -> None: ...

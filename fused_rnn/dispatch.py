@@ -1,0 +1,174 @@
+"""One table (cell, backend) -> kernels: chooses by device, explains, raises."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fused_rnn.cells import CELLS, Cell
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The three functions of one cell on one backend (contract: ``fused_rnn.kernels``)."""
+
+    backend: str
+    pack: Callable[..., Any]
+    forward: Callable[..., None]
+    backward: Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Status:
+    """What ``backends()`` says of one backend.
+
+    Attributes:
+        available: whether it can run here.
+        devices: the torch device types that it serves.
+        detail: what it runs on (instruction set, version), or why it cannot run and how to mend it.
+    """
+
+    available: bool
+    devices: tuple[str, ...]
+    detail: str
+
+
+# In order of preference. The package of a backend exports `unavailable() -> str | None` and `describe() -> str`, and has
+# one module per row of _MODULES.
+_PACKAGES = {
+    "cpp": ("fused_rnn.kernels.cpp", ("cpu",)),
+    "numba": ("fused_rnn.kernels.numba", ("cpu",)),
+    "triton": ("fused_rnn.kernels.triton", ("cuda",)),
+    # Plain torch runs on every device; the dispatcher asks only for these two, meta tensors never reach a kernel.
+    "reference": ("fused_rnn.reference", ("cpu", "cuda")),
+}
+_MODULES = {"rnn_tanh": "rnn", "rnn_relu": "rnn", "lstm": "lstm", "gru": "gru"}
+
+_ENVIRONMENT = "FUSED_RNN_BACKEND"
+_asked_for: contextvars.ContextVar[str | None] = contextvars.ContextVar("fused_rnn_backend", default=None)
+
+
+@functools.cache
+def _unavailable(name: str) -> str | None:
+    """Why a backend cannot run here, or None where it can."""
+    reason: str | None = importlib.import_module(_PACKAGES[name][0]).unavailable()
+    return reason
+
+
+def backends() -> dict[str, Status]:
+    """List every backend, whether it is available here, and why not.
+
+    Returns:
+        name -> ``Status(available, devices, detail)``, in order of preference.
+
+    >>> backends()["reference"].available
+    True
+    """
+    listed = {}
+    for name, (package, devices) in _PACKAGES.items():
+        reason = _unavailable(name)
+        detail = reason or importlib.import_module(package).describe()
+        listed[name] = Status(reason is None, devices, detail)
+    return listed
+
+
+def _check_name(name: object, source: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"{source}: expected the name of a backend (a str), got {type(name).__name__}")
+    if name not in _PACKAGES:
+        raise ValueError(f"{source}: expected one of {', '.join(_PACKAGES)}, got {name!r}")
+    return name
+
+
+def _check_available(name: str, source: str) -> None:
+    reason = _unavailable(name)
+    if reason is not None:
+        others = [other for other in _PACKAGES if _unavailable(other) is None]
+        raise RuntimeError(f"{source}: {name} cannot run here: {reason}. Available: {', '.join(others)}")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run everything inside the ``with`` block, backward included, on one backend.
+
+    The choice follows the calling thread or task; a layer keeps the backend of its forward for its backward.
+
+    Args:
+        name: ``"cpp"``, ``"numba"``, ``"triton"`` or ``"reference"``.
+
+    Raises:
+        ValueError: if there is no such backend.
+        RuntimeError: if it cannot run here; the message says why and what is available.
+
+    >>> with backend("reference"):
+    ...     pass
+    """
+    source = f"fused_rnn.backend({name!r})"
+    _check_available(_check_name(name, source), source)
+    token = _asked_for.set(name)
+    try:
+        yield
+    finally:
+        _asked_for.reset(token)
+
+
+@functools.cache
+def _load(cell_name: str, name: str) -> Kernels:
+    module = importlib.import_module(f"{_PACKAGES[name][0]}.{_MODULES[cell_name]}")
+    return Kernels(
+        name,
+        getattr(module, f"{cell_name}_pack"),
+        getattr(module, f"{cell_name}_forward"),
+        getattr(module, f"{cell_name}_backward"),
+    )
+
+
+@functools.cache
+def _automatic(device_type: str) -> str:
+    """The best available backend of a device; warns once if a faster one is missing."""
+    candidates = [name for name, (_, devices) in _PACKAGES.items() if device_type in devices]
+    for name in candidates:
+        if _unavailable(name) is None:
+            if name != candidates[0]:
+                warnings.warn(
+                    f"fused_rnn: {candidates[0]} cannot run here: {_unavailable(candidates[0])}. "
+                    f"Using the slower {name} backend on {device_type}.",
+                    stacklevel=2,
+                )
+            return name
+    raise NotImplementedError(
+        f"fused_rnn has no backend for device {device_type!r}; it runs on cpu and cuda. Move the module and its input there."
+    )
+
+
+def kernels(cell: Cell, device: torch.device) -> Kernels:
+    """Choose the kernels of ``cell`` on ``device``.
+
+    Raises:
+        ValueError: if ``FUSED_RNN_BACKEND`` names no backend.
+        RuntimeError: if the backend that was asked for cannot run here, or not on this device.
+        NotImplementedError: if no backend serves the device.
+    """
+    if cell.name not in CELLS:
+        raise ValueError(f"unknown cell {cell.name!r}; known: {', '.join(CELLS)}")
+    name = _asked_for.get()
+    source = f"fused_rnn.backend({name!r})"
+    if name is None:
+        name = os.environ.get(_ENVIRONMENT) or None
+        if name is None:
+            return _load(cell.name, _automatic(device.type))
+        source = f"{_ENVIRONMENT}={name}"
+        _check_available(_check_name(name, source), source)
+    devices = _PACKAGES[name][1]
+    if device.type not in devices:
+        raise RuntimeError(f"{source}: {name} runs on {' and '.join(devices)}, got a tensor on {device.type}")
+    return _load(cell.name, name)

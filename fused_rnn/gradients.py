@@ -1,0 +1,267 @@
+"""The backward of one layer around the kernels: d_gates in chunks of time, and the products that follow each chunk.
+
+Weight gradients are a few large products over all rows of a chunk, never one per step and never atomic: the same bits at every
+run with the same number of threads. Legend as in ``fused_rnn.kernels``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_rnn.cells import Cell, Weights
+from fused_rnn.layer import CHUNK_BYTES, COMPUTE, Layer, States, compute_weights, empty, pack
+from fused_rnn.steps import Steps
+
+
+@dataclass
+class Gradients:
+    """Gradients of a layer's inputs, None where they were not asked for."""
+
+    input: Tensor | None
+    states: States
+    weights: list[tuple[Tensor | None, ...]]
+
+
+def _previous_rows(steps: Steps, reverse: bool, device: torch.device) -> Tensor:
+    """For each row, the row of the same sequence one step earlier in the walk, or R + j where sequence j starts there: (R,)."""
+    if steps.batch_sizes is None or steps.offsets is None:
+        batch_sizes = torch.full((steps.length,), steps.batch, dtype=torch.int64)
+        offsets = torch.arange(steps.length) * steps.batch
+    else:
+        batch_sizes, offsets = steps.batch_sizes, steps.offsets
+    total = steps.rows(0, steps.length).stop
+    t = torch.repeat_interleave(torch.arange(steps.length), batch_sizes)
+    j = torch.arange(len(t)) - torch.repeat_interleave(torch.cumsum(batch_sizes, 0) - batch_sizes, batch_sizes)
+    before = t + 1 if reverse else t - 1
+    inside = (before >= 0) & (before < steps.length)
+    before = before.clamp(0, steps.length - 1)
+    has = inside & (j < batch_sizes[before])
+    previous = torch.zeros(total, dtype=torch.int64)
+    previous[offsets[t] + j] = torch.where(has, offsets[before] + j, total + j)
+    return previous.to(device)
+
+
+@dataclass
+class _PreviousH:
+    """h before each step of one recurrence, the other factor of weight_hh's gradient.
+
+    Attributes:
+        out: the recurrence's h of all steps, (R, P).
+        h_0: (N, P).
+    """
+
+    steps: Steps
+    reverse: bool
+    out: Tensor
+    h_0: Tensor
+    reset: Tensor | None
+    index: Tensor | None = None
+
+    def pieces(self, t_begin: int, t_end: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (rows counted from the first row of step t_begin, h before them) for steps t_begin .. t_end - 1."""
+        span = self.steps.rows(t_begin, t_end)
+        n, batch = span.stop - span.start, self.steps.batch
+        if self.steps.dense and self.reset is None:
+            # Views of the output, one step off; only the first step of the walk starts from h_0.
+            if self.reverse:
+                last = t_end == self.steps.length
+                inner = n - batch if last else n
+                if inner:
+                    yield slice(0, inner), self.out[span.start + batch : span.start + batch + inner]
+                if last:
+                    yield slice(inner, n), self.h_0
+            else:
+                skip = batch if t_begin == 0 else 0
+                if skip:
+                    yield slice(0, skip), self.h_0
+                if n > skip:
+                    yield slice(skip, n), self.out[span.start + skip - batch : span.stop - batch]
+            return
+        if self.index is None:
+            self.index = _previous_rows(self.steps, self.reverse, self.out.device)
+        index = self.index[span]
+        total = self.steps.rows(0, self.steps.length).stop
+        starts = index >= total
+        previous = self.out.index_select(0, index.masked_fill(starts, 0))
+        previous[starts] = self.h_0[index[starts] - total]
+        if self.reset is not None:
+            previous[self.reset[span]] = 0
+        yield slice(0, n), previous
+
+
+class _WeightGradients:
+    """The gradients of one recurrence's parameters, summed over chunks of time."""
+
+    def __init__(self, cell: Cell, weight: Weights, wanted: Weights, dtype: torch.dtype) -> None:
+        self.cell, self.weight, self.wanted, self.dtype = cell, weight, wanted, dtype
+        self.hidden = weight.hh.shape[0] // cell.num_gates
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, key: str, left: Tensor, right: Tensor) -> None:
+        """Add leftᵀ·right."""
+        right = right.to(left.dtype)
+        if key in self.sums:
+            self.sums[key].addmm_(left.t(), right)
+        else:
+            self.sums[key] = torch.mm(left.t(), right)
+
+    def add_rows(self, key: str, rows: Tensor) -> None:
+        total = rows.sum(0)
+        self.sums[key] = self.sums[key] + total if key in self.sums else total
+
+    def blocks(self, d_gates: Tensor, names: Sequence[str]) -> Tensor:
+        """Neighbouring blocks of d_gates."""
+        first = self.cell.d_gates.index(names[0]) * self.hidden
+        return d_gates[:, first : first + len(names) * self.hidden]
+
+    def hidden_parts(self) -> list[tuple[str, ...]]:
+        """The blocks that weight_hh's rows receive, in groups of neighbours, in the order of those rows."""
+        gates = self.cell.gates
+        return [gates[:-1], ("hn",)] if "hn" in self.cell.d_gates else [gates]
+
+    def walk(self, d_gates: Tensor, input: Tensor, previous: _PreviousH, t_begin: int, t_end: int, tape: Tensor) -> None:
+        """Add what steps t_begin .. t_end - 1 contribute.
+
+        Args:
+            d_gates: (n, columns) of these steps.
+            input: (n, I) of these steps.
+            tape: (n, columns) of these steps; read for weight_hr alone.
+        """
+        d_gates_x = self.blocks(d_gates, self.cell.gates)
+        if self.wanted.ih:
+            self.add("ih", d_gates_x, input)
+        if self.wanted.bias_ih or self.wanted.bias_hh:
+            self.add_rows("bias_ih", d_gates_x)
+            if len(self.hidden_parts()) > 1:
+                self.add_rows("bias_apart", self.blocks(d_gates, ("hn",)))
+        if self.wanted.hh:
+            for rows, h in previous.pieces(t_begin, t_end):
+                for part in self.hidden_parts():
+                    self.add("hh." + "".join(part), self.blocks(d_gates, part)[rows], h)
+        if self.wanted.hr:
+            o = tape[:, self.cell.tape.index("o") * self.hidden :][:, : self.hidden]
+            c = tape[:, self.cell.tape.index("c") * self.hidden :][:, : self.hidden]
+            self.add("hr", d_gates[:, len(self.cell.d_gates) * self.hidden :], o * c.tanh())
+
+    def result(self) -> tuple[Tensor | None, ...]:
+        """The gradients in torch's shapes and the parameters' dtype, in the places of ``Weights``."""
+        sums = self.sums
+        parts = [sums["hh." + "".join(part)] for part in self.hidden_parts()] if self.wanted.hh else []
+        bias_ih, bias_hh = sums.get("bias_ih"), None
+        if bias_ih is not None and self.wanted.bias_hh:
+            # A tensor of its own even where the values are the same: two parameters must not share a .grad.
+            apart = sums.get("bias_apart")
+            bias_hh = bias_ih.clone() if apart is None else torch.cat((bias_ih[: -self.hidden], apart))
+        hh = (parts[0] if len(parts) == 1 else torch.cat(parts)) if parts else None
+        grads = (sums.get("ih"), hh, bias_ih if self.wanted.bias_ih else None, bias_hh, sums.get("hr"))
+        return tuple(None if grad is None else grad.to(self.dtype) for grad in grads)
+
+
+def backward(
+    layer: Layer,
+    input: Tensor,
+    states: States,
+    weights: Sequence[Weights],
+    reset: Tensor | None,
+    out: Tensor,
+    tape: Tensor | None,
+    d_out: Tensor | None,
+    d_ends: Sequence[Tensor | None],
+    input_wanted: bool,
+    weights_wanted: Sequence[Weights],
+) -> Gradients:
+    """Compute the gradients of a layer.
+
+    Args:
+        input, states, weights, reset: as in ``forward``.
+        out: (R, D·P), as ``forward`` returned it; tape likewise, or None where it is the output.
+        d_out: (R, D·P), or None for zero.
+        d_ends: the gradients of the states after the walk, each None for zero.
+        input_wanted: whether the input's gradient is wanted.
+        weights_wanted: for each parameter, whether its gradient is wanted (booleans in the places of the tensors).
+    """
+    cell, steps = layer.cell, layer.steps
+    storage, device = input.dtype, input.device
+    compute = COMPUTE[storage]
+    rows, recurrences = input.shape[0], len(weights)
+    hidden, output = weights[0].hh.shape[0] // cell.num_gates, weights[0].hh.shape[1]
+    columns = len(cell.d_gates) * hidden + (0 if weights[0].hr is None else output)
+
+    weights = compute_weights(weights, compute)
+    states_0 = tuple(state.to(compute).contiguous() for state in states)
+    d_states = tuple(
+        torch.zeros_like(state) if d_end is None else d_end.to(compute, copy=True, memory_format=torch.contiguous_format)
+        for state, d_end in zip(states_0, d_ends, strict=True)
+    )
+    out = out.view(rows, recurrences, output)
+    tape = out if tape is None else tape
+    if d_out is not None:
+        d_out = d_out.contiguous().view(rows, recurrences, output)
+    d_input = empty(input.shape, compute, device) if input_wanted else None
+    sums = [_WeightGradients(cell, w, wanted, storage) for w, wanted in zip(weights, weights_wanted, strict=True)]
+
+    def finish(d: int, d_gates: Tensor, t_begin: int, t_end: int, h: _PreviousH, tape: Tensor) -> None:
+        """The products of recurrence d after steps t_begin .. t_end - 1; d_gates and tape hold these steps' rows alone."""
+        span = steps.rows(t_begin, t_end)
+        sums[d].walk(d_gates, input[span].to(compute), h, t_begin, t_end, tape)
+        if d_input is not None:
+            d_gates_x = sums[d].blocks(d_gates, cell.gates)
+            if d == 0:
+                torch.mm(d_gates_x, weights[d].ih, out=d_input[span])
+            else:
+                d_input[span].addmm_(d_gates_x, weights[d].ih)
+
+    previous = [_PreviousH(steps, backwards, out[:, d], states_0[0][d], reset) for d, backwards in enumerate(layer.reverse)]
+    row_bytes = columns * compute.itemsize
+    if storage == compute and rows * recurrences * row_bytes <= CHUNK_BYTES:
+        whole = empty((rows, recurrences, columns), compute, device)
+        packed = pack(layer, weights, backward=True)
+        layer.kernels.backward(
+            whole, d_states, d_out, tape, out, states_0, packed, steps, 0, steps.length, layer.reverse, reset
+        )
+        for d, h in enumerate(previous):
+            finish(d, whole[:, d], 0, steps.length, h, tape[:, d])
+    else:
+        workspace: Tensor | None = None
+        for d, (h, backwards) in enumerate(zip(previous, layer.reverse, strict=True)):
+            packed = pack(layer, [weights[d]], backward=True)
+            for t_begin, t_end in layer.chunks(row_bytes, backwards=not backwards):
+                span = steps.rows(t_begin, t_end)
+                n = span.stop - span.start
+                if workspace is None or workspace.shape[0] < n:
+                    workspace = empty((n, 1, columns), compute, device)
+                # With a conversion, only the rows that the chunk reads exist in the wider dtype: its own and those one step
+                # before it in the walk.
+                if storage == compute:
+                    first, last = 0, steps.length
+                elif backwards:
+                    first, last = t_begin, min(t_end + 1, steps.length)
+                else:
+                    first, last = max(t_begin - 1, 0), t_end
+                part, near = steps.part(first, last), steps.rows(first, last)
+                tape_near = tape[near, d : d + 1].to(compute)
+                layer.kernels.backward(
+                    workspace[:n],
+                    tuple(d_state[d : d + 1] for d_state in d_states),
+                    None if d_out is None else d_out[near, d : d + 1].to(compute),
+                    tape_near,
+                    tape_near if cell.tape_is_out else out[near, d : d + 1].to(compute),
+                    tuple(state[d : d + 1] for state in states_0),
+                    packed,
+                    part,
+                    t_begin - first,
+                    t_end - first,
+                    (backwards,),
+                    None if reset is None else reset[near],
+                )
+                own = slice(span.start - near.start, span.stop - near.start)
+                finish(d, workspace[:n, 0], t_begin, t_end, h, tape_near[own, 0])
+    return Gradients(
+        None if d_input is None else d_input.to(storage),
+        tuple(d_state.to(storage) for d_state in d_states),
+        [each.result() for each in sums],
+    )

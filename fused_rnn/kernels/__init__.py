@@ -1,0 +1,38 @@
+"""The kernel contract: what every backend's module of a cell exports, with the same names and signatures.
+
+A kernel owns the recurrence only. The input projection is done before it, the weight gradients after it.
+
+Legend: T steps, N sequences, D independent recurrences (directions), H hidden units, G gates, P the size of h (H, or
+proj_size), R rows (all steps' active rows). *Blocks* are H columns; ``fused_rnn.cells`` names them.
+
+``<cell>_pack(weight_hh, weight_hr, steps, backward)`` → packed
+    weight_hh: D tensors (G·H, P). weight_hr: D tensors (P, H), or None (only the LSTM has projections).
+    steps: whose sizes decide the layout. backward: for ``<cell>_backward`` (True) or ``<cell>_forward``.
+    packed: whatever the backend's kernels want, opaque to the caller; valid for every call with the same N and D as long
+    as the weights keep their values. A caller that walks time in chunks packs once.
+
+``<cell>_forward(tape, out, states, packed, bias, steps, reverse, reset)`` → None
+    tape: (R, D, tape blocks·H). In: gates_x, the input projection without biases, in the first G blocks.
+        Out: what the backward needs. For cells with ``tape_is_out``, tape and out are the same memory.
+    out: (R, D, P), written.
+    states: tuple of (D, N, ·), one per state of the cell. In: the states before the walk. Out, in place: after it.
+        A row without a step in ``steps`` keeps its state.
+    bias: (D, blocks of ``Cell.bias``·H), or None for zero. RNN and LSTM: bias_ih + bias_hh. GRU: their sums for r and z, then
+        b_in, then b_hn. The kernel adds it, because a matrix product that does costs one more pass over its result.
+    reverse: D booleans: walk the steps from the last to the first.
+    reset: (R,) bool, or None. Where set, that row's states before that step are zero, and no gradient crosses.
+
+``<cell>_backward(d_gates, d_states, d_out, tape, out, states_0, packed, steps, t_begin, t_end, reverse, reset)`` → None
+    Walks steps t_begin .. t_end - 1 in the opposite order of the forward. All row buffers but d_gates cover all of
+    ``steps``; d_gates covers only the rows of the walked steps, from row 0 on.
+    d_gates: (rows of the walked steps, D, d_gates blocks·H [+ P with weight_hr]), written: gradients of the gates before their
+        nonlinearity. With weight_hr, the last P columns are the gradient of h.
+    d_states: tuple of (D, N, ·). In: gradients of the states after the walked steps. Out, in place: of those before.
+    d_out: (R, D, P), or None for zero.
+    tape, out: as the forward left them; not written, so that a second backward sees the same.
+    states_0: the states before the whole of ``steps``.
+
+All row buffers may have any row stride; inside a row (all D and all columns) they are contiguous, except that a caller who
+runs one of several recurrences passes the view ``buffer[:, d : d + 1]``. States are contiguous. Buffers have one dtype,
+float32 or float64 on the CPU backends: who stores bfloat16 or float16 converts around the call.
+"""

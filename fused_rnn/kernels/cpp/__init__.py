@@ -1,0 +1,43 @@
+"""The C++ backend: ``fused_rnn._C``, one source compiled for several instruction sets, the best one picked at import.
+
+``FUSED_RNN_ISA`` (``avx512``, ``avx2`` or ``baseline``) forces one.
+"""
+
+from __future__ import annotations
+
+import os
+
+_ENVIRONMENT = "FUSED_RNN_ISA"
+
+
+def _load() -> str | None:
+    """Import the extension; return why it cannot serve, or None."""
+    try:
+        from fused_rnn import _C
+    except ImportError as error:
+        return (
+            f"the extension fused_rnn._C is not built or does not load ({error}); "
+            "install a C++17 compiler and run: pip install --force-reinstall --no-deps fused_rnn"
+        )
+    wanted = os.environ.get(_ENVIRONMENT)
+    if wanted:
+        if wanted not in _C.isas():
+            return f"{_ENVIRONMENT}={wanted}: this build and this machine have {', '.join(_C.isas())}"
+        _C.set_isa(wanted)
+    return None
+
+
+_reason = _load()
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run here."""
+    return _reason
+
+
+def describe() -> str:
+    """The instruction set in use and the others that could be."""
+    from fused_rnn import _C
+
+    others = [name for name in _C.isas() if name != _C.isa()]
+    return f"{_C.isa()}" + (f" (also built: {', '.join(others)})" if others else "")

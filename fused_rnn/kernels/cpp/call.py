@@ -1,0 +1,105 @@
+"""The contract's functions (``fused_rnn.kernels``) of any cell, as calls of ``fused_rnn._C``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_rnn import _C
+from fused_rnn.steps import Steps
+
+# Up to this many rows, weights are read as torch stores them: a dot product per unit. Packing them first costs about as much as
+# one step of a few rows, and the packed product needs several rows to be faster at all.
+_ROWS_WITHOUT_PACKING = 2
+
+
+class Packed(NamedTuple):
+    """The weights of a call, laid out for the kernels."""
+
+    hh: _C.Packed
+    hr: _C.Packed | None
+
+
+def _array(tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor.detach().numpy()
+
+
+def kernels_of(cell: str) -> tuple[Callable[..., Packed], Callable[..., None], Callable[..., None]]:
+    """Return ``<cell>_pack``, ``<cell>_forward`` and ``<cell>_backward``."""
+
+    def pack(weight_hh: Sequence[Tensor], weight_hr: Sequence[Tensor] | None, steps: Steps, backward: bool) -> Packed:
+        as_columns = not backward and (steps.batch <= _ROWS_WITHOUT_PACKING or steps.length == 1)
+        threads = torch.get_num_threads()
+
+        def packed(weights: Sequence[Tensor], projection: bool) -> _C.Packed:
+            arrays = [_array(weight if weight.stride(1) == 1 else weight.contiguous()) for weight in weights]
+            return _C.Packed(cell, arrays, backward, projection, as_columns, threads)
+
+        return Packed(packed(weight_hh, False), None if weight_hr is None else packed(weight_hr, True))
+
+    def forward(
+        tape: Tensor,
+        out: Tensor,
+        states: tuple[Tensor, ...],
+        packed: Packed,
+        bias: Tensor | None,
+        steps: Steps,
+        reverse: Sequence[bool],
+        reset: Tensor | None,
+    ) -> None:
+        _C.forward(
+            cell,
+            _array(tape),
+            _array(out),
+            [_array(state) for state in states],
+            packed.hh,
+            packed.hr,
+            _array(bias),
+            steps.length,
+            steps.batch,
+            _array(steps.batch_sizes),
+            _array(steps.offsets),
+            reverse,
+            _array(reset),
+            torch.get_num_threads(),
+        )
+
+    def backward(
+        d_gates: Tensor,
+        d_states: tuple[Tensor, ...],
+        d_out: Tensor | None,
+        tape: Tensor,
+        out: Tensor,
+        states_0: tuple[Tensor, ...],
+        packed: Packed,
+        steps: Steps,
+        t_begin: int,
+        t_end: int,
+        reverse: Sequence[bool],
+        reset: Tensor | None,
+    ) -> None:
+        _C.backward(
+            cell,
+            _array(d_gates),
+            [_array(state) for state in d_states],
+            _array(d_out),
+            _array(tape),
+            _array(out),
+            [_array(state) for state in states_0],
+            packed.hh,
+            packed.hr,
+            steps.length,
+            steps.batch,
+            _array(steps.batch_sizes),
+            _array(steps.offsets),
+            t_begin,
+            t_end,
+            reverse,
+            _array(reset),
+            torch.get_num_threads(),
+        )
+
+    return pack, forward, backward

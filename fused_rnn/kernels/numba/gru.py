@@ -1,0 +1,65 @@
+"""The GRU's pointwise parts and its kernels (contract: ``fused_rnn.kernels``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import njit
+
+from fused_rnn.cells import GRU
+from fused_rnn.kernels.numba.launch import make_functions
+from fused_rnn.kernels.numba.product import PRODUCTS
+from fused_rnn.kernels.numba.vector import load, ones, sigmoid, store, tanh, vector_bytes
+from fused_rnn.kernels.numba.walk import backward, forward
+
+_GATES = PRODUCTS[3]
+_PLAIN = PRODUCTS[2]
+
+
+@njit(error_model="numpy")
+def _forward(like: Any, sums: int, tape: int, out: int, h: int, c: int, bias: int, block: int, count: Any) -> None:
+    vector = vector_bytes(like)
+    r = sigmoid(load(like, tape, count) + load(like, bias, count) + load(like, sums, None))
+    z = sigmoid(load(like, tape + block, count) + load(like, bias + block, count) + load(like, sums + vector, None))
+    hn = load(like, bias + 3 * block, count) + load(like, sums + 2 * vector, None)
+    n = tanh(load(like, tape + 2 * block, count) + load(like, bias + 2 * block, count) + r * hn)
+    store(tape, r, count)
+    store(tape + block, z, count)
+    store(tape + 2 * block, n, count)
+    store(tape + 3 * block, hn, count)
+    store(out, n + z * (load(like, h, count) - n), count)
+
+
+@njit(error_model="numpy")
+def _backward(like: Any, d_h: Any, d_c: int, tape: int, out: int, h: int, c: int, d_gates: int, reset: bool, block: int,
+              count: Any) -> Any:  # fmt: skip
+    one = ones(like)
+    r, z = load(like, tape, count), load(like, tape + block, count)
+    n, hn = load(like, tape + 2 * block, count), load(like, tape + 3 * block, count)
+    d_n = d_h * (one - z) * (one - n * n)
+    store(d_gates, d_n * r, count)
+    store(d_gates + block, d_n * hn * r * (one - r), count)
+    store(d_gates + 2 * block, d_h * (load(like, h, count) - n) * z * (one - z), count)
+    store(d_gates + 3 * block, d_n, count)
+    return d_h * z
+
+
+_walk_forward = forward("gru_forward_walk", _forward, _GATES, _PLAIN)
+_walk_backward = backward("gru_backward_walk", _backward, _PLAIN)
+
+
+def _forward_kernel(like: Any, version: int) -> Any:
+    def gru_forward(p: int) -> None:
+        _walk_forward(p, like, version)
+
+    return gru_forward
+
+
+def _backward_kernel(like: Any, version: int) -> Any:
+    def gru_backward(p: int) -> None:
+        _walk_backward(p, like, version)
+
+    return gru_backward
+
+
+gru_pack, gru_forward, gru_backward = make_functions(GRU, _forward_kernel, 1, _backward_kernel, 2)

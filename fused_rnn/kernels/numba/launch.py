@@ -1,0 +1,236 @@
+"""From torch tensors to a running kernel: compiles, packs the weights, lays out the arguments, starts the team."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fused_rnn.cells import Cell
+from fused_rnn.kernels.numba import team
+from fused_rnn.kernels.numba.arguments import Arg
+from fused_rnn.kernels.numba.compiled import Compiled, compiled
+from fused_rnn.kernels.numba.pack import Panels
+from fused_rnn.kernels.numba.pack import pack as pack_panels
+from fused_rnn.kernels.numba.product import max_rows
+from fused_rnn.kernels.numba.share import COUNTER_BYTES
+from fused_rnn.kernels.numba.vector import REGISTER_BYTES
+from fused_rnn.steps import Steps
+
+# A kernel whose threads share fewer multiply-adds than this per step loses more by meeting than it gains by sharing.
+_MIN_SHARED_STEP = 16_000
+# Fewer in all do not pay for waking the team.
+_MIN_SHARED_CALL = 100_000
+# Sharing by row beats sharing by unit where every thread has so many rows and its cache holds all weights of a recurrence,
+# so many bytes. Measured with 2 MiB of second-level cache per core.
+_MIN_ROWS, _MAX_ROW_WEIGHTS = 8, 3 << 19
+# Up to so many rows and steps, packing costs more than dot products with the weights as they are.
+_MAX_STORED_BATCH, _MAX_STORED_STEPS = 2, 8
+_SUMS_BYTES = 32 * REGISTER_BYTES
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The weights of a call: panels, or for a call too short to pay for packing the tensors as they are."""
+
+    weights: Panels | list[Tensor]
+    projection: Panels | None
+
+
+def _lanes(dtype: torch.dtype) -> int:
+    return REGISTER_BYTES // dtype.itemsize
+
+
+def _threads(steps: Steps, length: int, work: int) -> int:
+    """How many threads to ask for. work: multiply-adds of one row, all recurrences."""
+    if steps.batch * work < _MIN_SHARED_STEP or steps.batch * work * length < _MIN_SHARED_CALL:
+        return 1
+    return team.num_threads()
+
+
+class _Arguments:
+    """The block of arguments and all memory that it points to."""
+
+    def __init__(
+        self, like: Tensor, cell: Cell, units: int, size: int, steps: Steps, reverse: Any, reset: Tensor | None
+    ) -> None:
+        self.values = np.zeros(len(Arg), np.int64)
+        self._keep: list[Any] = []
+        self.dtype = like.dtype
+        self.units, self.size = units, size
+        self.set(Arg.GIVE_WAY, team.give_way_address())
+        self.set(Arg.LENGTH, steps.length)
+        self.set(Arg.BATCH, steps.batch)
+        self.set(Arg.DIRECTIONS, len(reverse))
+        if steps.batch_sizes is not None and steps.offsets is not None:
+            self.set(Arg.SIZES, self.keep(steps.batch_sizes.contiguous()))
+            self.set(Arg.OFFSETS, self.keep(steps.offsets.contiguous()))
+        self.set(Arg.REVERSE, self.keep(np.array(reverse, np.uint8)))
+        if reset is not None:
+            self.set(Arg.RESET, self.keep(reset.contiguous()))
+        self.set(Arg.GATES, cell.num_gates)
+        self.set(Arg.UNITS, units)
+        self.set(Arg.STATE_SIZE, size)
+        self.set(Arg.ITEM, like.dtype.itemsize)
+        self.set(Arg.LANES, _lanes(like.dtype))
+        self.set(Arg.ZEROS, self.keep(like.new_zeros(max(len(cell.bias) * units, size))))
+
+    def set(self, arg: Arg, value: int) -> None:
+        self.values[arg] = value
+
+    def keep(self, owner: Any) -> int:
+        """Keep memory alive and return its address."""
+        self._keep.append(owner)
+        address: int = owner.data_ptr() if isinstance(owner, Tensor) else owner.ctypes.data
+        return address
+
+    def rows(self, arg: Arg, buffer: Tensor, columns: int) -> None:
+        """Set the address and the strides of a row buffer (·, D, columns)."""
+        if buffer.dim() != 3 or buffer.shape[1] != self.values[Arg.DIRECTIONS] or buffer.shape[2] != columns:
+            raise ValueError(f"expected rows of shape (·, {self.values[Arg.DIRECTIONS]}, {columns}), got {tuple(buffer.shape)}")
+        if buffer.dtype != self.dtype or (columns > 1 and buffer.stride(2) != 1):
+            raise ValueError(f"expected contiguous columns of {self.dtype}, got {buffer.dtype} with strides {buffer.stride()}")
+        self.set(arg, buffer.data_ptr())
+        self.set(Arg(arg + 1), buffer.stride(0) * buffer.itemsize)
+        self.set(Arg(arg + 2), buffer.stride(1) * buffer.itemsize)
+
+    def states(self, h: Arg, c: Arg, states: tuple[Tensor, ...]) -> None:
+        """Set the addresses of the states."""
+        shape = (int(self.values[Arg.DIRECTIONS]), int(self.values[Arg.BATCH]))
+        for arg, state, width in zip((h, c), states, (self.size, self.units), strict=False):
+            if state.shape != (*shape, width) or state.dtype != self.dtype or not state.is_contiguous():
+                raise ValueError(f"expected contiguous states of shape {(*shape, width)}, got {tuple(state.shape)}")
+            self.set(arg, state.data_ptr())
+
+    def run(self, kernel: Compiled, threads: int) -> None:
+        """Run the kernel on a team and wait for it."""
+        batch = int(self.values[Arg.BATCH])
+        per_thread = _SUMS_BYTES + 6 * 8 * batch
+        per_thread += -per_thread % COUNTER_BYTES
+        scratch = np.empty(threads * per_thread + COUNTER_BYTES, np.uint8)
+        counters = np.zeros((threads + 1) * COUNTER_BYTES, np.uint8)
+        self.set(Arg.SCRATCH, self.keep(scratch) + -scratch.ctypes.data % COUNTER_BYTES)
+        self.set(Arg.SCRATCH_THREAD, per_thread)
+        self.set(Arg.SCRATCH_ROWS, _SUMS_BYTES)
+        self.set(Arg.COUNTERS, self.keep(counters) + -counters.ctypes.data % COUNTER_BYTES)
+        self.set(Arg.TEAM_SIZE, threads)
+        self.set(Arg.TEAM_SIZE_FUNCTION, team.team_size_address() if threads > 1 else 0)
+        weights = int(self.values[Arg.GATES]) * self.units * self.size * self.dtype.itemsize
+        self.set(Arg.ROW_MAJOR, batch >= threads * _MIN_ROWS and weights <= _MAX_ROW_WEIGHTS)
+        team.run(kernel.call, kernel.address, self.values.ctypes.data, threads)
+
+
+def make_functions(
+    cell: Cell, forward_kernel: Any, forward_vectors: int, backward_kernel: Any, vectors: int
+) -> tuple[Any, Any, Any]:
+    """Make a cell's ``pack``, ``forward`` and ``backward`` (contract: ``fused_rnn.kernels``).
+
+    Args:
+        cell: which cell.
+        forward_kernel: (like, version) -> the function to compile for the forward.
+        forward_vectors: vectors of units in a panel of its product.
+        backward_kernel: the same for the backward.
+        vectors: vectors of columns in a panel of the backward's product and of the projection's.
+    """
+    gates = cell.num_gates
+    # The rows of weight_hh in the order of d_gates' first blocks; hn is the recurrent part of gate n.
+    order = [cell.gates.index("n" if name == "hn" else name) for name in cell.d_gates[:gates]]
+
+    def pack(weight_hh: list[Tensor], weight_hr: list[Tensor] | None, steps: Steps, backward: bool) -> Packed:
+        if not backward and weight_hr is None and steps.batch <= _MAX_STORED_BATCH and steps.length <= _MAX_STORED_STEPS:
+            return Packed([weight.contiguous() for weight in weight_hh], None)
+        split = [weight.reshape(gates, -1, weight.shape[1]).unbind() for weight in weight_hh]
+        if backward:
+            weights = pack_panels([[blocks[index].T for index in order] for blocks in split], vectors, stacked=True)
+        else:
+            weights = pack_panels(split, forward_vectors, stacked=False)
+        projection = None
+        if weight_hr is not None:
+            projection = pack_panels([[weight.T if backward else weight] for weight in weight_hr], vectors, stacked=False)
+        return Packed(weights, projection)
+
+    def set_weights(arguments: _Arguments, packed: Packed, panel_vectors: int, columns: int) -> None:
+        if isinstance(packed.weights, Panels):
+            arguments.set(Arg.WEIGHTS, packed.weights.address)
+            arguments.set(Arg.WEIGHTS_DIRECTION, packed.weights.stride)
+        else:
+            addresses = np.array([weight.data_ptr() for weight in packed.weights], np.int64)
+            arguments.set(Arg.STORED, arguments.keep(addresses))
+        if packed.projection is not None:
+            arguments.set(Arg.PROJECTION, packed.projection.address)
+            arguments.set(Arg.PROJECTION_DIRECTION, packed.projection.stride)
+        arguments.set(Arg.PANEL_UNITS, panel_vectors)
+        arguments.set(Arg.TILE_ROWS, max_rows(columns))
+        arguments.set(Arg.PLAIN_VECTORS, vectors)
+        arguments.set(Arg.PLAIN_ROWS, max_rows(vectors))
+
+    def forward(
+        tape: Tensor,
+        out: Tensor,
+        states: tuple[Tensor, ...],
+        packed: Packed,
+        bias: Tensor | None,
+        steps: Steps,
+        reverse: Any,
+        reset: Tensor | None,
+    ) -> None:
+        if steps.batch == 0 or steps.length == 0:
+            return
+        units, size = tape.shape[2] // len(cell.tape), out.shape[2]
+        arguments = _Arguments(tape, cell, units, size, steps, reverse, reset)
+        arguments.rows(Arg.TAPE, tape, len(cell.tape) * units)
+        arguments.rows(Arg.OUT, out, size)
+        arguments.states(Arg.STATE_H, Arg.STATE_C, states)
+        set_weights(arguments, packed, forward_vectors, forward_vectors * gates)
+        if bias is None:
+            arguments.set(Arg.BIAS, int(arguments.values[Arg.ZEROS]))
+        else:
+            arguments.set(Arg.BIAS, arguments.keep(bias.contiguous()))
+            arguments.set(Arg.BIAS_DIRECTION, len(cell.bias) * units * tape.itemsize)
+        if packed.projection is not None:
+            arguments.set(Arg.HIDDEN, arguments.keep(tape.new_empty((len(reverse), steps.batch, units))))
+        threads = _threads(steps, steps.length, len(reverse) * gates * units * size)
+        arguments.run(compiled(forward_kernel, tape.dtype), threads)
+
+    def backward(
+        d_gates: Tensor,
+        d_states: tuple[Tensor, ...],
+        d_out: Tensor | None,
+        tape: Tensor,
+        out: Tensor,
+        states_0: tuple[Tensor, ...],
+        packed: Packed,
+        steps: Steps,
+        t_begin: int,
+        t_end: int,
+        reverse: Any,
+        reset: Tensor | None,
+    ) -> None:
+        if steps.batch == 0 or t_begin == t_end:
+            return
+        units, size = tape.shape[2] // len(cell.tape), out.shape[2]
+        arguments = _Arguments(tape, cell, units, size, steps, reverse, reset)
+        arguments.rows(Arg.TAPE, tape, len(cell.tape) * units)
+        arguments.rows(Arg.OUT, out, size)
+        arguments.rows(Arg.D_GATES, d_gates, len(cell.d_gates) * units + (0 if packed.projection is None else size))
+        if d_out is None:
+            arguments.set(Arg.D_OUT, int(arguments.values[Arg.ZEROS]))
+        else:
+            arguments.rows(Arg.D_OUT, d_out, size)
+        arguments.states(Arg.STATE_H, Arg.STATE_C, d_states)
+        arguments.states(Arg.FIRST_H, Arg.FIRST_C, states_0)
+        arguments.set(Arg.BEGIN, t_begin)
+        arguments.set(Arg.END, t_end)
+        set_weights(arguments, packed, vectors, vectors)
+        threads = _threads(steps, t_end - t_begin, len(reverse) * gates * units * size)
+        arguments.run(compiled(backward_kernel, tape.dtype), threads)
+
+    module = sys._getframe(1).f_globals["__name__"]
+    for function, suffix in ((pack, "pack"), (forward, "forward"), (backward, "backward")):
+        function.__name__ = function.__qualname__ = f"{cell.name}_{suffix}"
+        function.__module__ = module
+    return pack, forward, backward

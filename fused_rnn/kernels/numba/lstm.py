@@ -1,0 +1,69 @@
+"""The LSTM's pointwise parts and its kernels (contract: ``fused_rnn.kernels``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import njit
+
+from fused_rnn.cells import LSTM
+from fused_rnn.kernels.numba.launch import make_functions
+from fused_rnn.kernels.numba.product import PRODUCTS
+from fused_rnn.kernels.numba.vector import load, ones, sigmoid, splat, store, tanh, vector_bytes
+from fused_rnn.kernels.numba.walk import backward, forward
+
+_GATES = PRODUCTS[4]
+_PLAIN = PRODUCTS[2]
+
+
+@njit(error_model="numpy")
+def _forward(like: Any, sums: int, tape: int, out: int, h: int, c: int, bias: int, block: int, count: Any) -> None:
+    vector = vector_bytes(like)
+    i = sigmoid(load(like, tape, count) + load(like, bias, count) + load(like, sums, None))
+    f = sigmoid(load(like, tape + block, count) + load(like, bias + block, count) + load(like, sums + vector, None))
+    g = tanh(load(like, tape + 2 * block, count) + load(like, bias + 2 * block, count) + load(like, sums + 2 * vector, None))
+    o = sigmoid(load(like, tape + 3 * block, count) + load(like, bias + 3 * block, count) + load(like, sums + 3 * vector, None))
+    c_next = f * load(like, c, count) + i * g
+    store(tape, i, count)
+    store(tape + block, f, count)
+    store(tape + 2 * block, g, count)
+    store(tape + 3 * block, o, count)
+    store(tape + 4 * block, c_next, count)
+    store(out, o * tanh(c_next), count)
+
+
+@njit(error_model="numpy")
+def _backward(like: Any, d_h: Any, d_c: int, tape: int, out: int, h: int, c: int, d_gates: int, reset: bool, block: int,
+              count: Any) -> Any:  # fmt: skip
+    one = ones(like)
+    i, f = load(like, tape, count), load(like, tape + block, count)
+    g, o = load(like, tape + 2 * block, count), load(like, tape + 3 * block, count)
+    tanh_c = tanh(load(like, tape + 4 * block, count))
+    d_cell = load(like, d_c, count) + d_h * o * (one - tanh_c * tanh_c)
+    store(d_gates, d_cell * g * i * (one - i), count)
+    store(d_gates + block, d_cell * load(like, c, count) * f * (one - f), count)
+    store(d_gates + 2 * block, d_cell * i * (one - g * g), count)
+    store(d_gates + 3 * block, d_h * tanh_c * o * (one - o), count)
+    store(d_c, splat(like) if reset else d_cell * f, count)
+    return splat(like)
+
+
+_walk_forward = forward("lstm_forward_walk", _forward, _GATES, _PLAIN)
+_walk_backward = backward("lstm_backward_walk", _backward, _PLAIN)
+
+
+def _forward_kernel(like: Any, version: int) -> Any:
+    def lstm_forward(p: int) -> None:
+        _walk_forward(p, like, version)
+
+    return lstm_forward
+
+
+def _backward_kernel(like: Any, version: int) -> Any:
+    def lstm_backward(p: int) -> None:
+        _walk_backward(p, like, version)
+
+    return lstm_backward
+
+
+lstm_pack, lstm_forward, lstm_backward = make_functions(LSTM, _forward_kernel, 1, _backward_kernel, 2)

@@ -1,0 +1,79 @@
+"""The plain RNN's pointwise parts and its kernels, tanh and relu (contract: ``fused_rnn.kernels``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import njit
+
+from fused_rnn.cells import RNN_RELU, RNN_TANH
+from fused_rnn.kernels.numba.launch import make_functions
+from fused_rnn.kernels.numba.product import PRODUCTS
+from fused_rnn.kernels.numba.vector import load, splat, store, tanh, where_positive
+from fused_rnn.kernels.numba.walk import backward, forward
+
+_PLAIN = PRODUCTS[2]
+
+
+@njit(error_model="numpy")
+def _forward_tanh(like: Any, sums: int, tape: int, out: int, h: int, c: int, bias: int, block: int, count: Any) -> None:
+    store(out, tanh(load(like, tape, count) + load(like, bias, count) + load(like, sums, None)), count)
+
+
+@njit(error_model="numpy")
+def _backward_tanh(like: Any, d_h: Any, d_c: int, tape: int, out: int, h: int, c: int, d_gates: int, reset: bool, block: int,
+                   count: Any) -> Any:  # fmt: skip
+    h_next = load(like, out, count)
+    store(d_gates, d_h - d_h * h_next * h_next, count)
+    return splat(like)
+
+
+@njit(error_model="numpy")
+def _forward_relu(like: Any, sums: int, tape: int, out: int, h: int, c: int, bias: int, block: int, count: Any) -> None:
+    gate = load(like, tape, count) + load(like, bias, count) + load(like, sums, None)
+    store(out, where_positive(gate, gate), count)
+
+
+@njit(error_model="numpy")
+def _backward_relu(like: Any, d_h: Any, d_c: int, tape: int, out: int, h: int, c: int, d_gates: int, reset: bool, block: int,
+                   count: Any) -> Any:  # fmt: skip
+    store(d_gates, where_positive(load(like, out, count), d_h), count)
+    return splat(like)
+
+
+_walk_forward_tanh = forward("rnn_tanh_forward_walk", _forward_tanh, _PLAIN, _PLAIN)
+_walk_backward_tanh = backward("rnn_tanh_backward_walk", _backward_tanh, _PLAIN)
+_walk_forward_relu = forward("rnn_relu_forward_walk", _forward_relu, _PLAIN, _PLAIN)
+_walk_backward_relu = backward("rnn_relu_backward_walk", _backward_relu, _PLAIN)
+
+
+def _forward_tanh_kernel(like: Any, version: int) -> Any:
+    def rnn_tanh_forward(p: int) -> None:
+        _walk_forward_tanh(p, like, version)
+
+    return rnn_tanh_forward
+
+
+def _backward_tanh_kernel(like: Any, version: int) -> Any:
+    def rnn_tanh_backward(p: int) -> None:
+        _walk_backward_tanh(p, like, version)
+
+    return rnn_tanh_backward
+
+
+def _forward_relu_kernel(like: Any, version: int) -> Any:
+    def rnn_relu_forward(p: int) -> None:
+        _walk_forward_relu(p, like, version)
+
+    return rnn_relu_forward
+
+
+def _backward_relu_kernel(like: Any, version: int) -> Any:
+    def rnn_relu_backward(p: int) -> None:
+        _walk_backward_relu(p, like, version)
+
+    return rnn_relu_backward
+
+
+rnn_tanh_pack, rnn_tanh_forward, rnn_tanh_backward = make_functions(RNN_TANH, _forward_tanh_kernel, 2, _backward_tanh_kernel, 2)
+rnn_relu_pack, rnn_relu_forward, rnn_relu_backward = make_functions(RNN_RELU, _forward_relu_kernel, 2, _backward_relu_kernel, 2)

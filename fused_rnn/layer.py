@@ -1,0 +1,190 @@
+"""The forward of one layer around the kernels: buffers, input projection, chunks of time.
+
+Everything here computes without a graph; ``fused_rnn.autograd`` records it and ``fused_rnn.gradients`` holds the backward.
+Legend as in ``fused_rnn.kernels``: T steps, N sequences, D recurrences, H hidden units, G gates, P the size of h, R rows; the
+rows of all steps follow one another without gaps.
+
+Time is walked in chunks where the whole does not have to exist at once: gates_x in inference, d_gates in the backward, and
+the float32 copies of bfloat16 and float16. What one product writes, the next then reads from cache, and no call faults in
+fresh memory that grows with T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_rnn.cells import Cell, Weights
+from fused_rnn.dispatch import Kernels
+from fused_rnn.steps import Steps
+
+States = tuple[Tensor, ...]
+
+# Bytes of one chunk's row buffer: a few second-level caches. At least so many rows, because a product of fewer leaves the
+# matrix units waiting for the weights.
+CHUNK_BYTES = 8 << 20
+_CHUNK_ROWS = 512
+
+# From this size on, fresh memory is worth asking for huge pages (2 MiB each).
+_HUGE_BYTES = 4 << 20
+
+# What the kernels compute in, by the dtype that the tensors are stored in.
+COMPUTE = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
+
+try:
+    from fused_rnn._C import advise_huge_pages as _advise_huge_pages
+except ImportError:  # without the extension memory is what the system gives
+
+    def _advise_huge_pages(address: int, bytes: int) -> None:
+        return None
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As torch.empty, with huge pages where a fresh large block would cost more page faults than arithmetic."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    if tensor.nbytes >= _HUGE_BYTES and device.type == "cpu":
+        _advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a call of one layer has besides tensors.
+
+    Attributes:
+        cell: which cell.
+        kernels: its kernels on the chosen backend.
+        steps: which rows a step works on.
+        reverse: for each of the D recurrences, whether it walks from the last step to the first.
+    """
+
+    cell: Cell
+    kernels: Kernels
+    steps: Steps
+    reverse: tuple[bool, ...]
+
+    def chunks(self, row_bytes: int, backwards: bool) -> Iterator[tuple[int, int]]:
+        """Cut the steps into chunks of about ``CHUNK_BYTES``: (t_begin, t_end), first to last or last to first."""
+        rows = max(_CHUNK_ROWS, CHUNK_BYTES // row_bytes)
+        length = max(1, rows // max(1, self.steps.batch))
+        starts = range(0, self.steps.length, length)
+        for t in reversed(starts) if backwards else starts:
+            yield t, min(t + length, self.steps.length)
+
+
+def _bias(cell: Cell, weights: Sequence[Weights], dtype: torch.dtype) -> Tensor | None:
+    """The bias that the kernel adds, (D, blocks of ``Cell.bias``·H), or None where no direction has one."""
+    if all(weight.bias_ih is None and weight.bias_hh is None for weight in weights):
+        return None
+    blocks = []
+    for weight in weights:
+        zero = weight.hh.new_zeros(weight.hh.shape[0])
+        ih = (zero if weight.bias_ih is None else weight.bias_ih).to(dtype)
+        hh = (zero if weight.bias_hh is None else weight.bias_hh).to(dtype)
+        apart = (len(cell.bias) - cell.num_gates) * (weight.hh.shape[0] // cell.num_gates)
+        if apart:
+            blocks += [ih[:-apart] + hh[:-apart], ih[-apart:], hh[-apart:]]
+        else:
+            blocks.append(ih + hh)
+    return torch.cat(blocks).view(len(weights), -1)
+
+
+def compute_weights(weights: Sequence[Weights], dtype: torch.dtype) -> list[Weights]:
+    """The weights in the dtype that the kernels compute in."""
+    return [
+        Weights(
+            weight.ih.to(dtype), weight.hh.to(dtype), *(None if tensor is None else tensor.to(dtype) for tensor in weight[2:])
+        )
+        for weight in weights
+    ]
+
+
+def pack(layer: Layer, weights: Sequence[Weights], backward: bool) -> object:
+    """What the kernels of ``layer`` read in place of these weights: the backward's product, or the forward's."""
+    projections = [weight.hr for weight in weights if weight.hr is not None]
+    return layer.kernels.pack([weight.hh for weight in weights], projections or None, layer.steps, backward)
+
+
+def forward(
+    layer: Layer,
+    input: Tensor,
+    states: States,
+    weights: Sequence[Weights],
+    reset: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, States, Tensor | None]:
+    """Compute a layer.
+
+    Args:
+        input: (R, I).
+        states: h (D, N, P) and for the LSTM c (D, N, H).
+        weights: the parameters of the D recurrences.
+        reset: (R,) bool, or None.
+        keep: whether a backward will follow.
+
+    Returns:
+        out (R, D·P); the states after the walk; and the tape, (R, D, tape blocks·H) in the dtype of the input, or None where
+        it is not kept or is the output.
+    """
+    cell, steps = layer.cell, layer.steps
+    storage, device = input.dtype, input.device
+    rows, recurrences = input.shape[0], len(weights)
+    gates, output = weights[0].hh.shape
+    compute = COMPUTE[storage]
+    columns = len(cell.tape) * (gates // cell.num_gates)
+
+    weights = compute_weights(weights, compute)
+    bias = _bias(cell, weights, compute)
+    ends = tuple(state.to(compute, copy=True, memory_format=torch.contiguous_format) for state in states)
+    out = empty((rows, recurrences, output), storage, device)
+    tape = empty((rows, recurrences, columns), storage, device) if keep and not cell.tape_is_out else None
+
+    # Whole, where nothing would be gained by chunks: the tape is kept anyway, or all of it is small.
+    row_bytes = columns * compute.itemsize
+    if storage == compute and (cell.tape_is_out or keep or rows * recurrences * row_bytes <= CHUNK_BYTES):
+        whole = out if cell.tape_is_out else empty((rows, recurrences, columns), storage, device) if tape is None else tape
+        for d, weight in enumerate(weights):
+            torch.mm(input, weight.ih.t(), out=whole[:, d, :gates])
+        packed = pack(layer, weights, backward=False)
+        layer.kernels.forward(whole, out, ends, packed, bias, steps, layer.reverse, reset)
+        return out.view(rows, recurrences * output), ends, tape
+
+    workspace: Tensor | None = None
+    for d, (weight, backwards) in enumerate(zip(weights, layer.reverse, strict=True)):
+        packed = pack(layer, [weight], backward=False)
+        for t_begin, t_end in layer.chunks(row_bytes, backwards):
+            part, span = steps.part(t_begin, t_end), steps.rows(t_begin, t_end)
+            n = span.stop - span.start
+            if workspace is None or workspace.shape[0] < n:
+                workspace = empty((n, 1, columns), compute, device)
+            chunk = workspace[:n]
+            torch.mm(input[span].to(compute), weight.ih.t(), out=chunk[:, 0, :gates])
+            chunk_out = out[span, d : d + 1]
+            if cell.tape_is_out:
+                chunk_out = chunk
+            elif storage != compute:
+                chunk_out = torch.empty((n, 1, output), dtype=compute, device=device)
+            layer.kernels.forward(
+                chunk,
+                chunk_out,
+                tuple(end[d : d + 1] for end in ends),
+                packed,
+                None if bias is None else bias[d : d + 1],
+                part,
+                (backwards,),
+                None if reset is None else reset[span],
+            )
+            if storage != compute:
+                out[span, d : d + 1] = chunk_out
+                if tape is not None:
+                    tape[span, d : d + 1] = chunk
+    ends = tuple(end.to(storage) for end in ends)
+    return out.view(rows, recurrences * output), ends, tape

@@ -1,0 +1,396 @@
+"""The modules: torch.nn's contract (arguments, parameters, state_dict, results, errors) over ``fused_rnn.functional``.
+
+They derive from torch.nn.RNNBase and torch.nn.RNNCellBase, which make and check the parameters, and not from torch.nn.LSTM
+and its like, at whose instances torch.compile stops tracing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import Tensor
+from torch.nn.modules.rnn import RNNCellBase
+from torch.nn.utils.rnn import PackedSequence
+
+from fused_rnn import functional
+from fused_rnn.cells import Weights
+
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+
+Input = TypeVar("Input", Tensor, PackedSequence)
+
+
+class _Layers(torch.nn.RNNBase):
+    """What RNN, LSTM and GRU share: where the weights are found at each call."""
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: no kernel needs the parameters next to each other. Here so that callers of torch.nn's keep working."""
+
+    @property
+    def _flat_weights(self) -> list[Any]:
+        # torch.nn keeps this list, and with it tensors that a parametrization or a reassignment has long replaced.
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: Any) -> None:
+        # RNNBase assigns what the property gives anyway.
+        pass
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = {key: value for key, value in state.items() if key != "_flat_weights"}
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
+    def _weights(self) -> list[Weights]:
+        parameters = self._parameters
+        # A parametrized, pruned or reassigned weight is an attribute, not a parameter.
+        tensors: list[Any] = [
+            getattr(self, name) if (tensor := parameters.get(name)) is None else tensor for name in self._flat_weights_names
+        ]
+        each = 2 + 2 * self.bias + (self.proj_size > 0)
+        weights = []
+        for first in range(0, len(tensors), each):
+            one = tensors[first : first + each]
+            if not self.bias:
+                one[2:2] = (None, None)
+            weights.append(Weights(*one))
+        return weights
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "bidirectional": self.bidirectional,
+            "batch_first": self.batch_first,
+            "dropout": self.dropout,
+            "training": self.training,
+        }
+
+
+class RNN(_Layers):
+    r"""A stack of simple (Elman) recurrences: the fused replacement of torch.nn.RNN.
+
+    .. math:: h_t = \phi(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: hidden units, H.
+        num_layers: layers, L. Default: 1
+        nonlinearity: ``'tanh'`` or ``'relu'``. Default: ``'tanh'``
+        bias: whether there are ``bias_ih`` and ``bias_hh``. Default: ``True``
+        batch_first: whether a batched input and output have N before T. Default: ``False``
+        dropout: the probability of zeroing an output of all layers but the last in training. Default: 0
+        bidirectional: whether a second recurrence walks from the last step to the first (D = 2). Default: ``False``
+        device, dtype: of the parameters.
+
+    Inputs: input, h_0
+        - **input**: (T, N, I), (N, T, I) with ``batch_first``, (T, I) unbatched, or a PackedSequence.
+        - **h_0**: (D·L, N, H), or (D·L, H) unbatched. Default: zero
+
+    Outputs: output, h_n
+        - **output**: h of the last layer at every step, (T, N, D·H), (N, T, D·H), (T, D·H) or a PackedSequence.
+        - **h_n**: h of every layer after its last step, in the shape of h_0.
+
+    Parameters, per layer k and direction: ``weight_ih_l{k}`` (H, I or D·H), ``weight_hh_l{k}`` (H, H), ``bias_ih_l{k}`` (H,),
+    ``bias_hh_l{k}`` (H,), and the same with ``_reverse``. They are drawn from U(−1/√H, 1/√H).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: with torch.nn.RNN's messages, in the constructor and in ``forward``.
+
+    >>> rnn = RNN(10, 20, 2)
+    >>> output, h_n = rnn(torch.randn(5, 3, 10), torch.randn(2, 3, 20))
+    >>> output.shape
+    torch.Size([5, 3, 20])
+    """
+
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None: ...
+
+    @overload
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _refuse_proj_size(kwargs)
+        if len(args) > 3:
+            nonlinearity, args = args[3], args[:3] + args[4:]
+        else:
+            nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        self.nonlinearity = nonlinearity
+        super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
+
+    def forward(self, input: Input, hx: Tensor | None = None) -> tuple[Input, Tensor]:
+        """Run the layers; shapes and errors in the class docstring."""
+        function = functional.rnn_tanh if self.mode == "RNN_TANH" else functional.rnn_relu
+        return function(input, self._weights(), hx, **self._options())
+
+
+class GRU(_Layers):
+    r"""A stack of gated recurrent units: the fused replacement of torch.nn.GRU.
+
+    .. math::
+        \begin{array}{ll}
+        r_t = \sigma(W_{ir} x_t + b_{ir} + W_{hr} h_{t-1} + b_{hr}) \\
+        z_t = \sigma(W_{iz} x_t + b_{iz} + W_{hz} h_{t-1} + b_{hz}) \\
+        n_t = \tanh(W_{in} x_t + b_{in} + r_t \odot (W_{hn} h_{t-1} + b_{hn})) \\
+        h_t = (1 - z_t) \odot n_t + z_t \odot h_{t-1}
+        \end{array}
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: hidden units, H.
+        num_layers: layers, L. Default: 1
+        bias: whether there are ``bias_ih`` and ``bias_hh``. Default: ``True``
+        batch_first: whether a batched input and output have N before T. Default: ``False``
+        dropout: the probability of zeroing an output of all layers but the last in training. Default: 0
+        bidirectional: whether a second recurrence walks from the last step to the first (D = 2). Default: ``False``
+        device, dtype: of the parameters.
+
+    Inputs: input, h_0
+        - **input**: (T, N, I), (N, T, I) with ``batch_first``, (T, I) unbatched, or a PackedSequence.
+        - **h_0**: (D·L, N, H), or (D·L, H) unbatched. Default: zero
+
+    Outputs: output, h_n
+        - **output**: h of the last layer at every step, (T, N, D·H), (N, T, D·H), (T, D·H) or a PackedSequence.
+        - **h_n**: h of every layer after its last step, in the shape of h_0.
+
+    Parameters, per layer k and direction: ``weight_ih_l{k}`` (3H, I or D·H), ``weight_hh_l{k}`` (3H, H), ``bias_ih_l{k}``
+    (3H,), ``bias_hh_l{k}`` (3H,), and the same with ``_reverse``; gate order r, z, n. They are drawn from U(−1/√H, 1/√H).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: with torch.nn.GRU's messages, in the constructor and in ``forward``.
+
+    >>> rnn = GRU(10, 20, 2)
+    >>> output, h_n = rnn(torch.randn(5, 3, 10), torch.randn(2, 3, 20))
+    >>> output.shape
+    torch.Size([5, 3, 20])
+    """
+
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None: ...
+
+    @overload
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _refuse_proj_size(kwargs)
+        super().__init__("GRU", *args, **kwargs)
+
+    def forward(self, input: Input, hx: Tensor | None = None) -> tuple[Input, Tensor]:
+        """Run the layers; shapes and errors in the class docstring."""
+        return functional.gru(input, self._weights(), hx, **self._options())
+
+
+class LSTM(_Layers):
+    r"""A stack of long short-term memories: the fused replacement of torch.nn.LSTM.
+
+    .. math::
+        \begin{array}{ll}
+        i_t = \sigma(W_{ii} x_t + b_{ii} + W_{hi} h_{t-1} + b_{hi}) \\
+        f_t = \sigma(W_{if} x_t + b_{if} + W_{hf} h_{t-1} + b_{hf}) \\
+        g_t = \tanh(W_{ig} x_t + b_{ig} + W_{hg} h_{t-1} + b_{hg}) \\
+        o_t = \sigma(W_{io} x_t + b_{io} + W_{ho} h_{t-1} + b_{ho}) \\
+        c_t = f_t \odot c_{t-1} + i_t \odot g_t \\
+        h_t = o_t \odot \tanh(c_t)
+        \end{array}
+
+    With ``proj_size`` P > 0, :math:`h_t = W_{hr} (o_t \odot \tanh(c_t))` has P features; otherwise P is H below.
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: hidden units, H.
+        num_layers: layers, L. Default: 1
+        bias: whether there are ``bias_ih`` and ``bias_hh``. Default: ``True``
+        batch_first: whether a batched input and output have N before T. Default: ``False``
+        dropout: the probability of zeroing an output of all layers but the last in training. Default: 0
+        bidirectional: whether a second recurrence walks from the last step to the first (D = 2). Default: ``False``
+        proj_size: features of a projected h, smaller than ``hidden_size``; 0 for none. Default: 0
+        device, dtype: of the parameters.
+
+    Inputs: input, (h_0, c_0)
+        - **input**: (T, N, I), (N, T, I) with ``batch_first``, (T, I) unbatched, or a PackedSequence.
+        - **h_0**: (D·L, N, P), or (D·L, P) unbatched. Default: zero
+        - **c_0**: (D·L, N, H), or (D·L, H) unbatched. Default: zero
+
+    Outputs: output, (h_n, c_n)
+        - **output**: h of the last layer at every step, (T, N, D·P), (N, T, D·P), (T, D·P) or a PackedSequence.
+        - **h_n**, **c_n**: the states of every layer after its last step, in the shapes of h_0 and c_0.
+
+    Parameters, per layer k and direction: ``weight_ih_l{k}`` (4H, I or D·P), ``weight_hh_l{k}`` (4H, P), ``bias_ih_l{k}``
+    (4H,), ``bias_hh_l{k}`` (4H,), with a projection ``weight_hr_l{k}`` (P, H), and the same with ``_reverse``; gate order i, f,
+    g, o. They are drawn from U(−1/√H, 1/√H).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: with torch.nn.LSTM's messages, in the constructor and in ``forward``.
+
+    >>> rnn = LSTM(10, 20, 2)
+    >>> output, (h_n, c_n) = rnn(torch.randn(5, 3, 10), (torch.randn(2, 3, 20), torch.randn(2, 3, 20)))
+    >>> output.shape
+    torch.Size([5, 3, 20])
+    """
+
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None: ...
+
+    @overload
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+    def forward(self, input: Input, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Input, tuple[Tensor, Tensor]]:
+        """Run the layers; shapes and errors in the class docstring."""
+        return functional.lstm(input, self._weights(), hx, **self._options())
+
+
+def _refuse_proj_size(kwargs: dict[str, Any]) -> None:
+    if "proj_size" in kwargs:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+
+
+class _Cell(RNNCellBase):
+    """What the cells share."""
+
+    def _weights(self) -> Weights:
+        return Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+
+
+class RNNCell(_Cell):
+    r"""One step of a simple (Elman) recurrence: the fused replacement of torch.nn.RNNCell.
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: hidden units, H.
+        bias: whether there are ``bias_ih`` and ``bias_hh``. Default: ``True``
+        nonlinearity: ``'tanh'`` or ``'relu'``. Default: ``'tanh'``
+        device, dtype: of the parameters.
+
+    Inputs: input (N, I) or (I,); h (N, H) or (H,), default zero.
+    Outputs: h after the step, (N, H) or (H,).
+
+    Parameters: ``weight_ih`` (H, I), ``weight_hh`` (H, H), ``bias_ih`` (H,), ``bias_hh`` (H,), drawn from U(−1/√H, 1/√H).
+
+    Raises:
+        ValueError, RuntimeError: with torch.nn.RNNCell's messages. An unknown nonlinearity raises in ``forward``.
+
+    >>> RNNCell(10, 20)(torch.randn(3, 10)).shape
+    torch.Size([3, 20])
+    """
+
+    __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]  # noqa: RUF012
+    nonlinearity: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Take one step; shapes and errors in the class docstring."""
+        if self.nonlinearity == "tanh":
+            return functional.rnn_tanh_cell(input, self._weights(), hx)
+        if self.nonlinearity == "relu":
+            return functional.rnn_relu_cell(input, self._weights(), hx)
+        raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+
+
+class GRUCell(_Cell):
+    r"""One step of a gated recurrent unit: the fused replacement of torch.nn.GRUCell.
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: hidden units, H.
+        bias: whether there are ``bias_ih`` and ``bias_hh``. Default: ``True``
+        device, dtype: of the parameters.
+
+    Inputs: input (N, I) or (I,); h (N, H) or (H,), default zero.
+    Outputs: h after the step, (N, H) or (H,).
+
+    Parameters: ``weight_ih`` (3H, I), ``weight_hh`` (3H, H), ``bias_ih`` (3H,), ``bias_hh`` (3H,), gate order r, z, n, drawn
+    from U(−1/√H, 1/√H). The equations are those of ``GRU``.
+
+    Raises:
+        ValueError, RuntimeError: with torch.nn.GRUCell's messages.
+
+    >>> GRUCell(10, 20)(torch.randn(3, 10)).shape
+    torch.Size([3, 20])
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Take one step; shapes and errors in the class docstring."""
+        return functional.gru_cell(input, self._weights(), hx)
+
+
+class LSTMCell(_Cell):
+    r"""One step of a long short-term memory: the fused replacement of torch.nn.LSTMCell.
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: hidden units, H.
+        bias: whether there are ``bias_ih`` and ``bias_hh``. Default: ``True``
+        device, dtype: of the parameters.
+
+    Inputs: input (N, I) or (I,); the pair (h, c), each (N, H) or (H,), default zero.
+    Outputs: the pair (h, c) after the step, each (N, H) or (H,).
+
+    Parameters: ``weight_ih`` (4H, I), ``weight_hh`` (4H, H), ``bias_ih`` (4H,), ``bias_hh`` (4H,), gate order i, f, g, o, drawn
+    from U(−1/√H, 1/√H). The equations are those of ``LSTM``.
+
+    Raises:
+        ValueError, RuntimeError: with torch.nn.LSTMCell's messages.
+
+    >>> h, c = LSTMCell(10, 20)(torch.randn(3, 10))
+    >>> h.shape
+    torch.Size([3, 20])
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Take one step; shapes and errors in the class docstring."""
+        return functional.lstm_cell(input, self._weights(), hx)

@@ -1,0 +1,57 @@
+"""The reference: every cell in plain torch.
+
+One file per cell holds the numbered equations of one step. It is what the fused kernels are judged against, what a second
+derivative is taken of, and a backend of its own that runs wherever torch does, slowly.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_rnn.cells import Cell, Weights
+from fused_rnn.reference import gru, lstm, recurrence, rnn
+from fused_rnn.steps import Steps
+
+__all__ = ["describe", "layer", "unavailable"]
+
+_EQUATIONS = {
+    equations.cell.name: equations for equations in (rnn.TANH_EQUATIONS, rnn.RELU_EQUATIONS, lstm.EQUATIONS, gru.EQUATIONS)
+}
+
+
+def unavailable() -> str | None:
+    """Why the backend cannot run here: never the case."""
+    return None
+
+
+def describe() -> str:
+    """What the backend runs on."""
+    return f"plain torch {torch.__version__}"
+
+
+def layer(
+    cell: Cell,
+    input: Tensor,
+    steps: Steps,
+    states: tuple[Tensor, ...],
+    weights: tuple[Weights, ...],
+    reverse: tuple[bool, ...],
+    reset: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Compute one layer in plain torch: any floating dtype, differentiable any number of times, inside torch.func too.
+
+    Args:
+        cell: which equations.
+        input: the rows of all steps, (R, I).
+        steps: which rows a step works on.
+        states: the states before the walk, h (D, N, P) and for the LSTM c (D, N, H).
+        weights: the parameters of each of the D directions.
+        reverse: for each direction, whether it walks from the last step to the first.
+        reset: (R,) bool: where set, the row's states are zero before that step. None for nowhere.
+
+    Returns:
+        out (R, D·P), zero in rows that no step works on, and the states after the walk, in the shapes of ``states``. A
+        sequence that has no step keeps its state.
+    """
+    return recurrence.layer(_EQUATIONS[cell.name], input, steps, states, weights, reverse, reset)

@@ -1,0 +1,55 @@
+"""Which rows a time step works on: one scheme for dense, packed and right-padded batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The rows of every time step.
+
+    Step ``t`` works on the rows ``offsets[t] .. offsets[t] + batch_sizes[t] - 1``; row ``j`` of a step is always
+    sequence ``j``. Sequences are sorted by length, longest first, so ``batch_sizes`` never grows.
+
+    Attributes:
+        length: T, the number of steps.
+        batch: N, the number of sequences (``batch_sizes[0]`` or more: a sequence may have no step here).
+        batch_sizes: (T,) int64 on the CPU, or None for a dense batch, where it is N at every step.
+        offsets: (T,) int64 on the CPU, or None for a dense batch, where it is ``t * N``.
+    """
+
+    length: int
+    batch: int
+    batch_sizes: Tensor | None = None
+    offsets: Tensor | None = None
+
+    @staticmethod
+    def packed(batch_sizes: Tensor, batch: int | None = None) -> Steps:
+        """The steps of a PackedSequence: rows of all steps one after another, without gaps."""
+        offsets = torch.zeros_like(batch_sizes)
+        torch.cumsum(batch_sizes[:-1], 0, out=offsets[1:])
+        return Steps(len(batch_sizes), int(batch_sizes[0]) if batch is None else batch, batch_sizes, offsets)
+
+    @property
+    def dense(self) -> bool:
+        """Whether every step has the same N rows."""
+        return self.batch_sizes is None
+
+    def rows(self, t_begin: int, t_end: int) -> slice:
+        """The rows that steps ``t_begin .. t_end - 1`` span."""
+        if self.batch_sizes is None or self.offsets is None:
+            return slice(t_begin * self.batch, t_end * self.batch)
+        if t_begin == t_end:
+            return slice(0, 0)
+        return slice(int(self.offsets[t_begin]), int(self.offsets[t_end - 1] + self.batch_sizes[t_end - 1]))
+
+    def part(self, t_begin: int, t_end: int) -> Steps:
+        """Steps ``t_begin .. t_end - 1`` on their own, their rows counted from the first of them."""
+        if self.batch_sizes is None or self.offsets is None:
+            return Steps(t_end - t_begin, self.batch)
+        offsets = self.offsets[t_begin:t_end]
+        return Steps(t_end - t_begin, self.batch, self.batch_sizes[t_begin:t_end], offsets - offsets[:1])

@@ -1,0 +1,234 @@
+// Runs every kernel over odd sizes in buffers of exactly the right size, for the sanitizers to watch, and checks that the
+// result does not depend on how the threads share the work.
+#include <cstdio>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "kernels.cpp"
+
+namespace fused_rnn {
+namespace FUSED_RNN_ISA {
+namespace {
+
+struct CellSizes {
+  const char* name;
+  CellKind kind;
+  int gates, tape, gradients, bias, states;
+};
+
+constexpr CellSizes kCells[] = {{"rnn_tanh", CellKind::kRnnTanh, 1, 1, 1, 1, 1},
+                                {"rnn_relu", CellKind::kRnnRelu, 1, 1, 1, 1, 1},
+                                {"lstm", CellKind::kLstm, 4, 5, 4, 4, 2},
+                                {"gru", CellKind::kGru, 3, 4, 4, 4, 1}};
+
+struct Shape {
+  Index length, batch, recurrences, hidden, output;
+  bool ragged, reset;
+};
+
+template <class T>
+struct Problem {
+  Problem(const CellSizes& cell, const Shape& shape, unsigned seed) : cell(cell), shape(shape), random(seed) {
+    const Index D = shape.recurrences, H = shape.hidden, P = shape.output, N = shape.batch;
+    Index row = 0;
+    for (Index t = 0; t < shape.length; ++t) {
+      const Index count = shape.ragged ? N - N * t / shape.length : N;
+      batch_sizes.push_back(count);
+      offsets.push_back(row);
+      row += count;
+    }
+    rows = row;
+    gates_x = draw(rows * D * cell.tape * H);
+    bias = draw(D * cell.bias * H);
+    weight_hh = draw(D * cell.gates * H * P);
+    weight_hr = draw(D * P * H);
+    h_0 = draw(D * N * P);
+    c_0 = draw(D * N * H);
+    d_out = draw(rows * D * P);
+    for (Index d = 0; d < D; ++d) reverse.push_back(d % 2 == 1);
+    for (Index i = 0; i < rows; ++i) reset.push_back(i % 3 == 0);
+  }
+
+  std::vector<T> draw(Index n) {
+    std::uniform_real_distribution<T> uniform(-1, 1);
+    std::vector<T> values(static_cast<std::size_t>(n));
+    for (T& value : values) value = uniform(random);
+    return values;
+  }
+
+  Sizes sizes(int threads, Sharing sharing) const {
+    Sizes s;
+    s.recurrences = shape.recurrences;
+    s.hidden = shape.hidden;
+    s.output = shape.output;
+    s.steps.length = shape.length;
+    s.steps.batch = shape.batch;
+    if (shape.ragged) {
+      s.steps.batch_sizes = batch_sizes.data();
+      s.steps.offsets = offsets.data();
+    }
+    s.reverse = reinterpret_cast<const bool*>(reverse.data());
+    s.reset = shape.reset ? reinterpret_cast<const bool*>(reset.data()) : nullptr;
+    s.threads = threads;
+    s.sharing = sharing;
+    return s;
+  }
+
+  const CellSizes& cell;
+  const Shape shape;
+  std::mt19937 random;
+  Index rows;
+  std::vector<std::int64_t> batch_sizes, offsets;
+  std::vector<char> reverse, reset;
+  std::vector<T> gates_x, bias, weight_hh, weight_hr, h_0, c_0, d_out;
+};
+
+// Memory on a vector's boundary without a spare byte at its end.
+template <class T>
+struct Panels {
+  explicit Panels(Index n)
+      : data(static_cast<T*>(::operator new[](static_cast<std::size_t>(n) * sizeof(T), std::align_val_t{64}))) {}
+  ~Panels() { ::operator delete[](data, std::align_val_t{64}); }
+  Panels(const Panels&) = delete;
+  T* data;
+};
+
+template <class T>
+struct Weights {
+  Weights(const Problem<T>& problem, const TypedKernels<T>& kernels, bool backward, bool projection, int threads) {
+    const auto& source = projection ? problem.weight_hr : problem.weight_hh;
+    PackArgs<T> args;
+    args.backward = backward;
+    args.projection = projection;
+    args.hidden = problem.shape.hidden;
+    args.output = problem.shape.output;
+    args.row_stride = projection ? args.hidden : args.output;
+    args.threads = threads;
+    const int kind = static_cast<int>(problem.cell.kind);
+    for (Index d = 0; d < problem.shape.recurrences; ++d) {
+      args.weight = source.data() + d * static_cast<Index>(source.size()) / problem.shape.recurrences;
+      panels.emplace_back(new Panels<T>(kernels.panel_elements[kind](args)));
+      args.panels = panels.back()->data;
+      kernels.pack[kind](args);
+      const Index forward_inner = projection ? args.hidden : args.output;
+      const Index backward_inner = projection ? args.output : problem.cell.gates * args.hidden;
+      matrices.push_back({args.panels, Layout::kPanels, backward ? backward_inner : forward_inner, 0});
+    }
+  }
+  std::vector<std::unique_ptr<Panels<T>>> panels;
+  std::vector<Matrix<T>> matrices;
+};
+
+// Everything that a forward and a backward write.
+template <class T>
+std::vector<std::vector<T>> run(const Problem<T>& p, const TypedKernels<T>& kernels, int threads, Sharing sharing) {
+  const Index D = p.shape.recurrences, H = p.shape.hidden, P = p.shape.output;
+  const bool projected = H != P;
+  const int kind = static_cast<int>(p.cell.kind);
+  std::vector<T> tape = p.gates_x, out(static_cast<std::size_t>(p.rows * D * P)), h = p.h_0, c = p.c_0;
+  const bool tape_is_out = p.cell.tape == 1;
+  {
+    const Weights<T> hh(p, kernels, false, false, threads), hr(p, kernels, false, true, threads);
+    ForwardArgs<T> args;
+    args.sizes = p.sizes(threads, sharing);
+    args.tape = {tape.data(), D * p.cell.tape * H, p.cell.tape * H};
+    args.out = {tape_is_out ? tape.data() : out.data(), D * P, P};
+    args.states[0] = h.data();
+    args.states[1] = p.cell.states == 2 ? c.data() : nullptr;
+    args.bias = p.bias.data();
+    args.weight_hh = hh.matrices.data();
+    args.weight_hr = projected ? hr.matrices.data() : nullptr;
+    kernels.forward[kind](args);
+  }
+  const Index columns = p.cell.gradients * H + (projected ? P : 0);
+  std::vector<T> d_gates(static_cast<std::size_t>(p.rows * D * columns)), d_h = p.h_0, d_c = p.c_0;
+  {
+    const Weights<T> hh(p, kernels, true, false, threads), hr(p, kernels, true, true, threads);
+    BackwardArgs<T> args;
+    args.sizes = p.sizes(threads, sharing);
+    args.t_end = p.shape.length;
+    args.d_gates = {d_gates.data(), D * columns, columns};
+    args.d_states[0] = d_h.data();
+    args.d_states[1] = p.cell.states == 2 ? d_c.data() : nullptr;
+    args.d_out = {p.d_out.data(), D * P, P};
+    args.tape = {tape.data(), D * p.cell.tape * H, p.cell.tape * H};
+    args.out = {tape_is_out ? tape.data() : out.data(), D * P, P};
+    args.states_0[0] = p.h_0.data();
+    args.states_0[1] = p.cell.states == 2 ? p.c_0.data() : nullptr;
+    args.weight_hh = hh.matrices.data();
+    args.weight_hr = projected ? hr.matrices.data() : nullptr;
+    kernels.backward[kind](args);
+  }
+  return {tape, out, h, c, d_gates, d_h, d_c};
+}
+
+template <class T>
+int check(const TypedKernels<T>& kernels, const char* dtype) {
+  const Shape shapes[] = {{1, 1, 1, 1, 1, false, false},  {3, 2, 2, 17, 17, false, true},     {5, 7, 1, 33, 33, true, false},
+                          {4, 13, 2, 50, 50, true, true}, {3, 50, 1, 100, 100, false, false}, {2, 5, 3, 65, 65, false, false},
+                          {6, 9, 2, 37, 11, true, true},  {2, 4, 1, 70, 33, false, false}};
+  int failures = 0;
+  for (const CellSizes& cell : kCells) {
+    for (const Shape& shape : shapes) {
+      if (shape.hidden != shape.output && cell.kind != CellKind::kLstm) continue;
+      const Problem<T> problem(cell, shape, 7);
+      const auto expected = run(problem, kernels, 1, Sharing::kAuto);
+      for (int threads : {2, 3, 4}) {
+        for (Sharing sharing : {Sharing::kAuto, Sharing::kBatch, Sharing::kUnits}) {
+          if (run(problem, kernels, threads, sharing) != expected) {
+            std::printf("%s %s, T=%td N=%td D=%td H=%td P=%td: %d threads give another result\n", cell.name, dtype,
+                        shape.length, shape.batch, shape.recurrences, shape.hidden, shape.output, threads);
+            ++failures;
+          }
+        }
+      }
+    }
+  }
+  return failures;
+}
+
+// Members write their own slot, meet, and read all the others', many times over.
+int check_barrier(int members) {
+  constexpr int kRounds = 2000;
+  Barrier barrier(members);
+  std::vector<int> slots(static_cast<std::size_t>(members), 0);
+  std::vector<int> failures(static_cast<std::size_t>(members), 0);
+  std::vector<std::thread> threads;
+  for (int member = 0; member < members; ++member) {
+    threads.emplace_back([&, member] {
+      for (int round = 1; round <= kRounds; ++round) {
+        slots[static_cast<std::size_t>(member)] = round;
+        barrier.wait();
+        for (int slot : slots) failures[static_cast<std::size_t>(member)] += slot != round;
+        barrier.wait();
+      }
+    });
+  }
+  int total = 0;
+  for (int member = 0; member < members; ++member) {
+    threads[static_cast<std::size_t>(member)].join();
+    total += failures[static_cast<std::size_t>(member)];
+  }
+  if (total) std::printf("barrier of %d: %d reads of a slot that another member had not written\n", members, total);
+  return total;
+}
+
+int run_all() {
+  int failures = 0;
+  for (int members : {1, 2, 3, 5}) failures += check_barrier(members);
+  // Two callers at once: nothing is shared between calls.
+  int other = 0;
+  std::thread beside([&other] { other = check<float>(kernels().f32, "float32"); });
+  failures += check<double>(kernels().f64, "float64");
+  beside.join();
+  failures += other;
+  std::printf("%s: %s\n", kernels().isa, failures ? "FAILED" : "ok");
+  return failures ? 1 : 0;
+}
+
+}  // namespace
+}  // namespace FUSED_RNN_ISA
+}  // namespace fused_rnn
+
+int main() { return fused_rnn::FUSED_RNN_ISA::run_all(); }
