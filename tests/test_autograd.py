@@ -1,0 +1,160 @@
+"""The layer around the kernels: chunks of time, repeated and partial backwards, determinism, NaN and Inf."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fused_rnn
+from fused_rnn import layer as layers
+
+NAMES = ("RNN", "LSTM", "GRU")
+each = pytest.mark.parametrize("name", NAMES)
+
+
+def make(name: str, dtype: torch.dtype = torch.float64, **options: object) -> torch.nn.Module:
+    module: torch.nn.Module = getattr(fused_rnn, name)(5, 19, bidirectional=True, dtype=dtype, **options)
+    return module
+
+
+def outputs(module: torch.nn.Module, input: object) -> list[Tensor]:
+    out, states = module(input)
+    return [
+        getattr(out, "data", out) if not isinstance(out, Tensor) else out,
+        *(states if isinstance(states, tuple) else (states,)),
+    ]
+
+
+def gradients(module: torch.nn.Module, x: Tensor, lengths: list[int] | None = None) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    input = x if lengths is None else pack_padded_sequence(x, lengths, enforce_sorted=False)
+    given = outputs(module, input)
+    loss = sum((value * torch.linspace(-1, 1, value.numel(), dtype=value.dtype).view_as(value)).sum() for value in given)
+    return [value.detach() for value in given] + list(torch.autograd.grad(loss, [x, *module.parameters()]))
+
+
+@each
+@pytest.mark.parametrize("ragged", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("projection", [0, 7])
+def test_chunks_of_time_change_nothing(
+    name: str, ragged: bool, projection: int, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    if projection and name != "LSTM":
+        pytest.skip("only the LSTM has projections")
+    module = make(name, **({"proj_size": projection} if projection else {}))
+    x = torch.randn(11, 4, 5, dtype=torch.float64)
+    lengths = [3, 11, 1, 8] if ragged else None
+    whole = gradients(module, x, lengths)
+    with torch.no_grad():
+        inferred = outputs(module, x if lengths is None else pack_padded_sequence(x, lengths, enforce_sorted=False))
+    monkeypatch.setattr(layers, "CHUNK_BYTES", 1)
+    monkeypatch.setattr("fused_rnn.gradients.CHUNK_BYTES", 1)
+    for rows in (1, 8, 20):
+        monkeypatch.setattr(layers, "_CHUNK_ROWS", rows)
+        for actual, expected in zip(gradients(module, x, lengths), whole, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+        with torch.no_grad():
+            again = outputs(module, x if lengths is None else pack_padded_sequence(x, lengths, enforce_sorted=False))
+        for actual, expected in zip(again, inferred, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_in_chunks(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """One rounding per stored value, however the walk is cut: the states between chunks stay in float32."""
+    module, x = make(name, dtype), torch.randn(11, 4, 5, dtype=dtype)
+    whole = gradients(module, x)
+    monkeypatch.setattr(layers, "CHUNK_BYTES", 1)
+    monkeypatch.setattr("fused_rnn.gradients.CHUNK_BYTES", 1)
+    monkeypatch.setattr(layers, "_CHUNK_ROWS", 8)
+    for actual, expected in zip(gradients(module, x), whole, strict=True):
+        # Sums over chunks round in another order before they are stored: the last bit of the storage may differ.
+        torch.testing.assert_close(actual, expected, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+
+
+@each
+def test_second_backward_sees_the_same(name: str, backend: str) -> None:
+    module, x = make(name), torch.randn(6, 3, 5, dtype=torch.float64, requires_grad=True)
+    loss = sum(value.square().sum() for value in outputs(module, x))
+    inputs = [x, *module.parameters()]
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    second = torch.autograd.grad(loss, inputs, retain_graph=True)
+    third = torch.autograd.grad(loss, inputs, create_graph=True)
+    for a, b, c in zip(first, second, third, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, rtol=1e-10, atol=1e-10)
+        assert c.requires_grad
+
+
+@each
+def test_only_what_is_asked_for(name: str, backend: str) -> None:
+    """Every subset of frozen tensors: the gradients that remain are those of the whole."""
+    module, x = make(name), torch.randn(6, 3, 5, dtype=torch.float64)
+    names = [key for key, _ in module.named_parameters()]
+    full = dict(zip(["x", *names], gradients(module, x)[-1 - len(names) :], strict=True))
+    for kept in (["x"], [names[0]], [names[1]], [names[2]], [names[3]], [names[1], names[-1]]):
+        for key, parameter in module.named_parameters():
+            parameter.requires_grad_(key in kept)
+        input = x.clone().requires_grad_("x" in kept)
+        given = outputs(module, input)
+        loss = sum((value * torch.linspace(-1, 1, value.numel(), dtype=value.dtype).view_as(value)).sum() for value in given)
+        asked = [input if key == "x" else module.get_parameter(key) for key in kept]
+        for key, actual in zip(kept, torch.autograd.grad(loss, asked), strict=True):
+            torch.testing.assert_close(actual, full[key], rtol=1e-12, atol=1e-12)
+
+
+@each
+def test_gradient_through_one_output_alone(name: str, backend: str) -> None:
+    theirs = getattr(torch.nn, name)(5, 19, bidirectional=True, dtype=torch.float64)
+    ours = make(name)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(6, 3, 5, dtype=torch.float64, requires_grad=True)
+    for index in range(3 if name == "LSTM" else 2):
+        actual = torch.autograd.grad(outputs(ours, x)[index].sum(), [x, *ours.parameters()])
+        expected = torch.autograd.grad(outputs(theirs, x)[index].sum(), [x, *theirs.parameters()])
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@each
+def test_same_bits_at_every_run(name: str, backend: str) -> None:
+    module, x = make(name, torch.float32), torch.randn(40, 30, 5)
+    first = gradients(module, x)
+    for _ in range(3):
+        for a, b in zip(gradients(module, x), first, strict=True):
+            assert torch.equal(a, b)
+
+
+@each
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_inf_flow_as_in_torch(name: str, value: float, backend: str) -> None:
+    theirs = getattr(torch.nn, name)(5, 19)
+    ours = copy.deepcopy(theirs)
+    fused_rnn.convert(ours)
+    x = torch.randn(6, 3, 5)
+    x[2, 1, 3] = value
+    for actual, expected in zip(outputs(ours, x), outputs(theirs, x), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@each
+def test_gradients_do_not_share_memory(name: str, backend: str) -> None:
+    """bias_ih and bias_hh have the same gradient in most cells, but each parameter owns its own."""
+    module = make(name)
+    sum(value.sum() for value in outputs(module, torch.randn(6, 3, 5, dtype=torch.float64))).backward()
+    pointers = [parameter.grad.data_ptr() for parameter in module.parameters() if parameter.grad is not None]
+    assert len(set(pointers)) == len(list(module.parameters()))
+
+
+def test_vmap_and_forward_mode_raise() -> None:
+    module = make("LSTM")
+    x = torch.randn(2, 6, 3, 5, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(lambda one: module(one)[0])(x)
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"forward|jvp"):
+        torch.func.jvp(lambda one: module(one)[0], (x[0],), (x[0],))
