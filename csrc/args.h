@@ -66,6 +66,7 @@ struct Sizes {
 template <class T>
 struct ForwardArgs {
   Sizes sizes;
+  bool keep = true;            // whether the tape is written
   Rows<T> tape;                // in: gates_x; out: what the backward reads
   Rows<T> out;                 // (R, D, P); may be the tape itself for cells whose tape is the output
   T* states[2] = {};           // (D, N, P) and (D, N, H), updated in place; the second only where the cell has one
@@ -100,6 +101,19 @@ struct PackArgs {
   T* panels = nullptr;
 };
 
+// out = input · weightᵀ
+template <class T>
+struct ProjectArgs {
+  Index rows = 0, inner = 0, columns = 0;
+  const T* input = nullptr;  // rows x inner
+  Index input_stride = 0;
+  const T* weight = nullptr;  // columns x inner
+  Index weight_stride = 0;
+  T* out = nullptr;  // rows x columns
+  Index out_stride = 0;
+  int threads = 1;
+};
+
 // The kernels of one instruction set for one dtype.
 template <class T>
 struct TypedKernels {
@@ -108,6 +122,7 @@ struct TypedKernels {
   // Elements that PackArgs::panels must hold.
   Index (*panel_elements[kCellKinds])(const PackArgs<T>&);
   void (*pack[kCellKinds])(const PackArgs<T>&);
+  void (*project)(const ProjectArgs<T>&);
 };
 
 struct Kernels {

@@ -75,6 +75,8 @@ template <class T>
 Rows<T> rows(const std::string& name, py::array& array, Index count, Index recurrences, Index columns) {
   using Element = std::remove_const_t<T>;
   check_shape<Element>(name, array, {count, recurrences, columns});
+  // An array without elements may have any strides.
+  if (array.size() == 0) return {pointer<T>(name, array), columns * recurrences, columns};
   const Index row = stride<Element>(name, array, 0), recurrence = stride<Element>(name, array, 1);
   if (columns > 1 && stride<Element>(name, array, 2) != 1) refuse(name, "contiguous columns", "strides");
   if ((recurrences > 1 && recurrence < columns) || (count > 1 && row < columns)) {

@@ -66,7 +66,7 @@ class ForwardWalk {
     const auto ahead = [&](Index j, Index v) {
       const Index unit = v * kLanes<T>;
       const T* tape = args_.tape.at(first + j, d_) + unit;
-      for (int b = 0; b < Cell::kTape; ++b) prefetch_to_write(tape + b * hidden_);
+      for (int b = 0; b < (args_.keep ? Cell::kTape : Cell::kGates); ++b) prefetch_to_write(tape + b * hidden_);
       if (!m_ && Cell::kTape > 1) prefetch_to_write(args_.out.at(first + j, d_) + unit);
     };
     product<T, Cell::kGates>(args_.weight_hh[d_], hidden_, units_, n, n, scratch_, ahead,
@@ -79,6 +79,7 @@ class ForwardWalk {
                                p.h_previous = h[j] + unit;
                                p.c = c_ + row * hidden_ + unit;
                                p.reset = resets(first + j);
+                               p.keep = args_.keep;
                                p.h = (m_ ? m_ + (d_ * steps_.batch + row) * hidden_ : args_.out.at(first + j, d_)) + unit;
                                with_io<T>(hidden_, v, [&](auto io, Index) { Cell::forward(io, sums, p); });
                              });

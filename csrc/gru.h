@@ -27,10 +27,12 @@ struct Gru {
     const Vec<T> r = gates[0], z = gates[1];
     const Vec<T> hn = p.bias ? recurrent[2] + io.load(p.bias + 3 * H) : recurrent[2];
     const Vec<T> n = tanh<T>(input<T>(io, p, 2) + r * hn);
-    io.store(p.tape, r);
-    io.store(p.tape + H, z);
-    io.store(p.tape + 2 * H, n);
-    io.store(p.tape + 3 * H, hn);
+    if (p.keep) {
+      io.store(p.tape, r);
+      io.store(p.tape + H, z);
+      io.store(p.tape + 2 * H, n);
+      io.store(p.tape + 3 * H, hn);
+    }
     io.store(p.h, n + z * (io.load(p.h_previous) - n));
   }
 

@@ -3,6 +3,7 @@
 #include "cells.h"
 #include "forward.h"
 #include "pack.h"
+#include "project.h"
 
 #define FUSED_RNN_TEXT_OF(x) #x
 #define FUSED_RNN_TEXT(x) FUSED_RNN_TEXT_OF(x)
@@ -18,7 +19,8 @@ constexpr TypedKernels<T> typed_kernels() {
   return {{forward<RnnTanh<T>, T>, forward<RnnRelu<T>, T>, forward<Lstm<T>, T>, forward<Gru<T>, T>},
           {backward<RnnTanh<T>, T>, backward<RnnRelu<T>, T>, backward<Lstm<T>, T>, backward<Gru<T>, T>},
           {panel_elements<RnnTanh<T>, T>, panel_elements<RnnRelu<T>, T>, panel_elements<Lstm<T>, T>, panel_elements<Gru<T>, T>},
-          {pack<RnnTanh<T>, T>, pack<RnnRelu<T>, T>, pack<Lstm<T>, T>, pack<Gru<T>, T>}};
+          {pack<RnnTanh<T>, T>, pack<RnnRelu<T>, T>, pack<Lstm<T>, T>, pack<Gru<T>, T>},
+          project<T>};
 }
 
 }  // namespace

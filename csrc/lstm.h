@@ -27,11 +27,13 @@ struct Lstm {
     activate<T, 3, 1>(gates);
     const Vec<T> i = gates[0], f = gates[1], o = gates[2], g = gates[3];
     const Vec<T> c = (p.reset ? Vec<T>{} : f * io.load(p.c)) + i * g;
-    io.store(p.tape, i);
-    io.store(p.tape + H, f);
-    io.store(p.tape + 2 * H, g);
-    io.store(p.tape + 3 * H, o);
-    io.store(p.tape + 4 * H, c);
+    if (p.keep) {
+      io.store(p.tape, i);
+      io.store(p.tape + H, f);
+      io.store(p.tape + 2 * H, g);
+      io.store(p.tape + 3 * H, o);
+      io.store(p.tape + 4 * H, c);
+    }
     io.store(p.c, c);
     io.store(p.h, o * tanh<T>(c));
   }

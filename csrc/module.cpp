@@ -231,15 +231,16 @@ struct Call {
 
 template <class T>
 void forward_typed(Call& call, const CheckedSteps& steps, py::array& tape, py::array& out, std::vector<py::array>& states,
-                   const Packed& weight_hh, const Packed* weight_hr, const py::object& bias_object) {
+                   const Packed& weight_hh, const Packed* weight_hr, const py::object& bias_object, bool keep) {
   const Sizes& s = call.sizes;
   ForwardArgs<T> args;
   args.sizes = s;
+  args.keep = keep;
   args.tape = rows<T>("tape", tape, steps.rows, s.recurrences, call.shape.tape * s.hidden);
   args.out = rows<T>("out", out, steps.rows, s.recurrences, s.output);
   if (!call.shape.tape_is_out) {
     check_apart("tape", tape, "out", out);
-  } else if (args.tape.data != args.out.data || args.tape.row_stride != args.out.row_stride) {
+  } else if (tape.size() && (args.tape.data != args.out.data || args.tape.row_stride != args.out.row_stride)) {
     throw py::value_error("tape: expected the memory of out for this cell");
   }
   args.states[0] = call.state<T>("states", states, 0);
@@ -267,15 +268,15 @@ void check_projection(const Packed& weight_hh, const Packed* weight_hr) {
 
 void forward(const std::string& cell, py::array tape, py::array out, std::vector<py::array> states, const Packed& weight_hh,
              const Packed* weight_hr, const py::object& bias, Index length, Index batch, const py::object& batch_sizes,
-             const py::object& offsets, const std::vector<bool>& reverse, const py::object& reset, int threads,
+             const py::object& offsets, const std::vector<bool>& reverse, const py::object& reset, bool keep, int threads,
              const std::string& sharing) {
   const CheckedSteps steps(length, batch, batch_sizes, offsets);
   check_projection(weight_hh, weight_hr);
   Call call(cell, steps, reverse, reset, weight_hh, threads, sharing);
   if (py::isinstance<py::array_t<float>>(tape)) {
-    forward_typed<float>(call, steps, tape, out, states, weight_hh, weight_hr, bias);
+    forward_typed<float>(call, steps, tape, out, states, weight_hh, weight_hr, bias, keep);
   } else {
-    forward_typed<double>(call, steps, tape, out, states, weight_hh, weight_hr, bias);
+    forward_typed<double>(call, steps, tape, out, states, weight_hh, weight_hr, bias, keep);
   }
 }
 
@@ -331,6 +332,47 @@ void backward(const std::string& cell, py::array d_gates, std::vector<py::array>
   }
 }
 
+// One matrix of `name`: rows x columns with contiguous columns; returns its row stride.
+template <class T>
+Index matrix(const std::string& name, const py::array& array, Index row_count, Index columns) {
+  check_shape<T>(name, array, {row_count, columns});
+  if (array.size() == 0) return columns;
+  if (columns > 1 && stride<T>(name, array, 1) != 1) refuse(name, "contiguous rows", "strides");
+  const Index row = stride<T>(name, array, 0);
+  if (row_count > 1 && row < columns) refuse(name, "rows that do not overlap", std::to_string(row));
+  return row;
+}
+
+template <class T>
+void project_typed(py::array& input, py::array& weight, py::array& out, int threads) {
+  ProjectArgs<T> args;
+  args.rows = input.shape(0);
+  args.inner = input.shape(1);
+  args.columns = weight.shape(0);
+  args.input_stride = matrix<T>("input", input, args.rows, args.inner);
+  args.weight_stride = matrix<T>("weight", weight, args.columns, args.inner);
+  args.out_stride = matrix<T>("out", out, args.rows, args.columns);
+  args.input = pointer<const T>("input", input);
+  args.weight = pointer<const T>("weight", weight);
+  args.out = pointer<T>("out", out);
+  args.threads = threads;
+  check_apart("out", out, "input", input);
+  check_apart("out", out, "weight", weight);
+  const py::gil_scoped_release release;
+  typed<T>(*current().load()).project(args);
+}
+
+void project(py::array input, py::array weight, py::array out, int threads) {
+  if (input.ndim() != 2) refuse("input", "2 dimensions", text(input));
+  if (weight.ndim() != 2) refuse("weight", "2 dimensions", text(weight));
+  if (threads < 1) refuse("threads", "1 or more", std::to_string(threads));
+  if (py::isinstance<py::array_t<float>>(input)) {
+    project_typed<float>(input, weight, out, threads);
+  } else {
+    project_typed<double>(input, weight, out, threads);
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -338,15 +380,26 @@ PYBIND11_MODULE(_C, m) {
   m.def("isas", &isas, "Instruction sets that this build and this machine have, best first.");
   m.def("isa", [] { return std::string(current().load()->isa); }, "The instruction set in use.");
   m.def("set_isa", &set_isa, py::arg("name"), "Use another instruction set for weights packed from now on.");
+  py::class_<Memory>(m, "Memory", "A block of uninitialised memory that is kept for the next one when it goes.",
+                     py::buffer_protocol())
+      .def(py::init<std::size_t>(), py::arg("bytes"))
+      .def_buffer([](Memory& memory) {
+        return py::buffer_info(memory.get(), 1, py::format_descriptor<unsigned char>::format(),
+                               static_cast<py::ssize_t>(memory.bytes()));
+      });
   m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"),
         "Ask the system to back fresh memory with huge pages: one page fault instead of 512.");
+  m.def("kept_bytes", &kept_bytes, "Bytes of unused blocks that are kept for later calls.");
+  m.def("release_kept", &release_kept, "Give all unused blocks back to the system.");
   py::class_<Packed>(m, "Packed", "The D weights of one product, laid out for the kernels.")
       .def(py::init<const std::string&, std::vector<py::array>, bool, bool, bool, int>(), py::arg("cell"), py::arg("weights"),
            py::arg("backward"), py::arg("projection"), py::arg("as_columns"), py::arg("threads"));
   m.def("forward", &forward, py::arg("cell"), py::arg("tape"), py::arg("out"), py::arg("states"), py::arg("weight_hh"),
         py::arg("weight_hr").none(true), py::arg("bias"), py::arg("length"), py::arg("batch"), py::arg("batch_sizes"),
-        py::arg("offsets"), py::arg("reverse"), py::arg("reset"), py::arg("threads"), py::arg("sharing") = "auto",
-        "Walk all steps forward.");
+        py::arg("offsets"), py::arg("reverse"), py::arg("reset"), py::arg("keep"), py::arg("threads"),
+        py::arg("sharing") = "auto", "Walk all steps forward.");
+  m.def("project", &project, py::arg("input"), py::arg("weight"), py::arg("out"), py::arg("threads"),
+        "Write input times weight transposed to out, for a few rows.");
   m.def("backward", &backward, py::arg("cell"), py::arg("d_gates"), py::arg("d_states"), py::arg("d_out"), py::arg("tape"),
         py::arg("out"), py::arg("states_0"), py::arg("weight_hh"), py::arg("weight_hr").none(true), py::arg("length"),
         py::arg("batch"), py::arg("batch_sizes"), py::arg("offsets"), py::arg("t_begin"), py::arg("t_end"), py::arg("reverse"),

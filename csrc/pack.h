@@ -76,14 +76,15 @@ void pack_forward(const PackArgs<T>& p, const PackShape<Cell, T>& shape, Range m
 template <class Cell, class T>
 void pack(const PackArgs<T>& p) {
   const PackShape<Cell, T> shape(p);
-  parallel(p.threads, [&](int rank, int size) {
-    const Range mine = share(shape.vectors(), size, rank);
-    if (p.backward) {
-      pack_backward<Cell, T>(p, shape, mine);
-    } else {
-      pack_forward<Cell, T>(p, shape, mine);
-    }
-  });
+  parallel(threads_for(static_cast<double>(shape.vectors()) * shape.inner * sizeof(Vec<T>), p.threads),
+           [&](int rank, int size) {
+             const Range mine = share(shape.vectors(), size, rank);
+             if (p.backward) {
+               pack_backward<Cell, T>(p, shape, mine);
+             } else {
+               pack_forward<Cell, T>(p, shape, mine);
+             }
+           });
 }
 
 }  // namespace FUSED_RNN_ISA

@@ -31,6 +31,7 @@ struct ForwardPoint {
   const T* h_previous;  // h before this step
   T* c;                 // c, updated in place; null for cells without
   bool reset;           // c before this step counts as zero
+  bool keep;            // whether the tape is written
   T* h;                 // where the new h (before a projection) goes
 };
 

@@ -104,7 +104,9 @@ inline void dot_tile(const T* columns, Index stride, Index inner, const T* const
   const auto add = [&](auto read, Index k) {
     Vec<T> w[kColumns];
 #pragma GCC unroll 8
-    for (int i = 0; i < kColumns; ++i) w[i] = read(columns + i * stride + k);
+    for (int i = 0; i < kColumns; ++i) {
+      w[i] = read(columns + i * stride + k);
+    }
 #pragma GCC unroll 4
     for (int m = 0; m < kRows; ++m) {
       const Vec<T> x = read(a[m] + k);

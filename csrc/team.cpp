@@ -24,6 +24,9 @@ std::atomic<bool> threads_lost{false};
 
 [[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { threads_lost.store(threads_started.load()); });
 
+// Starting a parallel region, when its threads have gone to sleep.
+constexpr double kRegionCycles = 15000;
+
 // One barrier between two cores of a machine; more members cost more.
 constexpr double kBarrierCycles = 700;
 
@@ -60,7 +63,8 @@ Plan make_plan(int threads, const StepCost& cost, Sharing sharing) {
       const double bytes = cost.weight_bytes * share;
       const double rate = bytes < 0.75 * second_level_cache() ? kNearBytesPerCycle : kFarBytesPerCycle;
       const double barrier = units > 1 ? kBarrierCycles * (1 + std::log2(units)) : 0;
-      const double cycles = rounds * (std::max(rows * share * cost.row_cycles, bytes / rate) + barrier);
+      const double step = rounds * (std::max(rows * share * cost.row_cycles, bytes / rate) + barrier);
+      const double cycles = static_cast<double>(cost.steps) * step + (groups * units > 1 ? kRegionCycles : 0);
       if (best_cycles == 0 || cycles < best_cycles) {
         best_cycles = cycles;
         best = {static_cast<int>(parts), units, groups};

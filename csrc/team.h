@@ -20,8 +20,9 @@ struct Plan {
 // The costs that the plan weighs.
 struct StepCost {
   Index recurrences;
-  Index rows;           // N
-  Index vectors;        // of units: what can be shared by units
+  Index rows;     // N
+  Index vectors;  // of units: what can be shared by units
+  Index steps;
   double row_cycles;    // multiply-adds and pointwise work of one row, all units
   double weight_bytes;  // of one recurrence
 };

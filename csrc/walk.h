@@ -139,13 +139,20 @@ inline void for_each_task(const Plan& plan, Index recurrences, F&& task) {
   });
 }
 
+// Threads for a pass over `bytes` of memory: one where waking the others takes longer than the pass.
+inline int threads_for(double bytes, int threads) { return bytes < (256 << 10) ? 1 : threads; }
+
 // The work of one step, for the plan. A row's vector takes `gates` fused multiply-adds per step of K, two a cycle, and
 // `pointwise` cycles.
 template <class T>
 inline StepCost step_cost(const Sizes& s, int gates, double pointwise) {
   const double vectors = static_cast<double>(vectors_of(s.hidden, kLanes<T>));
   const double multiply_adds = gates * static_cast<double>(s.output) / 2;
-  return {s.recurrences, s.steps.batch, vectors_of(s.hidden, kLanes<T>), vectors * (multiply_adds + pointwise),
+  return {s.recurrences,
+          s.steps.batch,
+          vectors_of(s.hidden, kLanes<T>),
+          s.steps.length,
+          vectors * (multiply_adds + pointwise),
           static_cast<double>(gates) * s.hidden * s.output * sizeof(T)};
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -94,6 +95,10 @@ class _Layer(torch.autograd.Function):
         grads = gradients.backward(call, input, states, weights, reset, out, tape, d_out, d_ends, input_wanted, weights_wanted)
         d_states = (grad if asked else None for grad, asked in zip(grads.states, states_wanted, strict=True))
         return (None, None, grads.input, *d_states, *(grad for weight in grads.weights for grad in weight))
+
+
+# torch binds the arguments of every call to this signature, and takes longer to find it out than the kernels of a small layer.
+_Layer.forward.__signature__ = inspect.signature(_Layer.forward)  # type: ignore[attr-defined]
 
 
 def _differentiable_backward(

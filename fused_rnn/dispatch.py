@@ -15,16 +15,18 @@ from typing import Any
 import torch
 
 from fused_rnn.cells import CELLS, Cell
+from fused_rnn.kernels import project
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The three functions of one cell on one backend (contract: ``fused_rnn.kernels``)."""
+    """The functions of one cell on one backend (contract: ``fused_rnn.kernels``)."""
 
     backend: str
     pack: Callable[..., Any]
     forward: Callable[..., None]
     backward: Callable[..., None]
+    project: Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ def _load(cell_name: str, name: str) -> Kernels:
         getattr(module, f"{cell_name}_pack"),
         getattr(module, f"{cell_name}_forward"),
         getattr(module, f"{cell_name}_backward"),
+        getattr(importlib.import_module(_PACKAGES[name][0]), "project", project),
     )
 
 

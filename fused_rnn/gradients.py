@@ -13,8 +13,13 @@ import torch
 from torch import Tensor
 
 from fused_rnn.cells import Cell, Weights
-from fused_rnn.layer import CHUNK_BYTES, COMPUTE, Layer, States, compute_weights, empty, pack
+from fused_rnn.layer import COMPUTE, Layer, States, compute_weights, empty, pack, visible
 from fused_rnn.steps import Steps
+
+# A chunk of d_gates. Every chunk adds to the weights' gradients, which are read and written once more for it: below some 2,000
+# rows that costs more than what the chunk gains in cache.
+_CHUNK_BYTES = 16 << 20
+_CHUNK_ROWS = 2048
 
 
 @dataclass
@@ -103,7 +108,8 @@ class _WeightGradients:
 
     def add(self, key: str, left: Tensor, right: Tensor) -> None:
         """Add leftᵀ·right."""
-        right = right.to(left.dtype)
+        if right.dtype != left.dtype:
+            right = right.to(left.dtype)
         if key in self.sums:
             self.sums[key].addmm_(left.t(), right)
         else:
@@ -158,6 +164,8 @@ class _WeightGradients:
             bias_hh = bias_ih.clone() if apart is None else torch.cat((bias_ih[: -self.hidden], apart))
         hh = (parts[0] if len(parts) == 1 else torch.cat(parts)) if parts else None
         grads = (sums.get("ih"), hh, bias_ih if self.wanted.bias_ih else None, bias_hh, sums.get("hr"))
+        if self.weight.ih.dtype == self.dtype:
+            return grads
         return tuple(None if grad is None else grad.to(self.dtype) for grad in grads)
 
 
@@ -201,13 +209,14 @@ def backward(
     tape = out if tape is None else tape
     if d_out is not None:
         d_out = d_out.contiguous().view(rows, recurrences, output)
-    d_input = empty(input.shape, compute, device) if input_wanted else None
+    d_input = visible(input.shape, compute, device) if input_wanted else None
     sums = [_WeightGradients(cell, w, wanted, storage) for w, wanted in zip(weights, weights_wanted, strict=True)]
 
     def finish(d: int, d_gates: Tensor, t_begin: int, t_end: int, h: _PreviousH, tape: Tensor) -> None:
         """The products of recurrence d after steps t_begin .. t_end - 1; d_gates and tape hold these steps' rows alone."""
         span = steps.rows(t_begin, t_end)
-        sums[d].walk(d_gates, input[span].to(compute), h, t_begin, t_end, tape)
+        x = input[span] if t_end - t_begin < steps.length else input
+        sums[d].walk(d_gates, x if storage == compute else x.to(compute), h, t_begin, t_end, tape)
         if d_input is not None:
             d_gates_x = sums[d].blocks(d_gates, cell.gates)
             if d == 0:
@@ -217,7 +226,7 @@ def backward(
 
     previous = [_PreviousH(steps, backwards, out[:, d], states_0[0][d], reset) for d, backwards in enumerate(layer.reverse)]
     row_bytes = columns * compute.itemsize
-    if storage == compute and rows * recurrences * row_bytes <= CHUNK_BYTES:
+    if storage == compute and rows * recurrences * row_bytes <= _CHUNK_BYTES:
         whole = empty((rows, recurrences, columns), compute, device)
         packed = pack(layer, weights, backward=True)
         layer.kernels.backward(
@@ -229,7 +238,7 @@ def backward(
         workspace: Tensor | None = None
         for d, (h, backwards) in enumerate(zip(previous, layer.reverse, strict=True)):
             packed = pack(layer, [weights[d]], backward=True)
-            for t_begin, t_end in layer.chunks(row_bytes, backwards=not backwards):
+            for t_begin, t_end in layer.chunks(_CHUNK_BYTES, _CHUNK_ROWS, row_bytes, backwards=not backwards):
                 span = steps.rows(t_begin, t_end)
                 n = span.stop - span.start
                 if workspace is None or workspace.shape[0] < n:
@@ -260,8 +269,7 @@ def backward(
                 )
                 own = slice(span.start - near.start, span.stop - near.start)
                 finish(d, workspace[:n, 0], t_begin, t_end, h, tape_near[own, 0])
-    return Gradients(
-        None if d_input is None else d_input.to(storage),
-        tuple(d_state.to(storage) for d_state in d_states),
-        [each.result() for each in sums],
-    )
+    if storage != compute:
+        d_input = None if d_input is None else d_input.to(storage)
+        d_states = tuple(d_state.to(storage) for d_state in d_states)
+    return Gradients(d_input, d_states, [each.result() for each in sums])

@@ -11,6 +11,7 @@ fresh memory that grows with T.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,8 +26,11 @@ States = tuple[Tensor, ...]
 
 # Bytes of one chunk's row buffer: a few second-level caches. At least so many rows, because a product of fewer leaves the
 # matrix units waiting for the weights.
-CHUNK_BYTES = 8 << 20
+_CHUNK_BYTES = 8 << 20
 _CHUNK_ROWS = 512
+
+# From this size on, memory comes from the extension, which keeps it for the next call instead of faulting in fresh pages.
+_KEPT_BYTES = 256 << 10
 
 # From this size on, fresh memory is worth asking for huge pages (2 MiB each).
 _HUGE_BYTES = 4 << 20
@@ -40,17 +44,25 @@ COMPUTE = {
 }
 
 try:
+    from fused_rnn._C import Memory as _Memory
     from fused_rnn._C import advise_huge_pages as _advise_huge_pages
-except ImportError:  # without the extension memory is what the system gives
-
-    def _advise_huge_pages(address: int, bytes: int) -> None:
-        return None
+except ImportError:  # without the extension memory comes from torch
+    _Memory = _advise_huge_pages = None  # type: ignore[assignment, misc]
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """As torch.empty, with huge pages where a fresh large block would cost more page faults than arithmetic."""
+    """As torch.empty, for what no caller of the package will see: large blocks are kept from call to call."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < _KEPT_BYTES or _Memory is None or device.type != "cpu" or torch.are_deterministic_algorithms_enabled():
+        # In deterministic mode torch fills fresh memory with NaN where it is told to.
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.frombuffer(_Memory(size), dtype=dtype).view(shape)
+
+
+def visible(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As torch.empty, for what the caller of the package gets; large blocks ask for huge pages."""
     tensor = torch.empty(shape, dtype=dtype, device=device)
-    if tensor.nbytes >= _HUGE_BYTES and device.type == "cpu":
+    if tensor.nbytes >= _HUGE_BYTES and _advise_huge_pages is not None and device.type == "cpu":
         _advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
 
@@ -71,9 +83,9 @@ class Layer:
     steps: Steps
     reverse: tuple[bool, ...]
 
-    def chunks(self, row_bytes: int, backwards: bool) -> Iterator[tuple[int, int]]:
-        """Cut the steps into chunks of about ``CHUNK_BYTES``: (t_begin, t_end), first to last or last to first."""
-        rows = max(_CHUNK_ROWS, CHUNK_BYTES // row_bytes)
+    def chunks(self, most_bytes: int, least_rows: int, row_bytes: int, backwards: bool) -> Iterator[tuple[int, int]]:
+        """Cut the steps into chunks of about so many bytes: (t_begin, t_end), first to last or last to first."""
+        rows = max(least_rows, most_bytes // row_bytes)
         length = max(1, rows // max(1, self.steps.batch))
         starts = range(0, self.steps.length, length)
         for t in reversed(starts) if backwards else starts:
@@ -82,19 +94,19 @@ class Layer:
 
 def _bias(cell: Cell, weights: Sequence[Weights], dtype: torch.dtype) -> Tensor | None:
     """The bias that the kernel adds, (D, blocks of ``Cell.bias``·H), or None where no direction has one."""
-    if all(weight.bias_ih is None and weight.bias_hh is None for weight in weights):
-        return None
-    blocks = []
+    apart = (len(cell.bias) - cell.num_gates) * (weights[0].hh.shape[0] // cell.num_gates)
+    blocks: list[Tensor] = []
     for weight in weights:
-        zero = weight.hh.new_zeros(weight.hh.shape[0])
-        ih = (zero if weight.bias_ih is None else weight.bias_ih).to(dtype)
-        hh = (zero if weight.bias_hh is None else weight.bias_hh).to(dtype)
-        apart = (len(cell.bias) - cell.num_gates) * (weight.hh.shape[0] // cell.num_gates)
-        if apart:
-            blocks += [ih[:-apart] + hh[:-apart], ih[-apart:], hh[-apart:]]
-        else:
-            blocks.append(ih + hh)
-    return torch.cat(blocks).view(len(weights), -1)
+        ih, hh = weight.bias_ih, weight.bias_hh
+        if ih is None or hh is None:
+            if all(weight.bias_ih is None and weight.bias_hh is None for weight in weights):
+                return None
+            zero = weight.hh.new_zeros(weight.hh.shape[0])
+            ih, hh = zero if ih is None else ih, zero if hh is None else hh
+        # In float32 from the start: the sum of two biases is not rounded to a narrower dtype.
+        ih, hh = ih.to(dtype), hh.to(dtype)
+        blocks += (ih[:-apart] + hh[:-apart], ih[-apart:], hh[-apart:]) if apart else (ih + hh,)
+    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).view(len(weights), -1)
 
 
 def compute_weights(weights: Sequence[Weights], dtype: torch.dtype) -> list[Weights]:
@@ -144,29 +156,29 @@ def forward(
     weights = compute_weights(weights, compute)
     bias = _bias(cell, weights, compute)
     ends = tuple(state.to(compute, copy=True, memory_format=torch.contiguous_format) for state in states)
-    out = empty((rows, recurrences, output), storage, device)
+    out = visible((rows, recurrences, output), storage, device)
     tape = empty((rows, recurrences, columns), storage, device) if keep and not cell.tape_is_out else None
 
     # Whole, where nothing would be gained by chunks: the tape is kept anyway, or all of it is small.
     row_bytes = columns * compute.itemsize
-    if storage == compute and (cell.tape_is_out or keep or rows * recurrences * row_bytes <= CHUNK_BYTES):
+    if storage == compute and (cell.tape_is_out or keep or rows * recurrences * row_bytes <= _CHUNK_BYTES):
         whole = out if cell.tape_is_out else empty((rows, recurrences, columns), storage, device) if tape is None else tape
         for d, weight in enumerate(weights):
-            torch.mm(input, weight.ih.t(), out=whole[:, d, :gates])
+            layer.kernels.project(input, weight.ih, whole[:, d, :gates])
         packed = pack(layer, weights, backward=False)
-        layer.kernels.forward(whole, out, ends, packed, bias, steps, layer.reverse, reset)
+        layer.kernels.forward(whole, out, ends, packed, bias, steps, layer.reverse, reset, keep)
         return out.view(rows, recurrences * output), ends, tape
 
     workspace: Tensor | None = None
     for d, (weight, backwards) in enumerate(zip(weights, layer.reverse, strict=True)):
         packed = pack(layer, [weight], backward=False)
-        for t_begin, t_end in layer.chunks(row_bytes, backwards):
+        for t_begin, t_end in layer.chunks(_CHUNK_BYTES, _CHUNK_ROWS, row_bytes, backwards):
             part, span = steps.part(t_begin, t_end), steps.rows(t_begin, t_end)
             n = span.stop - span.start
             if workspace is None or workspace.shape[0] < n:
                 workspace = empty((n, 1, columns), compute, device)
             chunk = workspace[:n]
-            torch.mm(input[span].to(compute), weight.ih.t(), out=chunk[:, 0, :gates])
+            layer.kernels.project(input[span].to(compute), weight.ih, chunk[:, 0, :gates])
             chunk_out = out[span, d : d + 1]
             if cell.tape_is_out:
                 chunk_out = chunk
@@ -181,6 +193,7 @@ def forward(
                 part,
                 (backwards,),
                 None if reset is None else reset[span],
+                keep,
             )
             if storage != compute:
                 out[span, d : d + 1] = chunk_out

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
+from fused_rnn import gradients as layer_gradients
 from fused_rnn import layer as layers
 
 NAMES = ("RNN", "LSTM", "GRU")
@@ -37,24 +38,25 @@ def gradients(module: torch.nn.Module, x: Tensor, lengths: list[int] | None = No
     return [value.detach() for value in given] + list(torch.autograd.grad(loss, [x, *module.parameters()]))
 
 
-@each
+def set_chunks(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    for module in (layers, layer_gradients):
+        monkeypatch.setattr(module, "_CHUNK_BYTES", 1)
+        monkeypatch.setattr(module, "_CHUNK_ROWS", rows)
+
+
+@pytest.mark.parametrize(("name", "projection"), [("RNN", 0), ("LSTM", 0), ("LSTM", 7), ("GRU", 0)])
 @pytest.mark.parametrize("ragged", [False, True], ids=["dense", "packed"])
-@pytest.mark.parametrize("projection", [0, 7])
 def test_chunks_of_time_change_nothing(
     name: str, ragged: bool, projection: int, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
-    if projection and name != "LSTM":
-        pytest.skip("only the LSTM has projections")
     module = make(name, **({"proj_size": projection} if projection else {}))
     x = torch.randn(11, 4, 5, dtype=torch.float64)
     lengths = [3, 11, 1, 8] if ragged else None
     whole = gradients(module, x, lengths)
     with torch.no_grad():
         inferred = outputs(module, x if lengths is None else pack_padded_sequence(x, lengths, enforce_sorted=False))
-    monkeypatch.setattr(layers, "CHUNK_BYTES", 1)
-    monkeypatch.setattr("fused_rnn.gradients.CHUNK_BYTES", 1)
     for rows in (1, 8, 20):
-        monkeypatch.setattr(layers, "_CHUNK_ROWS", rows)
+        set_chunks(monkeypatch, rows)
         for actual, expected in zip(gradients(module, x, lengths), whole, strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
         with torch.no_grad():
@@ -69,9 +71,7 @@ def test_half_precision_in_chunks(name: str, dtype: torch.dtype, monkeypatch: py
     """One rounding per stored value, however the walk is cut: the states between chunks stay in float32."""
     module, x = make(name, dtype), torch.randn(11, 4, 5, dtype=dtype)
     whole = gradients(module, x)
-    monkeypatch.setattr(layers, "CHUNK_BYTES", 1)
-    monkeypatch.setattr("fused_rnn.gradients.CHUNK_BYTES", 1)
-    monkeypatch.setattr(layers, "_CHUNK_ROWS", 8)
+    set_chunks(monkeypatch, 8)
     for actual, expected in zip(gradients(module, x), whole, strict=True):
         # Sums over chunks round in another order before they are stored: the last bit of the storage may differ.
         torch.testing.assert_close(actual, expected, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)

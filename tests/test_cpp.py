@@ -77,6 +77,7 @@ def make_call(cell: str, dtype: type = np.float32, length: int = 6, batch: int =
         "offsets": None,
         "reverse": [False, True],
         "reset": random.random(length * batch) < 0.2,
+        "keep": True,
         "threads": 1,
     }
 
@@ -221,6 +222,59 @@ def test_wrong_weights_raise(weights: list[np.ndarray]) -> None:
         _C.Packed("lstm", weights, False, False, False, 1)
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_inference_leaves_the_same_outputs(isa: str, cell: str) -> None:
+    kept, dropped = make_call(cell), make_call(cell) | {"keep": False}
+    _C.forward(**kept)
+    _C.forward(**dropped)
+    for actual, expected in zip([dropped["out"], *dropped["states"]], [kept["out"], *kept["states"]], strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 33, 17), (3, 200, 65), (4, 512, 1024)])
+def test_projection_of_a_few_rows(isa: str, dtype: type, shape: tuple[int, int, int]) -> None:
+    rows, inner, columns = shape
+    random = np.random.default_rng(0)
+    input, weight = random.standard_normal((rows, inner)).astype(dtype), random.standard_normal((columns, inner)).astype(dtype)
+    wide = np.full((rows, columns + 3), np.nan, dtype)
+    _C.project(input, weight, wide[:, :columns], 2)
+    expected = input.astype(np.float64) @ weight.T.astype(np.float64)
+    np.testing.assert_allclose(wide[:, :columns], expected, atol=20 * np.finfo(dtype).eps * inner**0.5, rtol=0)
+    assert np.isnan(wide[:, columns:]).all()
+
+
+def test_wrong_projections_raise() -> None:
+    x, w, out = np.ones((2, 5), np.float32), np.ones((7, 5), np.float32), np.empty((2, 7), np.float32)
+    for wrong in [(x[:, :4], w, out), (x, w, out[:1]), (x.astype(np.float64), w, out), (x, w, read_only(out)), (x[0], w, out)]:
+        with pytest.raises(ValueError, match="expected"):
+            _C.project(*wrong, 1)
+    with pytest.raises(ValueError, match="expected"):
+        _C.project(x, w, np.repeat(out, 2, axis=1)[:, ::2], 1)
+    with pytest.raises(ValueError, match="expected"):
+        _C.project(w, w, w[:, :7], 1)
+    with pytest.raises(ValueError, match="expected"):
+        _C.project(x, w, out, 0)
+
+
+def test_memory_is_kept_and_released() -> None:
+    _C.release_kept()
+    first = np.frombuffer(_C.Memory(3 << 20), np.uint8)
+    address = first.ctypes.data
+    assert len(first) == 3 << 20
+    first = None
+    kept = _C.kept_bytes()
+    assert kept >= 3 << 20
+    second = np.frombuffer(_C.Memory((3 << 20) - 5), np.uint8)
+    assert second.ctypes.data == address
+    assert _C.kept_bytes() == 0
+    second = None
+    _C.release_kept()
+    assert _C.kept_bytes() == 0
+    with pytest.raises(MemoryError):
+        _C.Memory(2**63)
+
+
 def test_unknown_instruction_set_raises() -> None:
     with pytest.raises(ValueError, match=r"isa: expected .*baseline, got sse9"):
         _C.set_isa("sse9")
@@ -254,8 +308,8 @@ import numpy as np
 H = 64
 call = dict(cell="rnn_tanh", tape=(rows := np.zeros((64 * 50, 1, H), np.float32)), out=rows, bias=None, length=50, batch=64,
             states=[np.zeros((1, 64, H), np.float32)], weight_hr=None, batch_sizes=None, offsets=None, reverse=[False],
-            reset=None, threads={n}, weight_hh=fused_rnn._C.Packed("rnn_tanh", [np.zeros((H, H), np.float32)], False, False,
-            False, 1))
+            reset=None, keep=True, threads={n},
+            weight_hh=fused_rnn._C.Packed("rnn_tanh", [np.zeros((H, H), np.float32)], False, False, False, 1))
 """
     for n, started in ((1, "0"), (3, "2")):
         done = python((setup + code).format(n=n), OMP_NUM_THREADS="2")

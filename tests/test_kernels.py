@@ -152,7 +152,7 @@ def run(backend: str, cell_name: str, case: Case, inputs: Inputs, dtype: torch.d
             where = steps.rows(begin, end)
             reset = None if inputs.reset is None else inputs.reset[where]
             kernels.forward(
-                tape[where, part], out[where, part], states_now, packed, some_bias, steps.part(begin, end), reverse, reset
+                tape[where, part], out[where, part], states_now, packed, some_bias, steps.part(begin, end), reverse, reset, True
             )
         states_0 = tuple(state[part].contiguous() for state in states)
         d_states_now = tuple(state[part].clone() for state in d_states)
@@ -316,7 +316,7 @@ def test_after_fork(backend: str) -> None:
         tape.numpy()[...] = gates_x.numpy()
         h_n.numpy()[...] = 0
         d_h.numpy()[...] = 1
-        kernels.forward(tape, out, (h_n,), kernels.pack([weight], None, steps, False), None, steps, (False,), None)
+        kernels.forward(tape, out, (h_n,), kernels.pack([weight], None, steps, False), None, steps, (False,), None, True)
         packed = kernels.pack([weight], None, steps, True)
         kernels.backward(d_gates, (d_h,), d_out, tape, out, (h_0,), packed, steps, 0, 6, (False,), None)
 
@@ -353,7 +353,7 @@ def test_nonlinearities_over_their_whole_range(backend: str, dtype: torch.dtype)
         out = tape if cell.tape_is_out else torch.full((n, 1, 1), float("nan"), dtype=dtype)
         states = tuple(torch.zeros(1, n, 1, dtype=dtype) for _ in cell.states)
         packed = kernels.pack([torch.zeros(cell.num_gates, 1, dtype=dtype)], None, steps, False)
-        kernels.forward(tape, out, states, packed, None, steps, (False,), None)
+        kernels.forward(tape, out, states, packed, None, steps, (False,), None, True)
         wide = values.double()
         sigmoid, tanh = wide.sigmoid(), wide.tanh()
         expected = {

@@ -11,15 +11,16 @@ proj_size), R rows (all steps' active rows). *Blocks* are H columns; ``fused_rnn
     packed: whatever the backend's kernels want, opaque to the caller; valid for every call with the same N and D as long
     as the weights keep their values. A caller that walks time in chunks packs once.
 
-``<cell>_forward(tape, out, states, packed, bias, steps, reverse, reset)`` → None
+``<cell>_forward(tape, out, states, packed, bias, steps, reverse, reset, keep)`` → None
     tape: (R, D, tape blocks·H). In: gates_x, the input projection without biases, in the first G blocks.
-        Out: what the backward needs. For cells with ``tape_is_out``, tape and out are the same memory.
+        Out, with keep: what the backward needs. For cells with ``tape_is_out``, tape and out are the same memory.
     out: (R, D, P), written.
     states: tuple of (D, N, ·), one per state of the cell. In: the states before the walk. Out, in place: after it.
         A row without a step in ``steps`` keeps its state.
     bias: (D, blocks of ``Cell.bias``·H), or None for zero. RNN and LSTM: bias_ih + bias_hh. GRU: their sums for r and z, then
         b_in, then b_hn. The kernel adds it, because a matrix product that does costs one more pass over its result.
     reverse: D booleans: walk the steps from the last to the first.
+    keep: whether a backward follows. Without it the tape's contents are undefined afterwards.
     reset: (R,) bool, or None. Where set, that row's states before that step are zero, and no gradient crosses.
 
 ``<cell>_backward(d_gates, d_states, d_out, tape, out, states_0, packed, steps, t_begin, t_end, reverse, reset)`` → None
@@ -35,4 +36,17 @@ proj_size), R rows (all steps' active rows). *Blocks* are H columns; ``fused_rnn
 All row buffers may have any row stride; inside a row (all D and all columns) they are contiguous, except that a caller who
 runs one of several recurrences passes the view ``buffer[:, d : d + 1]``. States are contiguous. Buffers have one dtype,
 float32 or float64 on the CPU backends: who stores bfloat16 or float16 converts around the call.
+
+A backend's package may export ``project(input, weight, out)``, which writes input · weightᵀ to ``out`` (R, G·H), contiguous in
+its columns: its own way to do the input projection where it knows a better one than the library's matrix product.
 """
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def project(input: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Write input · weightᵀ to ``out`` with torch's matrix product: what a backend without a ``project`` of its own does."""
+    torch.mm(input, weight.t(), out=out)

@@ -184,6 +184,7 @@ def kernels(equations: Equations) -> tuple[Callable[..., Packed], Callable[..., 
         steps: Steps,
         reverse: Sequence[bool],
         reset: Tensor | None,
+        keep: bool,
     ) -> None:
         width = tape.shape[-1] // len(cell.tape)
         for d, backwards in enumerate(reverse):

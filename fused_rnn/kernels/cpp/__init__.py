@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import os
 
+import torch
+from torch import Tensor
+
+from fused_rnn import kernels
+
 _ENVIRONMENT = "FUSED_RNN_ISA"
 
 
@@ -41,3 +46,17 @@ def describe() -> str:
 
     others = [name for name in _C.isas() if name != _C.isa()]
     return f"{_C.isa()}" + (f" (also built: {', '.join(others)})" if others else "")
+
+
+# So few rows are bound by reading the weight, which the extension does with all threads and without packing.
+_FEW_ROWS = 4
+
+
+def project(input: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Write input · weightᵀ to ``out``; see ``fused_rnn.kernels``."""
+    if input.shape[0] > _FEW_ROWS or weight.stride(1) != 1 or input.stride(1) != 1:
+        kernels.project(input, weight, out)
+    else:
+        from fused_rnn import _C
+
+        _C.project(input.detach().numpy(), weight.detach().numpy(), out.numpy(), torch.get_num_threads())

@@ -49,6 +49,7 @@ def kernels_of(cell: str) -> tuple[Callable[..., Packed], Callable[..., None], C
         steps: Steps,
         reverse: Sequence[bool],
         reset: Tensor | None,
+        keep: bool,
     ) -> None:
         _C.forward(
             cell,
@@ -64,6 +65,7 @@ def kernels_of(cell: str) -> tuple[Callable[..., Packed], Callable[..., None], C
             _array(steps.offsets),
             reverse,
             _array(reset),
+            keep,
             torch.get_num_threads(),
         )
 

@@ -177,6 +177,7 @@ def make_functions(
         steps: Steps,
         reverse: Any,
         reset: Tensor | None,
+        keep: bool,
     ) -> None:
         if steps.batch == 0 or steps.length == 0:
             return
