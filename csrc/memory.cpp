@@ -46,9 +46,6 @@ class Pool {
       std::free(data);
       return;
     }
-#if defined(MADV_FREE)
-    advise(data, capacity, MADV_FREE);
-#endif
     const std::lock_guard<std::mutex> lock(mutex_);
     blocks_.emplace_back(data, capacity);
     kept_ += capacity;

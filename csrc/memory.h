@@ -1,7 +1,7 @@
 // Large blocks of memory, kept for the next call.
 //
 // A fresh block costs more to fault in than a matrix product takes to fill it, and training asks for the same blocks at every
-// step. So blocks that are given back stay, up to a bound, and the system is told that it may take them when memory is short.
+// step. So blocks that are given back stay, up to a bound.
 // Fresh ones ask for huge pages: one fault instead of 512, and streaming 16 MiB of weights does not miss the address cache.
 #pragma once
 
@@ -11,7 +11,7 @@
 namespace fused_rnn {
 
 // Bytes of unused blocks that are kept.
-constexpr std::size_t kMostKept = std::size_t{512} << 20;
+constexpr std::size_t kMostKept = std::size_t{256} << 20;
 
 // A block that goes back with its owner. It sits on a cache line, a large one on a huge page.
 class Memory {
