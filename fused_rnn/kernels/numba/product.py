@@ -13,6 +13,9 @@ from fused_rnn.kernels.numba.vector import ACCUMULATORS, CONTRACT, INT64, broadc
 # A multiply-add takes 4 cycles and two start in every one: so many must be under way.
 _IN_FLIGHT = 8
 
+# Steps of K that one chain of sums runs over. A chain over all of K would round some times worse at K = 4096.
+_PASS = 256
+
 
 def max_rows(columns: int) -> int:
     """How many rows a tile of ``columns`` vectors holds."""
@@ -20,7 +23,7 @@ def max_rows(columns: int) -> int:
 
 
 def _emit_tile(builder: ir.IRBuilder, rows: int, columns: int, vector_type: ir.VectorType, args: tuple[Any, ...]) -> None:
-    """Emit the tile for a fixed number of rows: one loop over k with every sum in a register of its own."""
+    """Emit the tile for a fixed number of rows: passes over K, each a loop over k with every sum in a register of its own."""
     a_rows, weights, length, target = args
     scalar = vector_type.element
     table = pointer(builder, a_rows, INT64)
@@ -66,16 +69,29 @@ def _emit_tile(builder: ir.IRBuilder, rows: int, columns: int, vector_type: ir.V
         builder.position_at_end(after)
         return phis
 
-    whole = builder.mul(builder.sdiv(length, INT64(group)), INT64(group))
-    sums = loop(INT64(0), whole, group, [[zero] * (rows * columns) for _ in range(group)])
+    out = pointer(builder, target, vector_type)
+    entry, pass_, done = builder.block, builder.append_basic_block("pass"), builder.append_basic_block("passed")
+    builder.branch(pass_)
+    builder.position_at_end(pass_)
+    begin = builder.phi(INT64)
+    begin.add_incoming(INT64(0), entry)
+    limit = builder.add(begin, INT64(_PASS))
+    end = builder.select(builder.icmp_signed("<", limit, length), limit, length)
+    whole = builder.add(begin, builder.mul(builder.sdiv(builder.sub(end, begin), INT64(group)), INT64(group)))
+    sums = loop(begin, whole, group, [[zero] * (rows * columns) for _ in range(group)])
     total = sums[0]
     for part in sums[1:]:
         total = [builder.fadd(left, right) for left, right in zip(total, part, strict=True)]
     if group > 1:
-        (total,) = loop(whole, length, 1, [total])
-    out = pointer(builder, target, vector_type)
+        (total,) = loop(whole, end, 1, [total])
+    first = builder.icmp_signed("==", begin, INT64(0))
     for index, value in enumerate(total):
-        builder.store(value, builder.gep(out, [INT64(index)]), align=align)
+        place = builder.gep(out, [INT64(index)])
+        before = builder.select(first, zero, builder.load(place, align=align))
+        builder.store(builder.fadd(before, value), place, align=align)
+    begin.add_incoming(end, builder.block)
+    builder.cbranch(builder.icmp_signed("<", end, length), pass_, done)
+    builder.position_at_end(done)
 
 
 def _make_product(columns: int) -> Any:
