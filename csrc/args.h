@@ -114,6 +114,20 @@ struct ProjectArgs {
   int threads = 1;
 };
 
+// One step without a backward. All states are rows x H, contiguous; the new ones are apart from the old.
+template <class T>
+struct StepArgs {
+  Index rows = 0, inputs = 0, hidden = 0;
+  const T* input = nullptr;
+  Index input_stride = 0;
+  const T *weight_ih = nullptr, *weight_hh = nullptr;
+  Index weight_ih_stride = 0, weight_hh_stride = 0;
+  const T *bias_ih = nullptr, *bias_hh = nullptr;  // or null
+  const T *h = nullptr, *c = nullptr;
+  T *out = nullptr, *h_new = nullptr, *c_new = nullptr;
+  int threads = 1;
+};
+
 // The kernels of one instruction set for one dtype.
 template <class T>
 struct TypedKernels {
@@ -123,6 +137,7 @@ struct TypedKernels {
   Index (*panel_elements[kCellKinds])(const PackArgs<T>&);
   void (*pack[kCellKinds])(const PackArgs<T>&);
   void (*project)(const ProjectArgs<T>&);
+  void (*step[kCellKinds])(const StepArgs<T>&);
 };
 
 struct Kernels {

@@ -4,6 +4,7 @@
 #include "forward.h"
 #include "pack.h"
 #include "project.h"
+#include "step.h"
 
 #define FUSED_RNN_TEXT_OF(x) #x
 #define FUSED_RNN_TEXT(x) FUSED_RNN_TEXT_OF(x)
@@ -20,7 +21,8 @@ constexpr TypedKernels<T> typed_kernels() {
           {backward<RnnTanh<T>, T>, backward<RnnRelu<T>, T>, backward<Lstm<T>, T>, backward<Gru<T>, T>},
           {panel_elements<RnnTanh<T>, T>, panel_elements<RnnRelu<T>, T>, panel_elements<Lstm<T>, T>, panel_elements<Gru<T>, T>},
           {pack<RnnTanh<T>, T>, pack<RnnRelu<T>, T>, pack<Lstm<T>, T>, pack<Gru<T>, T>},
-          project<T>};
+          project<T>,
+          {step<RnnTanh<T>, T>, step<RnnRelu<T>, T>, step<Lstm<T>, T>, step<Gru<T>, T>}};
 }
 
 }  // namespace

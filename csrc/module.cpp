@@ -373,6 +373,65 @@ void project(py::array input, py::array weight, py::array out, int threads) {
   }
 }
 
+template <class T>
+void step_typed(int cell, py::array& input, std::vector<py::array>& states, std::vector<py::array>& new_states, py::array& out,
+                py::array& weight_ih, py::array& weight_hh, const py::object& bias_ih, const py::object& bias_hh, int threads) {
+  const CellShape& shape = kShapes[cell];
+  const std::size_t count = shape.has_c ? 2 : 1;
+  if (states.size() != count || new_states.size() != count)
+    refuse("states, new_states", std::to_string(count) + " each", "others");
+  StepArgs<T> args;
+  args.rows = input.shape(0);
+  args.inputs = input.shape(1);
+  args.hidden = weight_hh.shape(1);
+  args.threads = threads;
+  args.input_stride = matrix<T>("input", input, args.rows, args.inputs);
+  args.input = pointer<const T>("input", input);
+  args.weight_ih_stride = matrix<T>("weight_ih", weight_ih, shape.gates * args.hidden, args.inputs);
+  args.weight_hh_stride = matrix<T>("weight_hh", weight_hh, shape.gates * args.hidden, args.hidden);
+  args.weight_ih = pointer<const T>("weight_ih", weight_ih);
+  args.weight_hh = pointer<const T>("weight_hh", weight_hh);
+  py::array biases[2];
+  const T** bias_pointers[2] = {&args.bias_ih, &args.bias_hh};
+  const py::object* bias_objects[2] = {&bias_ih, &bias_hh};
+  const char* names[2] = {"bias_ih", "bias_hh"};
+  for (int i = 0; i < 2; ++i) {
+    if (bias_objects[i]->is_none()) continue;
+    biases[i] = py::cast<py::array>(*bias_objects[i]);
+    *bias_pointers[i] = contiguous<const T>(names[i], biases[i], {shape.gates * args.hidden});
+  }
+  const Shape size = {args.rows, args.hidden};
+  args.h = contiguous<const T>("states[0]", states[0], size);
+  args.h_new = contiguous<T>("new_states[0]", new_states[0], size);
+  args.out = contiguous<T>("out", out, size);
+  check_apart("new_states[0]", new_states[0], "states[0]", states[0]);
+  check_apart("out", out, "states[0]", states[0]);
+  check_apart("out", out, "new_states[0]", new_states[0]);
+  check_apart("new_states[0]", new_states[0], "input", input);
+  check_apart("out", out, "input", input);
+  if (shape.has_c) {
+    args.c = contiguous<const T>("states[1]", states[1], size);
+    args.c_new = contiguous<T>("new_states[1]", new_states[1], size);
+    check_apart("new_states[1]", new_states[1], "states[1]", states[1]);
+  }
+  const py::gil_scoped_release release;
+  typed<T>(*current().load()).step[cell](args);
+}
+
+void step(const std::string& cell, py::array input, std::vector<py::array> states, std::vector<py::array> new_states,
+          py::array out, py::array weight_ih, py::array weight_hh, const py::object& bias_ih, const py::object& bias_hh,
+          int threads) {
+  if (input.ndim() != 2) refuse("input", "2 dimensions", text(input));
+  if (weight_hh.ndim() != 2) refuse("weight_hh", "2 dimensions", text(weight_hh));
+  if (threads < 1) refuse("threads", "1 or more", std::to_string(threads));
+  const int index = cell_index(cell);
+  if (py::isinstance<py::array_t<float>>(input)) {
+    step_typed<float>(index, input, states, new_states, out, weight_ih, weight_hh, bias_ih, bias_hh, threads);
+  } else {
+    step_typed<double>(index, input, states, new_states, out, weight_ih, weight_hh, bias_ih, bias_hh, threads);
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -400,6 +459,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("sharing") = "auto", "Walk all steps forward.");
   m.def("project", &project, py::arg("input"), py::arg("weight"), py::arg("out"), py::arg("threads"),
         "Write input times weight transposed to out, for a few rows.");
+  m.def("step", &step, py::arg("cell"), py::arg("input"), py::arg("states"), py::arg("new_states"), py::arg("out"),
+        py::arg("weight_ih"), py::arg("weight_hh"), py::arg("bias_ih"), py::arg("bias_hh"), py::arg("threads"),
+        "Take one step of a few rows without a backward.");
   m.def("backward", &backward, py::arg("cell"), py::arg("d_gates"), py::arg("d_states"), py::arg("d_out"), py::arg("tape"),
         py::arg("out"), py::arg("states_0"), py::arg("weight_hh"), py::arg("weight_hr").none(true), py::arg("length"),
         py::arg("batch"), py::arg("batch_sizes"), py::arg("offsets"), py::arg("t_begin"), py::arg("t_end"), py::arg("reverse"),

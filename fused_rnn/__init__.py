@@ -27,6 +27,7 @@ from fused_rnn import functional, reference
 from fused_rnn.cells import Weights
 from fused_rnn.convert import Conversion, convert, revert
 from fused_rnn.dispatch import backend, backends
+from fused_rnn.memory import empty_cache
 from fused_rnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 try:
@@ -48,6 +49,7 @@ __all__ = [
     "backend",
     "backends",
     "convert",
+    "empty_cache",
     "functional",
     "reference",
     "revert",

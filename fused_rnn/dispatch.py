@@ -27,6 +27,7 @@ class Kernels:
     forward: Callable[..., None]
     backward: Callable[..., None]
     project: Callable[..., None]
+    step: Callable[..., Any] | None
 
 
 @dataclass(frozen=True)
@@ -125,13 +126,15 @@ def backend(name: str) -> Iterator[None]:
 
 @functools.cache
 def _load(cell_name: str, name: str) -> Kernels:
+    package = importlib.import_module(_PACKAGES[name][0])
     module = importlib.import_module(f"{_PACKAGES[name][0]}.{_MODULES[cell_name]}")
     return Kernels(
         name,
         getattr(module, f"{cell_name}_pack"),
         getattr(module, f"{cell_name}_forward"),
         getattr(module, f"{cell_name}_backward"),
-        getattr(importlib.import_module(_PACKAGES[name][0]), "project", project),
+        getattr(package, "project", project),
+        getattr(package, "step", None),
     )
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fused_rnn.cells import Cell, Weights
-from fused_rnn.layer import COMPUTE, Layer, States, compute_weights, empty, pack, visible
+from fused_rnn.layer import COMPUTE, Layer, States, compute_weights, pack
+from fused_rnn.memory import empty, visible
 from fused_rnn.steps import Steps
 
 # A chunk of d_gates. Every chunk adds to the weights' gradients, which are read and written once more for it: below some 2,000

@@ -11,7 +11,6 @@ fresh memory that grows with T.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from fused_rnn.cells import Cell, Weights
 from fused_rnn.dispatch import Kernels
+from fused_rnn.memory import empty, visible
 from fused_rnn.steps import Steps
 
 States = tuple[Tensor, ...]
@@ -29,12 +29,6 @@ States = tuple[Tensor, ...]
 _CHUNK_BYTES = 8 << 20
 _CHUNK_ROWS = 512
 
-# From this size on, memory comes from the extension, which keeps it for the next call instead of faulting in fresh pages.
-_KEPT_BYTES = 256 << 10
-
-# From this size on, fresh memory is worth asking for huge pages (2 MiB each).
-_HUGE_BYTES = 4 << 20
-
 # What the kernels compute in, by the dtype that the tensors are stored in.
 COMPUTE = {
     torch.float32: torch.float32,
@@ -42,29 +36,6 @@ COMPUTE = {
     torch.bfloat16: torch.float32,
     torch.float16: torch.float32,
 }
-
-try:
-    from fused_rnn._C import Memory as _Memory
-    from fused_rnn._C import advise_huge_pages as _advise_huge_pages
-except ImportError:  # without the extension memory comes from torch
-    _Memory = _advise_huge_pages = None  # type: ignore[assignment, misc]
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """As torch.empty, for what no caller of the package will see: large blocks are kept from call to call."""
-    size = math.prod(shape) * dtype.itemsize
-    if size < _KEPT_BYTES or _Memory is None or device.type != "cpu" or torch.are_deterministic_algorithms_enabled():
-        # In deterministic mode torch fills fresh memory with NaN where it is told to.
-        return torch.empty(shape, dtype=dtype, device=device)
-    return torch.frombuffer(_Memory(size), dtype=dtype).view(shape)
-
-
-def visible(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """As torch.empty, for what the caller of the package gets; large blocks ask for huge pages."""
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    if tensor.nbytes >= _HUGE_BYTES and _advise_huge_pages is not None and device.type == "cpu":
-        _advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
-    return tensor
 
 
 @dataclass(frozen=True)
@@ -125,6 +96,17 @@ def pack(layer: Layer, weights: Sequence[Weights], backward: bool) -> object:
     return layer.kernels.pack([weight.hh for weight in weights], projections or None, layer.steps, backward)
 
 
+def _one_step(
+    layer: Layer, input: Tensor, states: States, weights: Sequence[Weights], reset: Tensor | None
+) -> tuple[Tensor, States] | None:
+    """One step of one recurrence in the backend's own way, or None where that does not apply."""
+    whole = layer.steps.dense and len(weights) == 1 and reset is None and COMPUTE[input.dtype] == input.dtype
+    if not whole or layer.kernels.step is None:
+        return None
+    taken: tuple[Tensor, States] | None = layer.kernels.step(layer.cell.name, input, states, weights[0])
+    return taken
+
+
 def forward(
     layer: Layer,
     input: Tensor,
@@ -148,6 +130,10 @@ def forward(
     """
     cell, steps = layer.cell, layer.steps
     storage, device = input.dtype, input.device
+    if steps.length == 1 and layer.kernels.step is not None and not keep:
+        taken = _one_step(layer, input, states, weights, reset)
+        if taken is not None:
+            return (*taken, None)
     rows, recurrences = input.shape[0], len(weights)
     gates, output = weights[0].hh.shape
     compute = COMPUTE[storage]

@@ -257,6 +257,86 @@ def test_wrong_projections_raise() -> None:
         _C.project(x, w, out, 0)
 
 
+def make_step(cell: str, dtype: type = np.float32, rows: int = 3, inputs: int = 21, hidden: int = 37) -> dict[str, Any]:
+    random = np.random.default_rng(0)
+
+    def draw(*shape: int) -> np.ndarray:
+        return (random.standard_normal(shape) / 4).astype(dtype)
+
+    gates = CELLS[cell][0] * hidden
+    states = [draw(rows, hidden) for _ in range(2 if cell == "lstm" else 1)]
+    return {
+        "cell": cell,
+        "input": draw(rows, inputs),
+        "states": states,
+        "new_states": [np.full_like(state, np.nan) for state in states],
+        "out": np.full((rows, hidden), np.nan, dtype),
+        "weight_ih": draw(gates, inputs),
+        "weight_hh": draw(gates, hidden),
+        "bias_ih": draw(gates),
+        "bias_hh": draw(gates),
+        "threads": 2,
+    }
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("rows", "hidden"), [(1, 1), (1, 512), (2, 37), (4, 64), (5, 64)])
+def test_streaming_steps(isa: str, name: str, dtype: torch.dtype, bias: bool, rows: int, hidden: int) -> None:
+    """Step by step without a graph, against torch.nn over the whole sequence."""
+    theirs = getattr(torch.nn, name)(21, hidden, bias=bias, dtype=dtype)
+    ours = getattr(fused_rnn, name)(21, hidden, bias=bias, dtype=dtype)
+    ours.load_state_dict(theirs.state_dict())
+    exact = getattr(torch.nn, name)(21, hidden, bias=bias, dtype=torch.float64)
+    exact.load_state_dict(theirs.state_dict())
+    x = torch.randn(6, rows, 21, dtype=dtype)
+    with torch.no_grad():
+        state, steps = None, []
+        for one in x:
+            before = None if state is None else [part.clone() for part in (state if isinstance(state, tuple) else (state,))]
+            out, after = ours(one[None], state)
+            if before is not None:
+                for part, kept in zip(state if isinstance(state, tuple) else (state,), before, strict=True):
+                    assert torch.equal(part, kept)
+            steps.append(out)
+            state = after
+            assert out.data_ptr() != (after[0] if isinstance(after, tuple) else after).data_ptr()
+        expected, end = theirs(x)
+        reference, reference_end = exact(x.double())
+    assert_close_to_reference(torch.cat(steps), expected, reference)
+    last = (state, end, reference_end) if name == "LSTM" else ((state,), (end,), (reference_end,))
+    for actual, wanted, true in zip(*last, strict=True):
+        assert_close_to_reference(actual, wanted, true)
+
+
+WRONG_STEP = {
+    "unknown cell": lambda call: {"cell": "lstn"},
+    "features": lambda call: {"input": call["input"][:, :-1]},
+    "dtype of input": lambda call: {"input": call["input"].astype(np.float64)},
+    "1D input": lambda call: {"input": call["input"][0]},
+    "rows of states": lambda call: {"states": [state[:-1].copy() for state in call["states"]]},
+    "one state": lambda call: {"states": call["states"][:1]},
+    "states in place": lambda call: {"new_states": call["states"]},
+    "out is a state": lambda call: {"out": call["new_states"][0]},
+    "read-only out": lambda call: {"out": read_only(call["out"])},
+    "rows of weight_ih": lambda call: {"weight_ih": call["weight_ih"][:-1]},
+    "columns of weight_hh": lambda call: {"weight_hh": call["weight_hh"][:, :-1]},
+    "strides of weight_hh": lambda call: {"weight_hh": np.repeat(call["weight_hh"], 2, axis=1)[:, ::2]},
+    "length of bias": lambda call: {"bias_hh": call["bias_hh"][:-1]},
+    "no threads": lambda call: {"threads": 0},
+}
+
+
+@pytest.mark.parametrize("case", WRONG_STEP)
+def test_wrong_steps_raise(case: str) -> None:
+    call = make_step("lstm")
+    _C.step(**call)
+    assert np.isfinite(call["out"]).all()
+    with pytest.raises(ValueError, match="expected"):
+        _C.step(**call | WRONG_STEP[case](call))
+
+
 def test_memory_is_kept_and_released() -> None:
     _C.release_kept()
     first = np.frombuffer(_C.Memory(3 << 20), np.uint8)

@@ -39,6 +39,9 @@ float32 or float64 on the CPU backends: who stores bfloat16 or float16 converts 
 
 A backend's package may export ``project(input, weight, out)``, which writes input · weightᵀ to ``out`` (R, G·H), contiguous in
 its columns: its own way to do the input projection where it knows a better one than the library's matrix product.
+
+It may also export ``step(cell, input, states, weight)`` → (out, states) or None: one step without a backward, for streaming,
+with input (N, I), states (1, N, ·) and ``Weights``; out is (N, P). None where it has no better way for these sizes.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn import kernels
+from fused_rnn.cells import Weights
 
 _ENVIRONMENT = "FUSED_RNN_ISA"
 
@@ -48,7 +49,7 @@ def describe() -> str:
     return f"{_C.isa()}" + (f" (also built: {', '.join(others)})" if others else "")
 
 
-# So few rows are bound by reading the weight, which the extension does with all threads and without packing.
+# So few rows are bound by reading the weights, which the extension does with all threads and without packing.
 _FEW_ROWS = 4
 
 
@@ -60,3 +61,27 @@ def project(input: Tensor, weight: Tensor, out: Tensor) -> None:
         from fused_rnn import _C
 
         _C.project(input.detach().numpy(), weight.detach().numpy(), out.numpy(), torch.get_num_threads())
+
+
+def step(cell: str, input: Tensor, states: tuple[Tensor, ...], weight: Weights) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+    """Take one step of a few rows; see ``fused_rnn.kernels``."""
+    contiguous = all(state.is_contiguous() for state in states) and weight.ih.stride(1) == weight.hh.stride(1) == 1
+    if input.shape[0] > _FEW_ROWS or weight.hr is not None or not contiguous or input.stride(1) != 1:
+        return None
+    from fused_rnn import _C
+
+    after = tuple(torch.empty_like(state) for state in states)
+    out = torch.empty_like(states[0][0])
+    _C.step(
+        cell,
+        input.detach().numpy(),
+        [state[0].detach().numpy() for state in states],
+        [state[0].numpy() for state in after],
+        out.numpy(),
+        weight.ih.detach().numpy(),
+        weight.hh.detach().numpy(),
+        None if weight.bias_ih is None else weight.bias_ih.detach().numpy(),
+        None if weight.bias_hh is None else weight.bias_hh.detach().numpy(),
+        torch.get_num_threads(),
+    )
+    return out, after
