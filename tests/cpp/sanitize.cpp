@@ -1,6 +1,9 @@
 // Runs every kernel over odd sizes in buffers of exactly the right size, for the sanitizers to watch, and checks that the
 // result does not depend on how the threads share the work.
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
+#include <limits>
 #include <random>
 #include <thread>
 #include <vector>
@@ -163,6 +166,55 @@ std::vector<std::vector<T>> run(const Problem<T>& p, const TypedKernels<T>& kern
   return {tape, out, h, c, d_gates, d_h, d_c};
 }
 
+// One step of its own kind must come out as a walk of length one, but for the order in which biases are added.
+template <class T>
+int check_step(const TypedKernels<T>& kernels, const CellSizes& cell, const Shape& shape) {
+  const Problem<T> problem(cell, shape, 3);
+  const auto expected = run(problem, kernels, 1, Sharing::kAuto);
+  const Index N = shape.batch, H = shape.hidden, columns = cell.gates * H;
+  // An identity in place of weight_ih: gates_x is the input itself.
+  std::vector<T> input, identity(static_cast<std::size_t>(columns * columns), T(0));
+  for (Index i = 0; i < columns; ++i) identity[static_cast<std::size_t>(i * columns + i)] = 1;
+  for (Index n = 0; n < N; ++n) {
+    const T* row = problem.gates_x.data() + n * cell.tape * H;
+    input.insert(input.end(), row, row + columns);
+  }
+  const std::vector<T> bias_ih(problem.bias.begin(), problem.bias.begin() + columns);
+  std::vector<T> bias_hh(static_cast<std::size_t>(columns), T(0));
+  for (Index i = columns; i < cell.bias * H; ++i)
+    bias_hh[static_cast<std::size_t>(i - H)] = problem.bias[static_cast<std::size_t>(i)];
+  int failures = 0;
+  for (int threads : {1, 2, 3}) {
+    std::vector<T> out(static_cast<std::size_t>(N * H)), h(out), c(out);
+    StepArgs<T> args;
+    args.rows = N;
+    args.inputs = args.input_stride = args.weight_ih_stride = columns;
+    args.hidden = args.weight_hh_stride = H;
+    args.input = input.data();
+    args.weight_ih = identity.data();
+    args.weight_hh = problem.weight_hh.data();
+    args.bias_ih = bias_ih.data();
+    args.bias_hh = bias_hh.data();
+    args.h = problem.h_0.data();
+    args.c = problem.c_0.data();
+    args.out = out.data();
+    args.h_new = h.data();
+    args.c_new = c.data();
+    args.threads = threads;
+    kernels.step[static_cast<int>(cell.kind)](args);
+    T worst = 0;
+    for (std::size_t i = 0; i < out.size(); ++i) {
+      worst = std::max(worst, std::abs(out[i] - expected[2][i]));
+      if (cell.states == 2) worst = std::max(worst, std::abs(c[i] - expected[3][i]));
+    }
+    if (!(worst < 100 * std::numeric_limits<T>::epsilon()) || h != out) {
+      std::printf("%s, N=%td H=%td: a step is not a walk of one, error %g\n", cell.name, N, H, static_cast<double>(worst));
+      ++failures;
+    }
+  }
+  return failures;
+}
+
 template <class T>
 int check(const TypedKernels<T>& kernels, const char* dtype) {
   const Shape shapes[] = {{1, 1, 1, 1, 1, false, false},  {3, 2, 2, 17, 17, false, true},     {5, 7, 1, 33, 33, true, false},
@@ -170,6 +222,10 @@ int check(const TypedKernels<T>& kernels, const char* dtype) {
                           {6, 9, 2, 37, 11, true, true},  {2, 4, 1, 70, 33, false, false}};
   int failures = 0;
   for (const CellSizes& cell : kCells) {
+    for (const Index hidden : {1, 16, 37}) {
+      failures += check_step(kernels, cell, {1, 1, 1, hidden, hidden, false, false});
+      failures += check_step(kernels, cell, {1, 3, 1, hidden, hidden, false, false});
+    }
     for (const Shape& shape : shapes) {
       if (shape.hidden != shape.output && cell.kind != CellKind::kLstm) continue;
       const Problem<T> problem(cell, shape, 7);
