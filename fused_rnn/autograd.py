@@ -113,6 +113,11 @@ def _differentiable_backward(
     dtype = layers.COMPUTE[tensors[0].dtype]
     # Views stand in for the tensors, so that a gradient stops here even where one tensor was computed from another.
     stand_ins: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
+    # Under torch.func.vjp the graph of the forward may be gone by now; what is asked for must require a gradient all the same.
+    stand_ins = [
+        tensor.detach().requires_grad_() if asked and tensor is not None and not tensor.requires_grad else tensor
+        for tensor, asked in zip(stand_ins, wanted, strict=True)
+    ]
     computed = [None if tensor is None else tensor.to(dtype) for tensor in stand_ins]
     input, states, weights = _parts(call, computed)
     out, ends = reference.layer(call.cell, input, call.steps, states, weights, call.reverse, reset)

@@ -93,7 +93,7 @@ class _PreviousH:
         total = self.steps.rows(0, self.steps.length).stop
         starts = index >= total
         previous = self.out.index_select(0, index.masked_fill(starts, 0))
-        previous[starts] = self.h_0[index[starts] - total]
+        previous[starts] = self.h_0[index[starts] - total].to(previous.dtype)
         if self.reset is not None:
             previous[self.reset[span]] = 0
         yield slice(0, n), previous

@@ -142,7 +142,9 @@ def forward(
     weights = compute_weights(weights, compute)
     bias = _bias(cell, weights, compute)
     ends = tuple(state.to(compute, copy=True, memory_format=torch.contiguous_format) for state in states)
-    out = visible((rows, recurrences, output), storage, device)
+    # Two-dimensional from the start: an output that is a view made in an autograd Function cannot be changed in place.
+    result = visible((rows, recurrences * output), storage, device)
+    out = result.view(rows, recurrences, output)
     tape = empty((rows, recurrences, columns), storage, device) if keep and not cell.tape_is_out else None
 
     # Whole, where nothing would be gained by chunks: the tape is kept anyway, or all of it is small.
@@ -153,7 +155,7 @@ def forward(
             layer.kernels.project(input, weight.ih, whole[:, d, :gates])
         packed = pack(layer, weights, backward=False)
         layer.kernels.forward(whole, out, ends, packed, bias, steps, layer.reverse, reset, keep)
-        return out.view(rows, recurrences * output), ends, tape
+        return result, ends, tape
 
     workspace: Tensor | None = None
     for d, (weight, backwards) in enumerate(zip(weights, layer.reverse, strict=True)):
@@ -186,4 +188,4 @@ def forward(
                 if tape is not None:
                     tape[span, d : d + 1] = chunk
     ends = tuple(end.to(storage) for end in ends)
-    return out.view(rows, recurrences * output), ends, tape
+    return result, ends, tape

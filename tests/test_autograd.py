@@ -77,6 +77,41 @@ def test_half_precision_in_chunks(name: str, dtype: torch.dtype, monkeypatch: py
         torch.testing.assert_close(actual, expected, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_packed(name: str, dtype: torch.dtype, backend: str) -> None:
+    """Against float64 from the same rounded numbers, as near as one rounding per stored value allows."""
+    module = make(name, dtype)
+    exact = make(name)
+    exact.load_state_dict(module.state_dict())
+    x = torch.randn(6, 3, 5, dtype=dtype)
+    for actual, expected in zip(gradients(module, x, [4, 6, 1]), gradients(exact, x.double(), [4, 6, 1]), strict=True):
+        scale = expected.abs().max().clamp(min=1)
+        assert (actual.double() - expected).abs().max() <= 4 * torch.finfo(dtype).eps * scale
+
+
+@each
+def test_output_may_be_changed_in_place(name: str, backend: str) -> None:
+    """Without a graph, and after it was used; a change that the backward would not notice raises there, as torch's does."""
+    module, x = make(name), torch.randn(6, 3, 5, dtype=torch.float64)
+    with torch.no_grad():
+        outputs(module, x)[0].relu_()
+    out = outputs(module, x)[0]
+    out.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@each
+def test_vjp_after_the_function_returned(name: str, backend: str) -> None:
+    module, x = make(name), torch.randn(6, 3, 5, dtype=torch.float64)
+    out, pull = torch.func.vjp(lambda input: outputs(module, input)[0], x)
+    (actual,) = pull(torch.ones_like(out))
+    input = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(outputs(module, input)[0].sum(), input)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
 @each
 def test_second_backward_sees_the_same(name: str, backend: str) -> None:
     module, x = make(name), torch.randn(6, 3, 5, dtype=torch.float64, requires_grad=True)

@@ -123,7 +123,7 @@ def test_kernels_are_the_layer(name: str, projection: int, steps: Steps, resets:
     weight_hh = [weight.hh for weight in detached]
     weight_hr = [weight.hr for weight in detached] if projection else None
     walked = tuple(state.detach().clone() for state in states)
-    forward(tape, kept, walked, pack(weight_hh, weight_hr, steps, False), bias, steps, reverse, reset)
+    forward(tape, kept, walked, pack(weight_hh, weight_hr, steps, False), bias, steps, reverse, reset, True)
     active = torch.cat([torch.arange(*_span(steps, t)) for t in range(steps.length)])
     torch.testing.assert_close(kept.flatten(1)[active], out[active].detach())
     torch.testing.assert_close(walked, tuple(end.detach() for end in ends))
@@ -185,7 +185,7 @@ def test_tape_holds_what_the_table_says(name: str) -> None:
     h, *rest = (state[0].clone() for state in states)
     out = tape if cell.tape_is_out else torch.zeros(2, 1, hidden)
     packed = getattr(module, f"{name}_pack")([weight_hh], None, steps, False)
-    getattr(module, f"{name}_forward")(tape, out, states, packed, bias[None], steps, (False,), None)
+    getattr(module, f"{name}_forward")(tape, out, states, packed, bias[None], steps, (False,), None, True)
     got = dict(zip(cell.tape, tape[:, 0].chunk(len(cell.tape), -1), strict=True))
     gates_x = gates_x[:, 0] + bias[: cell.num_gates * hidden]
     sums = dict(zip(cell.gates, (gates_x + h @ weight_hh.t()).chunk(cell.num_gates, -1), strict=True))
@@ -218,7 +218,9 @@ def test_backward_of_saturated_gates_is_finite(name: str) -> None:
     states = tuple(torch.zeros(1, 1, hidden) for _ in cell.states)
     weight_hh = [torch.zeros(cell.num_gates * hidden, hidden)]
     pack = getattr(module, f"{name}_pack")
-    getattr(module, f"{name}_forward")(tape, out, states, pack(weight_hh, None, steps, False), None, steps, (False,), None)
+    getattr(module, f"{name}_forward")(
+        tape, out, states, pack(weight_hh, None, steps, False), None, steps, (False,), None, True
+    )
     d_gates = torch.full((2, 1, len(cell.d_gates) * hidden), math.nan)
     d_states = tuple(torch.ones(1, 1, hidden) for _ in cell.states)
     states_0 = tuple(torch.zeros(1, 1, hidden) for _ in cell.states)

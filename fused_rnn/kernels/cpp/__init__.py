@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -28,17 +29,21 @@ def _load() -> str | None:
     wanted = os.environ.get(_ENVIRONMENT)
     if wanted:
         if wanted not in _C.isas():
-            return f"{_ENVIRONMENT}={wanted}: this build and this machine have {', '.join(_C.isas())}"
+            raise ValueError(
+                f"{_ENVIRONMENT}={wanted}: expected one that this build and this machine have: {', '.join(_C.isas())}"
+            )
         _C.set_isa(wanted)
     return None
 
 
-_reason = _load()
-
-
+@functools.cache
 def unavailable() -> str | None:
-    """Why this backend cannot run here."""
-    return _reason
+    """Why this backend cannot run here.
+
+    Raises:
+        ValueError: if ``FUSED_RNN_ISA`` asks for an instruction set that cannot be had.
+    """
+    return _load()
 
 
 def describe() -> str:
@@ -55,20 +60,23 @@ _FEW_ROWS = 4
 
 def project(input: Tensor, weight: Tensor, out: Tensor) -> None:
     """Write input · weightᵀ to ``out``; see ``fused_rnn.kernels``."""
-    if input.shape[0] > _FEW_ROWS or weight.stride(1) != 1 or input.stride(1) != 1:
+    if input.shape[0] > _FEW_ROWS or weight.stride(1) != 1:
         kernels.project(input, weight, out)
     else:
         from fused_rnn import _C
 
+        if input.stride(1) != 1:
+            input = input.contiguous()
         _C.project(input.detach().numpy(), weight.detach().numpy(), out.numpy(), torch.get_num_threads())
 
 
 def step(cell: str, input: Tensor, states: tuple[Tensor, ...], weight: Weights) -> tuple[Tensor, tuple[Tensor, ...]] | None:
     """Take one step of a few rows; see ``fused_rnn.kernels``."""
-    contiguous = all(state.is_contiguous() for state in states) and weight.ih.stride(1) == weight.hh.stride(1) == 1
-    if input.shape[0] > _FEW_ROWS or weight.hr is not None or not contiguous or input.stride(1) != 1:
+    if input.shape[0] > _FEW_ROWS or weight.hr is not None or not weight.ih.stride(1) == weight.hh.stride(1) == 1:
         return None
     from fused_rnn import _C
+
+    input, states = input.contiguous(), tuple(state.contiguous() for state in states)
 
     after = tuple(torch.empty_like(state) for state in states)
     out = torch.empty_like(states[0][0])
