@@ -164,13 +164,10 @@ template <class Cell, class T>
 void backward(const BackwardArgs<T>& args) {
   const Sizes& s = args.sizes;
   if (s.steps.batch == 0 || args.t_begin == args.t_end) return;
-  const Plan plan = make_plan(s.threads, step_cost<T>(s, Cell::kFeedback, 20 * Cell::kGates), s.sharing);
-  const std::vector<Range> parts = batch_parts(s.steps, plan.batch_parts);
+  const Groups groups(s, step_cost<T>(s, Cell::kFeedback, 20 * Cell::kGates));
   const Buffer<T> zeros((Cell::kFeedback > 1 ? Cell::kFeedback : 1) * s.hidden);
-  const std::unique_ptr<Barrier[]> barriers(new Barrier[static_cast<std::size_t>(plan.groups)]);
-  for (int g = 0; g < plan.groups; ++g) barriers[g].set_members(plan.unit_parts);
-  for_each_task(plan, s.recurrences, [&](Index d, int part, int group, int member, int members) {
-    BackwardWalk<Cell, T>(args, zeros.get(), d, parts[static_cast<std::size_t>(part)], barriers[group], member, members).run();
+  groups.run([&](Index d, Range batch, Barrier& barrier, int member, int members) {
+    BackwardWalk<Cell, T>(args, zeros.get(), d, batch, barrier, member, members).run();
   });
 }
 

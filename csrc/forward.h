@@ -132,16 +132,12 @@ template <class Cell, class T>
 void forward(const ForwardArgs<T>& args) {
   const Sizes& s = args.sizes;
   if (s.steps.batch == 0 || s.steps.length == 0) return;
-  const Plan plan = make_plan(s.threads, step_cost<T>(s, Cell::kGates, 40 * Cell::kGates), s.sharing);
-  const std::vector<Range> parts = batch_parts(s.steps, plan.batch_parts);
+  const Groups groups(s, step_cost<T>(s, Cell::kGates, 40 * Cell::kGates));
   const Buffer<T> zeros(s.output);
   const Buffer<T> before_projection(args.weight_hr ? s.recurrences * s.steps.batch * s.hidden : 0);
-  const std::unique_ptr<Barrier[]> barriers(new Barrier[static_cast<std::size_t>(plan.groups)]);
-  for (int g = 0; g < plan.groups; ++g) barriers[g].set_members(plan.unit_parts);
   T* const m = args.weight_hr ? before_projection.get() : nullptr;
-  for_each_task(plan, s.recurrences, [&](Index d, int part, int group, int member, int members) {
-    ForwardWalk<Cell, T>(args, zeros.get(), m, d, parts[static_cast<std::size_t>(part)], barriers[group], member, members)
-        .run();
+  groups.run([&](Index d, Range batch, Barrier& barrier, int member, int members) {
+    ForwardWalk<Cell, T>(args, zeros.get(), m, d, batch, barrier, member, members).run();
   });
 }
 

@@ -124,21 +124,6 @@ inline void product(const Matrix<T>& w, Index hidden, Range vectors, Index n, In
   }
 }
 
-// Runs task(d, part, group, member, members) for every part of every recurrence's batch, each by the threads of one group.
-// A team that came out smaller than planned still does all tasks: its members become groups of one.
-template <class F>
-inline void for_each_task(const Plan& plan, Index recurrences, F&& task) {
-  parallel(plan.threads(), [&](int rank, int size) {
-    const int members = size < plan.threads() ? 1 : plan.unit_parts;
-    const int groups = size < plan.threads() ? (size < plan.groups ? size : plan.groups) : plan.groups;
-    const int group = rank / members, member = rank % members;
-    if (group >= groups) return;
-    for (Index i = group; i < recurrences * plan.batch_parts; i += groups) {
-      task(i / plan.batch_parts, static_cast<int>(i % plan.batch_parts), group, member, members);
-    }
-  });
-}
-
 // Threads for a pass over `bytes` of memory: one where waking the others takes longer than the pass.
 inline int threads_for(double bytes, int threads) { return bytes < (256 << 10) ? 1 : threads; }
 
@@ -155,6 +140,41 @@ inline StepCost step_cost(const Sizes& s, int gates, double pointwise) {
           vectors * (multiply_adds + pointwise),
           static_cast<double>(gates) * s.hidden * s.output * sizeof(T)};
 }
+
+// How the threads of one call share its recurrences and its batch.
+class Groups {
+ public:
+  Groups(const Sizes& sizes, const StepCost& cost)
+      : recurrences_(sizes.recurrences),
+        plan_(make_plan(sizes.threads, cost, sizes.sharing)),
+        parts_(batch_parts(sizes.steps, plan_.batch_parts)),
+        barriers_(new Barrier[static_cast<std::size_t>(plan_.groups)]) {
+    for (int g = 0; g < plan_.groups; ++g) barriers_[static_cast<std::size_t>(g)].set_members(plan_.unit_parts);
+  }
+
+  // Runs task(d, batch, barrier, member, members) for every part of every recurrence's batch, each by the threads of one group.
+  // A team that came out smaller than planned still does all tasks: its members become groups of one.
+  template <class F>
+  void run(F&& task) const {
+    parallel(plan_.threads(), [&](int rank, int size) {
+      const bool whole = size >= plan_.threads();
+      const int members = whole ? plan_.unit_parts : 1;
+      const int groups = whole || plan_.groups < size ? plan_.groups : size;
+      const int group = rank / members, member = rank % members;
+      if (group >= groups) return;
+      for (Index i = group; i < recurrences_ * plan_.batch_parts; i += groups) {
+        task(i / plan_.batch_parts, parts_[static_cast<std::size_t>(i % plan_.batch_parts)],
+             barriers_[static_cast<std::size_t>(group)], member, members);
+      }
+    });
+  }
+
+ private:
+  const Index recurrences_;
+  const Plan plan_;
+  const std::vector<Range> parts_;
+  const std::unique_ptr<Barrier[]> barriers_;
+};
 
 }  // namespace FUSED_RNN_ISA
 }  // namespace fused_rnn

@@ -1,0 +1,183 @@
+// Weights laid out for the kernels, and what that needs to know: the instruction sets of this machine and the cells' sizes.
+#pragma once
+
+#include <atomic>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "arrays.h"
+#include "kernels.h"
+#include "memory.h"
+
+namespace fused_rnn {
+
+// ---- instruction sets: best first
+
+inline std::vector<const Kernels*> instruction_sets() {
+  std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#endif
+#if defined(FUSED_RNN_HAVE_AVX512)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
+    found.push_back(&avx512::kernels());
+  }
+#endif
+#if defined(FUSED_RNN_HAVE_AVX2)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kernels());
+#endif
+  found.push_back(&baseline::kernels());
+  return found;
+}
+
+inline std::atomic<const Kernels*>& current() {
+  static std::atomic<const Kernels*> kernels{instruction_sets().front()};
+  return kernels;
+}
+
+inline std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Kernels* kernels : instruction_sets()) names.emplace_back(kernels->isa);
+  return names;
+}
+
+inline void set_isa(const std::string& name) {
+  std::string known;
+  for (const Kernels* kernels : instruction_sets()) {
+    if (name == kernels->isa) {
+      current().store(kernels);
+      return;
+    }
+    known += (known.empty() ? "" : ", ") + std::string(kernels->isa);
+  }
+  refuse("isa", "one that this machine and this build have: " + known, name);
+}
+
+// ---- cells
+
+// The sizes that the checks need (csrc/<cell>.h has the same for the kernels).
+struct CellShape {
+  const char* name;
+  int gates, tape, gradients, bias;
+  bool has_c, has_projection, tape_is_out;
+};
+
+constexpr CellShape kShapes[kCellKinds] = {{"rnn_tanh", 1, 1, 1, 1, false, false, true},
+                                           {"rnn_relu", 1, 1, 1, 1, false, false, true},
+                                           {"lstm", 4, 5, 4, 4, true, true, false},
+                                           {"gru", 3, 4, 4, 4, false, false, false}};
+
+inline int cell_index(const std::string& name) {
+  for (int i = 0; i < kCellKinds; ++i) {
+    if (name == kShapes[i].name) return i;
+  }
+  refuse("cell", "rnn_tanh, rnn_relu, lstm or gru", name);
+}
+
+template <class T>
+const TypedKernels<T>& typed(const Kernels& kernels) {
+  if constexpr (sizeof(T) == 4) {
+    return kernels.f32;
+  } else {
+    return kernels.f64;
+  }
+}
+
+// ---- packed weights
+
+// The D weights of one product, as the kernels of one instruction set read them.
+class Packed {
+ public:
+  Packed(const std::string& cell, std::vector<py::array> weights, bool backward, bool projection, bool as_columns, int threads)
+      : cell_(cell_index(cell)), backward_(backward), projection_(projection), kernels_(current().load()) {
+    if (weights.empty()) throw py::value_error("weights: expected one per recurrence, got none");
+    if (as_columns && backward) throw py::value_error("as_columns: expected False for the backward, got True");
+    if (projection && !kShapes[cell_].has_projection) throw py::value_error("projection: " + cell + " has none");
+    if (weights[0].ndim() != 2) refuse("weights[0]", "2 dimensions", text(weights[0]));
+    const Index gates = kShapes[cell_].gates;
+    if (projection) {
+      output_ = weights[0].shape(0);
+      hidden_ = weights[0].shape(1);
+    } else {
+      if (weights[0].shape(0) % gates) refuse("weights[0]", std::to_string(gates) + " * H rows", text(weights[0]));
+      hidden_ = weights[0].shape(0) / gates;
+      output_ = weights[0].shape(1);
+    }
+    if (hidden_ == 0 || output_ == 0) refuse("weights[0]", "at least one unit", text(weights[0]));
+    single_ = py::isinstance<py::array_t<float>>(weights[0]);
+    if (single_) {
+      fill<float>(weights, as_columns, threads, matrices32_);
+    } else {
+      fill<double>(weights, as_columns, threads, matrices64_);
+    }
+    if (as_columns) sources_ = std::move(weights);
+  }
+  Packed(const Packed&) = delete;
+
+  // The matrices, if they are the ones that a call with these sizes needs.
+  template <class T>
+  const Matrix<T>* matrices(const std::string& name, int cell, bool backward, bool projection, Index recurrences, Index hidden,
+                            Index output) const {
+    if (cell != cell_ || backward != backward_ || projection != projection_) {
+      refuse(name, "weights packed for this cell, direction and product", "others");
+    }
+    if (single_ != (sizeof(T) == 4)) refuse(name, "weights of the other arguments' dtype", "another");
+    const Index count = static_cast<Index>(single_ ? matrices32_.size() : matrices64_.size());
+    if (count != recurrences || hidden != hidden_ || output != output_) {
+      refuse(name, "D, H, P = " + text(Shape{recurrences, hidden, output}), text(Shape{count, hidden_, output_}));
+    }
+    if constexpr (sizeof(T) == 4) {
+      return matrices32_.data();
+    } else {
+      return matrices64_.data();
+    }
+  }
+
+  const Kernels& kernels() const { return *kernels_; }
+  Index hidden() const { return hidden_; }
+  Index output() const { return output_; }
+
+ private:
+  template <class T>
+  void fill(std::vector<py::array>& weights, bool as_columns, int threads, std::vector<Matrix<T>>& matrices) {
+    const Index rows = projection_ ? output_ : kShapes[cell_].gates * hidden_, columns = projection_ ? hidden_ : output_;
+    PackArgs<T> args;
+    args.backward = backward_;
+    args.projection = projection_;
+    args.hidden = hidden_;
+    args.output = output_;
+    args.threads = threads;
+    const auto& kernels = typed<T>(*kernels_);
+    const Index elements = kernels.panel_elements[cell_](args);
+    const Index inner = backward_ ? (projection_ ? output_ : rows) : columns;
+    if (!as_columns) panels_ = Memory(static_cast<std::size_t>(elements) * weights.size() * sizeof(T));
+    for (std::size_t d = 0; d < weights.size(); ++d) {
+      const std::string name = "weights[" + std::to_string(d) + "]";
+      check_shape<T>(name, weights[d], {rows, columns});
+      if (columns > 1 && stride<T>(name, weights[d], 1) != 1) refuse(name, "contiguous rows", "strides");
+      args.weight = pointer<const T>(name, weights[d]);
+      args.row_stride = stride<T>(name, weights[d], 0);
+      if (as_columns) {
+        matrices.push_back({args.weight, Layout::kColumns, inner, args.row_stride});
+      } else {
+        args.panels = static_cast<T*>(panels_.get()) + static_cast<Index>(d) * elements;
+        matrices.push_back({args.panels, Layout::kPanels, inner, 0});
+        const py::gil_scoped_release release;
+        kernels.pack[cell_](args);
+      }
+    }
+  }
+
+  int cell_;
+  bool backward_, projection_, single_ = true;
+  const Kernels* kernels_;
+  Index hidden_ = 0, output_ = 0;
+  Memory panels_;
+  std::vector<py::array> sources_;  // keeps weights that are read in place
+  std::vector<Matrix<float>> matrices32_;
+  std::vector<Matrix<double>> matrices64_;
+};
+
+}  // namespace fused_rnn
