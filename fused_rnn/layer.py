@@ -82,6 +82,8 @@ def _bias(cell: Cell, weights: Sequence[Weights], dtype: torch.dtype) -> Tensor 
 
 def compute_weights(weights: Sequence[Weights], dtype: torch.dtype) -> list[Weights]:
     """The weights in the dtype that the kernels compute in."""
+    if weights[0].hh.dtype == dtype:
+        return list(weights)
     return [
         Weights(
             weight.ih.to(dtype), weight.hh.to(dtype), *(None if tensor is None else tensor.to(dtype) for tensor in weight[2:])
@@ -130,7 +132,7 @@ def forward(
     """
     cell, steps = layer.cell, layer.steps
     storage, device = input.dtype, input.device
-    if steps.length == 1 and layer.kernels.step is not None and not keep:
+    if steps.length == 1 and not keep:
         taken = _one_step(layer, input, states, weights, reset)
         if taken is not None:
             return (*taken, None)

@@ -77,7 +77,6 @@ def step(cell: str, input: Tensor, states: tuple[Tensor, ...], weight: Weights) 
     from fused_rnn import _C
 
     input, states = input.contiguous(), tuple(state.contiguous() for state in states)
-
     after = tuple(torch.empty_like(state) for state in states)
     out = torch.empty_like(states[0][0])
     _C.step(
