@@ -66,13 +66,16 @@ struct Sizes {
 template <class T>
 struct ForwardArgs {
   Sizes sizes;
-  bool keep = true;            // whether the tape is written
-  Rows<T> tape;                // in: gates_x; out: what the backward reads
-  Rows<T> out;                 // (R, D, P); may be the tape itself for cells whose tape is the output
-  T* states[2] = {};           // (D, N, P) and (D, N, H), updated in place; the second only where the cell has one
-  const Matrix<T>* weight_hh;  // D matrices, K = P
-  const Matrix<T>* weight_hr;  // D matrices, K = H, or null
-  const T* bias = nullptr;     // (D, bias blocks * H), or null
+  bool keep = true;          // whether the tape is written
+  Rows<T> tape;              // in, without weight_ih: gates_x; out: what the backward reads. Null if neither
+  Rows<T> out;               // (R, D, P); may be the tape itself for cells whose tape is the output
+  const T* input = nullptr;  // (R, I), or null: what gates_x are formed from, step by step
+  Index input_stride = 0;
+  T* states[2] = {};                     // (D, N, P) and (D, N, H), updated in place; the second only where the cell has one
+  const Matrix<T>* weight_hh;            // D matrices, K = P
+  const Matrix<T>* weight_hr;            // D matrices, K = H, or null
+  const Matrix<T>* weight_ih = nullptr;  // D matrices in panels, K = I, or null
+  const T* bias = nullptr;               // (D, bias blocks * H), or null
 };
 
 template <class T>
@@ -87,13 +90,24 @@ struct BackwardArgs {
   const T* states_0[2] = {};
   const Matrix<T>* weight_hh;  // D matrices, transposed use: K = d_gates columns that feed back, P columns
   const Matrix<T>* weight_hr;  // D matrices, K = P, H columns, or null
+  // With one recurrence, the input's gradient of the walked steps can be formed on the way.
+  const Matrix<T>* weight_ih = nullptr;  // K = gates * H, I columns, or null
+  T* d_input = nullptr;                  // rows of the walked steps only, (·, I)
+  Index d_input_stride = 0, inputs = 0;
+};
+
+// What a packed weight multiplies.
+enum class Product : int {
+  kHidden,      // weight_hh (gates * H, P)
+  kProjection,  // weight_hr (P, H)
+  kInput        // weight_ih (gates * H, I); `output` stands for I
 };
 
 // Source of a pack: a torch weight, rows x columns, row-major.
 template <class T>
 struct PackArgs {
   bool backward = false;
-  bool projection = false;  // weight_hr instead of weight_hh
+  Product product = Product::kHidden;
   const T* weight = nullptr;
   Index row_stride = 0;
   Index hidden = 0, output = 0;
@@ -112,6 +126,29 @@ struct ProjectArgs {
   T* out = nullptr;  // rows x columns
   Index out_stride = 0;
   int threads = 1;
+};
+
+// Rows that follow one another in memory.
+template <class T>
+struct Part {
+  const T* data = nullptr;
+  Index rows = 0, stride = 0;
+};
+
+// d_weight (+)= d_gatesᵀ · inputs and d_bias (+)= the sums of d_gates' columns, over the rows of many steps.
+template <class T>
+struct WeightGradientArgs {
+  Index rows = 0;
+  Index outputs = 0, inputs = 0;  // rows and columns of d_weight
+  const T* d_gates = nullptr;     // rows x outputs
+  Index d_gates_stride = 0;
+  const Part<T>* parts = nullptr;  // rows x inputs in all, one part after another
+  bool add = false;
+  T* d_weight = nullptr;
+  Index d_weight_stride = 0;
+  T* d_bias = nullptr;  // (outputs,), or null
+  int threads = 1;
+  T* workspace = nullptr;  // `workspace_elements` for each thread
 };
 
 // One step without a backward. All states are rows x H, contiguous; the new ones are apart from the old.
@@ -137,6 +174,9 @@ struct TypedKernels {
   Index (*panel_elements[kCellKinds])(const PackArgs<T>&);
   void (*pack[kCellKinds])(const PackArgs<T>&);
   void (*project)(const ProjectArgs<T>&);
+  // Elements of WeightGradientArgs::workspace for each thread.
+  Index (*workspace_elements)(const WeightGradientArgs<T>&);
+  void (*weight_gradient)(const WeightGradientArgs<T>&);
   void (*step[kCellKinds])(const StepArgs<T>&);
 };
 

@@ -85,6 +85,17 @@ Rows<T> rows(const std::string& name, py::array& array, Index count, Index recur
   return {pointer<T>(name, array), row, recurrence};
 }
 
+// One matrix of `name`: rows x columns with contiguous columns; returns its row stride.
+template <class T>
+Index matrix(const std::string& name, const py::array& array, Index row_count, Index columns) {
+  check_shape<T>(name, array, {row_count, columns});
+  if (array.size() == 0) return columns;
+  if (columns > 1 && stride<T>(name, array, 1) != 1) refuse(name, "contiguous rows", "strides");
+  const Index row = stride<T>(name, array, 0);
+  if (row_count > 1 && row < columns) refuse(name, "rows that do not overlap", std::to_string(row));
+  return row;
+}
+
 // Memory that a kernel writes while another argument is read must not be part of it.
 inline void check_apart(const std::string& name, const py::array& a, const std::string& other, const py::array& b) {
   const auto span = [](const py::array& x) {

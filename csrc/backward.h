@@ -22,6 +22,7 @@ class BackwardWalk {
         batch_(batch),
         units_(share(vectors_of(hidden_, kLanes<T>), members, member)),
         outputs_(share(vectors_of(output_, kLanes<T>), members, member)),
+        inputs_(share(vectors_of(args.inputs, kLanes<T>), members, member)),
         barrier_(barrier),
         shared_(members > 1),
         d_h_(args.d_states[0] + d * steps_.batch * output_),
@@ -43,6 +44,7 @@ class BackwardWalk {
       } else {
         feed_back<Direct>(t, n, walked, active);
       }
+      if (args_.weight_ih && active) input_gradient(walked, active);
       meet();
       walked = t;
       active = n;
@@ -74,7 +76,7 @@ class BackwardWalk {
     const auto ahead = [&](Index j, Index v) {
       if (j < n && !kProjected) fetch(t, j, v * kLanes<T>);
     };
-    product<T, 1>(args_.weight_hh[d_], output_, columns, n > active ? n : active, active, scratch_, ahead,
+    product<T, 1>(nullptr, args_.weight_hh[d_], output_, columns, n > active ? n : active, active, scratch_, ahead,
                   [&](Index j, Index v, const Vec<T>* sums) {
                     const Index unit = v * kLanes<T>;
                     T* carry = d_h_ + (batch_.begin + j) * output_ + unit;
@@ -95,6 +97,22 @@ class BackwardWalk {
                   });
   }
 
+  // d_input of step t, whose d_gates all threads of this part have met at: d_gates W_ih, without those of the GRU's hn.
+  void input_gradient(Index t, Index n) {
+    const Index first = steps_.offset(t) + batch_.begin;
+    const T** rows = scratch_.rows.get();
+    for (Index j = 0; j < n; ++j) rows[j] = d_gates(first + j) + (Cell::kGradients - Cell::kGates) * hidden_;
+    const auto d_input = [&](Index j, Index v) {
+      return args_.d_input + (first + j - origin_) * args_.d_input_stride + v * kLanes<T>;
+    };
+    product<T, 1>(
+        nullptr, args_.weight_ih[d_], args_.inputs, inputs_, n, n, scratch_,
+        [&](Index j, Index v) { prefetch_to_write(d_input(j, v)); },
+        [&](Index j, Index v, const Vec<T>* sums) {
+          with_io<T>(args_.inputs, v, [&](auto io, Index) { io.store(d_input(j, v), sums[0]); });
+        });
+  }
+
   // d_m = d_h W_hr, and the gates from it
   void project(Index t, Index n) {
     if (n == 0) return;
@@ -102,9 +120,10 @@ class BackwardWalk {
     const T** rows = scratch_.rows.get();
     for (Index j = 0; j < n; ++j) rows[j] = d_gates(first + j) + Cell::kGradients * hidden_;
     const auto ahead = [&](Index j, Index v) { fetch(t, j, v * kLanes<T>); };
-    product<T, 1>(args_.weight_hr[d_], hidden_, units_, n, n, scratch_, ahead, [&](Index j, Index v, const Vec<T>* sums) {
-      with_io<T>(hidden_, v, [&](auto io, Index) { point(io, sums[0], t, j, v * kLanes<T>); });
-    });
+    product<T, 1>(nullptr, args_.weight_hr[d_], hidden_, units_, n, n, scratch_, ahead,
+                  [&](Index j, Index v, const Vec<T>* sums) {
+                    with_io<T>(hidden_, v, [&](auto io, Index) { point(io, sums[0], t, j, v * kLanes<T>); });
+                  });
   }
 
   // Fetches what point() will touch and no step before it has.
@@ -152,7 +171,7 @@ class BackwardWalk {
   const T* const zeros_;
   const Index d_;
   const bool reverse_;
-  const Range batch_, units_, outputs_;
+  const Range batch_, units_, outputs_, inputs_;
   Barrier& barrier_;
   const bool shared_;
   T* const d_h_;
@@ -164,7 +183,7 @@ template <class Cell, class T>
 void backward(const BackwardArgs<T>& args) {
   const Sizes& s = args.sizes;
   if (s.steps.batch == 0 || args.t_begin == args.t_end) return;
-  const Groups groups(s, step_cost<T>(s, Cell::kFeedback, 20 * Cell::kGates));
+  const Groups groups(s, step_cost<T>(s, Cell::kFeedback, 20 * Cell::kGates, args.inputs));
   const Buffer<T> zeros((Cell::kFeedback > 1 ? Cell::kFeedback : 1) * s.hidden);
   groups.run([&](Index d, Range batch, Barrier& barrier, int member, int members) {
     BackwardWalk<Cell, T>(args, zeros.get(), d, batch, barrier, member, members).run();

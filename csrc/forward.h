@@ -26,7 +26,7 @@ class ForwardWalk {
         shared_(members > 1),
         h_(args.states[0] + d * steps_.batch * output_),
         c_(Cell::kHasC ? args.states[1] + d * steps_.batch * hidden_ : nullptr),
-        scratch_(batch.size()) {}
+        scratch_(batch.size(), args.weight_ih != nullptr) {}
 
   void run() {
     const bool reverse = args_.sizes.reverse[d_];
@@ -62,27 +62,32 @@ class ForwardWalk {
     for (Index j = 0; j < n; ++j) {
       h[j] = resets(first + j) ? zeros_ : j < going_on ? args_.out.at(before + j, d_) : h_ + (batch_.begin + j) * output_;
     }
+    const Matrix<T>* weight_ih = args_.weight_ih ? args_.weight_ih + d_ : nullptr;
+    if (weight_ih) {
+      for (Index j = 0; j < n; ++j) scratch_.inputs.get()[j] = args_.input + (first + j) * args_.input_stride;
+    }
     const T* bias = args_.bias ? args_.bias + d_ * Cell::kBias * hidden_ : nullptr;
+    const int blocks = args_.keep ? Cell::kTape : weight_ih ? 0 : Cell::kGates;
     const auto ahead = [&](Index j, Index v) {
       const Index unit = v * kLanes<T>;
-      const T* tape = args_.tape.at(first + j, d_) + unit;
-      for (int b = 0; b < (args_.keep ? Cell::kTape : Cell::kGates); ++b) prefetch_to_write(tape + b * hidden_);
+      for (int b = 0; b < blocks; ++b) prefetch_to_write(args_.tape.at(first + j, d_) + b * hidden_ + unit);
       if (!m_ && Cell::kTape > 1) prefetch_to_write(args_.out.at(first + j, d_) + unit);
     };
-    product<T, Cell::kGates>(args_.weight_hh[d_], hidden_, units_, n, n, scratch_, ahead,
-                             [&](Index j, Index v, const Vec<T>* sums) {
-                               const Index unit = v * kLanes<T>, row = batch_.begin + j;
-                               ForwardPoint<T> p;
-                               p.tape = args_.tape.at(first + j, d_) + unit;
-                               p.hidden = hidden_;
-                               p.bias = bias ? bias + unit : nullptr;
-                               p.h_previous = h[j] + unit;
-                               p.c = c_ + row * hidden_ + unit;
-                               p.reset = resets(first + j);
-                               p.keep = args_.keep;
-                               p.h = (m_ ? m_ + (d_ * steps_.batch + row) * hidden_ : args_.out.at(first + j, d_)) + unit;
-                               with_io<T>(hidden_, v, [&](auto io, Index) { Cell::forward(io, sums, p); });
-                             });
+    const auto point = [&](Index j, Index v, const Vec<T>* sums) {
+      const Index unit = v * kLanes<T>, row = batch_.begin + j;
+      ForwardPoint<T> p;
+      p.tape = args_.tape ? args_.tape.at(first + j, d_) + unit : nullptr;
+      p.gates_x = weight_ih ? nullptr : p.tape;
+      p.hidden = hidden_;
+      p.bias = bias ? bias + unit : nullptr;
+      p.h_previous = h[j] + unit;
+      p.c = c_ + row * hidden_ + unit;
+      p.reset = resets(first + j);
+      p.keep = args_.keep;
+      p.h = (m_ ? m_ + (d_ * steps_.batch + row) * hidden_ : args_.out.at(first + j, d_)) + unit;
+      with_io<T>(hidden_, v, [&](auto io, Index) { Cell::forward(io, sums, p); });
+    };
+    product<T, Cell::kGates, Cell::kApart>(weight_ih, args_.weight_hh[d_], hidden_, units_, n, n, scratch_, ahead, point);
   }
 
   // h = W_hr m
@@ -91,7 +96,7 @@ class ForwardWalk {
     const T** m = scratch_.rows.get();
     for (Index j = 0; j < n; ++j) m[j] = m_ + (d_ * steps_.batch + batch_.begin + j) * hidden_;
     product<T, 1>(
-        args_.weight_hr[d_], output_, outputs_, n, n, scratch_, [](Index, Index) {},
+        nullptr, args_.weight_hr[d_], output_, outputs_, n, n, scratch_, [](Index, Index) {},
         [&](Index j, Index v, const Vec<T>* sums) {
           T* h = args_.out.at(first + j, d_) + v * kLanes<T>;
           with_io<T>(output_, v, [&](auto io, Index) { io.store(h, sums[0]); });
@@ -132,7 +137,7 @@ template <class Cell, class T>
 void forward(const ForwardArgs<T>& args) {
   const Sizes& s = args.sizes;
   if (s.steps.batch == 0 || s.steps.length == 0) return;
-  const Groups groups(s, step_cost<T>(s, Cell::kGates, 40 * Cell::kGates));
+  const Groups groups(s, step_cost<T>(s, Cell::kGates, 40 * Cell::kGates, args.weight_ih ? args.weight_ih->inner : 0));
   const Buffer<T> zeros(s.output);
   const Buffer<T> before_projection(args.weight_hr ? s.recurrences * s.steps.batch * s.hidden : 0);
   T* const m = args.weight_hr ? before_projection.get() : nullptr;

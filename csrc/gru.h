@@ -11,6 +11,7 @@ struct Gru {
   static constexpr int kGates = 3;      // r, z, n
   static constexpr int kTape = 4;       // r, z, n, hn
   static constexpr int kBias = 4;       // r, z, n, hn
+  static constexpr int kApart = 2;      // n: r multiplies the recurrent part alone
   static constexpr int kGradients = 4;  // hn, r, z, n
   static constexpr int kFeedback = 3;   // hn, r, z
   // hn is the n rows of weight_hh, which come last there.
@@ -26,7 +27,8 @@ struct Gru {
     activate<T, 2, 0>(gates);
     const Vec<T> r = gates[0], z = gates[1];
     const Vec<T> hn = p.bias ? recurrent[2] + io.load(p.bias + 3 * H) : recurrent[2];
-    const Vec<T> n = tanh<T>(input<T>(io, p, 2) + r * hn);
+    const Vec<T> x = p.gates_x ? input<T>(io, p, 2) : input<T>(io, p, 2) + recurrent[kGates];
+    const Vec<T> n = tanh<T>(x + r * hn);
     if (p.keep) {
       io.store(p.tape, r);
       io.store(p.tape + H, z);

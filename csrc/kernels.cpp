@@ -5,6 +5,7 @@
 #include "pack.h"
 #include "project.h"
 #include "step.h"
+#include "weight_gradient.h"
 
 #define FUSED_RNN_TEXT_OF(x) #x
 #define FUSED_RNN_TEXT(x) FUSED_RNN_TEXT_OF(x)
@@ -22,6 +23,8 @@ constexpr TypedKernels<T> typed_kernels() {
           {panel_elements<RnnTanh<T>, T>, panel_elements<RnnRelu<T>, T>, panel_elements<Lstm<T>, T>, panel_elements<Gru<T>, T>},
           {pack<RnnTanh<T>, T>, pack<RnnRelu<T>, T>, pack<Lstm<T>, T>, pack<Gru<T>, T>},
           project<T>,
+          workspace_elements<T>,
+          weight_gradient<T>,
           {step<RnnTanh<T>, T>, step<RnnRelu<T>, T>, step<Lstm<T>, T>, step<Gru<T>, T>}};
 }
 

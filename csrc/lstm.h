@@ -11,6 +11,7 @@ struct Lstm {
   static constexpr int kGates = 4;  // i, f, g, o
   static constexpr int kTape = 5;   // i, f, g, o, c
   static constexpr int kBias = 4;   // i, f, g, o
+  static constexpr int kApart = -1;
   static constexpr int kTapeC = 4;
   static constexpr int kGradients = 4;  // i, f, g, o
   static constexpr int kFeedback = 4;   // of which the first feed back into h

@@ -116,13 +116,6 @@ Memory::~Memory() {
   if (data_) pool->give(data_, capacity_);
 }
 
-void advise_huge_pages([[maybe_unused]] std::uintptr_t address, [[maybe_unused]] std::size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  const std::uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
-  if (address + bytes > begin) advise(reinterpret_cast<void*>(begin), address + bytes - begin, MADV_HUGEPAGE);
-#endif
-}
-
 std::size_t kept_bytes() { return pool->kept(); }
 void release_kept() { pool->release(); }
 

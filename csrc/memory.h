@@ -6,7 +6,6 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
 
 namespace fused_rnn {
 
@@ -30,9 +29,6 @@ class Memory {
   std::size_t bytes_ = 0;     // asked for
   std::size_t capacity_ = 0;  // of the block
 };
-
-// Asks for huge pages under the whole pages of a fresh block that came from elsewhere. Advice only.
-void advise_huge_pages(std::uintptr_t address, std::size_t bytes);
 
 // Unused blocks: their bytes, and away with them.
 std::size_t kept_bytes();

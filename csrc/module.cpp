@@ -56,24 +56,41 @@ struct Call {
 };
 
 template <class T>
-void forward_typed(Call& call, const CheckedSteps& steps, py::array& tape, py::array& out, std::vector<py::array>& states,
-                   const Packed& weight_hh, const Packed* weight_hr, const py::object& bias_object, bool keep) {
+void forward_typed(Call& call, const CheckedSteps& steps, const py::object& input_object, const py::object& tape_object,
+                   py::array& out, std::vector<py::array>& states, const Packed* weight_ih, const Packed& weight_hh,
+                   const Packed* weight_hr, const py::object& bias_object, bool keep) {
   const Sizes& s = call.sizes;
   ForwardArgs<T> args;
   args.sizes = s;
   args.keep = keep;
-  args.tape = rows<T>("tape", tape, steps.rows, s.recurrences, call.shape.tape * s.hidden);
   args.out = rows<T>("out", out, steps.rows, s.recurrences, s.output);
-  if (!call.shape.tape_is_out) {
-    check_apart("tape", tape, "out", out);
-  } else if (tape.size() && (args.tape.data != args.out.data || args.tape.row_stride != args.out.row_stride)) {
-    throw py::value_error("tape: expected the memory of out for this cell");
+  py::array input, tape;
+  if (weight_ih) {
+    input = py::cast<py::array>(input_object);
+    args.weight_ih =
+        weight_ih->matrices<T>("weight_ih", call.cell, false, Product::kInput, s.recurrences, s.hidden, weight_ih->output());
+    args.input_stride = matrix<T>("input", input, steps.rows, weight_ih->output());
+    args.input = pointer<const T>("input", input);
+    check_apart("out", out, "input", input);
+  }
+  if (!tape_object.is_none()) {
+    tape = py::cast<py::array>(tape_object);
+    args.tape = rows<T>("tape", tape, steps.rows, s.recurrences, call.shape.tape * s.hidden);
+    if (!call.shape.tape_is_out) {
+      check_apart("tape", tape, "out", out);
+    } else if (tape.size() && (args.tape.data != args.out.data || args.tape.row_stride != args.out.row_stride)) {
+      throw py::value_error("tape: expected the memory of out for this cell");
+    }
+    if (weight_ih) check_apart("tape", tape, "input", input);
+  } else if (!weight_ih || keep) {
+    refuse("tape", "an array, as it holds gates_x or is kept", "None");
   }
   args.states[0] = call.state<T>("states", states, 0);
   if (call.shape.has_c) args.states[1] = call.state<T>("states", states, 1);
-  args.weight_hh = weight_hh.matrices<T>("weight_hh", call.cell, false, false, s.recurrences, s.hidden, s.output);
+  args.weight_hh = weight_hh.matrices<T>("weight_hh", call.cell, false, Product::kHidden, s.recurrences, s.hidden, s.output);
   args.weight_hr =
-      weight_hr ? weight_hr->matrices<T>("weight_hr", call.cell, false, true, s.recurrences, s.hidden, s.output) : nullptr;
+      weight_hr ? weight_hr->matrices<T>("weight_hr", call.cell, false, Product::kProjection, s.recurrences, s.hidden, s.output)
+                : nullptr;
   py::array bias;
   if (!bias_object.is_none()) {
     bias = py::cast<py::array>(bias_object);
@@ -81,6 +98,13 @@ void forward_typed(Call& call, const CheckedSteps& steps, py::array& tape, py::a
   }
   const py::gil_scoped_release release;
   typed<T>(weight_hh.kernels()).forward[call.cell](args);
+}
+
+void check_input(const std::string& name, const py::object& input, const Packed* weight_ih, const Packed& weight_hh) {
+  if (input.is_none() != (weight_ih == nullptr)) throw py::value_error(name + " and weight_ih: expected both or neither");
+  if (weight_ih && (!weight_ih->in_panels() || &weight_ih->kernels() != &weight_hh.kernels())) {
+    refuse("weight_ih", "weights packed in panels for the instruction set of weight_hh", weight_ih->kernels().isa);
+  }
 }
 
 void check_projection(const Packed& weight_hh, const Packed* weight_hr) {
@@ -92,24 +116,26 @@ void check_projection(const Packed& weight_hh, const Packed* weight_hr) {
   }
 }
 
-void forward(const std::string& cell, py::array tape, py::array out, std::vector<py::array> states, const Packed& weight_hh,
-             const Packed* weight_hr, const py::object& bias, Index length, Index batch, const py::object& batch_sizes,
-             const py::object& offsets, const std::vector<bool>& reverse, const py::object& reset, bool keep, int threads,
-             const std::string& sharing) {
+void forward(const std::string& cell, const py::object& input, const py::object& tape, py::array out,
+             std::vector<py::array> states, const Packed* weight_ih, const Packed& weight_hh, const Packed* weight_hr,
+             const py::object& bias, Index length, Index batch, const py::object& batch_sizes, const py::object& offsets,
+             const std::vector<bool>& reverse, const py::object& reset, bool keep, int threads, const std::string& sharing) {
   const CheckedSteps steps(length, batch, batch_sizes, offsets);
   check_projection(weight_hh, weight_hr);
+  check_input("input", input, weight_ih, weight_hh);
   Call call(cell, steps, reverse, reset, weight_hh, threads, sharing);
-  if (py::isinstance<py::array_t<float>>(tape)) {
-    forward_typed<float>(call, steps, tape, out, states, weight_hh, weight_hr, bias, keep);
+  if (py::isinstance<py::array_t<float>>(out)) {
+    forward_typed<float>(call, steps, input, tape, out, states, weight_ih, weight_hh, weight_hr, bias, keep);
   } else {
-    forward_typed<double>(call, steps, tape, out, states, weight_hh, weight_hr, bias, keep);
+    forward_typed<double>(call, steps, input, tape, out, states, weight_ih, weight_hh, weight_hr, bias, keep);
   }
 }
 
 template <class T>
 void backward_typed(Call& call, const CheckedSteps& steps, Index t_begin, Index t_end, py::array& d_gates,
                     std::vector<py::array>& d_states, const py::object& d_out, py::array& tape, py::array& out,
-                    std::vector<py::array>& states_0, const Packed& weight_hh, const Packed* weight_hr) {
+                    std::vector<py::array>& states_0, const Packed* weight_ih, const Packed& weight_hh, const Packed* weight_hr,
+                    const py::object& d_input_object) {
   const Sizes& s = call.sizes;
   BackwardArgs<T> args;
   args.sizes = s;
@@ -134,39 +160,46 @@ void backward_typed(Call& call, const CheckedSteps& steps, Index t_begin, Index 
     args.states_0[i] = call.state<const T>("states_0", states_0, i);
     check_apart("d_states", d_states[i], "states_0", states_0[i]);
   }
-  args.weight_hh = weight_hh.matrices<T>("weight_hh", call.cell, true, false, s.recurrences, s.hidden, s.output);
+  args.weight_hh = weight_hh.matrices<T>("weight_hh", call.cell, true, Product::kHidden, s.recurrences, s.hidden, s.output);
   args.weight_hr =
-      weight_hr ? weight_hr->matrices<T>("weight_hr", call.cell, true, true, s.recurrences, s.hidden, s.output) : nullptr;
+      weight_hr ? weight_hr->matrices<T>("weight_hr", call.cell, true, Product::kProjection, s.recurrences, s.hidden, s.output)
+                : nullptr;
+  py::array d_input;
+  if (weight_ih) {
+    if (s.recurrences != 1) refuse("weight_ih", "None with several recurrences", std::to_string(s.recurrences));
+    args.inputs = weight_ih->output();
+    args.weight_ih = weight_ih->matrices<T>("weight_ih", call.cell, true, Product::kInput, 1, s.hidden, args.inputs);
+    d_input = py::cast<py::array>(d_input_object);
+    args.d_input_stride = matrix<T>("d_input", d_input, walked, args.inputs);
+    args.d_input = pointer<T>("d_input", d_input);
+    check_apart("d_input", d_input, "d_gates", d_gates);
+    check_apart("d_input", d_input, "tape", tape);
+    check_apart("d_input", d_input, "out", out);
+    if (args.d_out) check_apart("d_input", d_input, "d_out", d_out_array);
+  }
   const py::gil_scoped_release release;
   typed<T>(weight_hh.kernels()).backward[call.cell](args);
 }
 
 void backward(const std::string& cell, py::array d_gates, std::vector<py::array> d_states, const py::object& d_out,
-              py::array tape, py::array out, std::vector<py::array> states_0, const Packed& weight_hh, const Packed* weight_hr,
-              Index length, Index batch, const py::object& batch_sizes, const py::object& offsets, Index t_begin, Index t_end,
-              const std::vector<bool>& reverse, const py::object& reset, int threads, const std::string& sharing) {
+              py::array tape, py::array out, std::vector<py::array> states_0, const Packed* weight_ih, const Packed& weight_hh,
+              const Packed* weight_hr, Index length, Index batch, const py::object& batch_sizes, const py::object& offsets,
+              Index t_begin, Index t_end, const std::vector<bool>& reverse, const py::object& reset, const py::object& d_input,
+              int threads, const std::string& sharing) {
   const CheckedSteps steps(length, batch, batch_sizes, offsets);
   check_projection(weight_hh, weight_hr);
+  check_input("d_input", d_input, weight_ih, weight_hh);
   if (t_begin < 0 || t_end < t_begin || t_end > length) {
     refuse("t_begin, t_end", "0 <= t_begin <= t_end <= " + std::to_string(length), text(Shape{t_begin, t_end}));
   }
   Call call(cell, steps, reverse, reset, weight_hh, threads, sharing);
   if (py::isinstance<py::array_t<float>>(tape)) {
-    backward_typed<float>(call, steps, t_begin, t_end, d_gates, d_states, d_out, tape, out, states_0, weight_hh, weight_hr);
+    backward_typed<float>(call, steps, t_begin, t_end, d_gates, d_states, d_out, tape, out, states_0, weight_ih, weight_hh,
+                          weight_hr, d_input);
   } else {
-    backward_typed<double>(call, steps, t_begin, t_end, d_gates, d_states, d_out, tape, out, states_0, weight_hh, weight_hr);
+    backward_typed<double>(call, steps, t_begin, t_end, d_gates, d_states, d_out, tape, out, states_0, weight_ih, weight_hh,
+                           weight_hr, d_input);
   }
-}
-
-// One matrix of `name`: rows x columns with contiguous columns; returns its row stride.
-template <class T>
-Index matrix(const std::string& name, const py::array& array, Index row_count, Index columns) {
-  check_shape<T>(name, array, {row_count, columns});
-  if (array.size() == 0) return columns;
-  if (columns > 1 && stride<T>(name, array, 1) != 1) refuse(name, "contiguous rows", "strides");
-  const Index row = stride<T>(name, array, 0);
-  if (row_count > 1 && row < columns) refuse(name, "rows that do not overlap", std::to_string(row));
-  return row;
 }
 
 template <class T>
@@ -196,6 +229,59 @@ void project(py::array input, py::array weight, py::array out, int threads) {
     project_typed<float>(input, weight, out, threads);
   } else {
     project_typed<double>(input, weight, out, threads);
+  }
+}
+
+template <class T>
+void weight_gradient_typed(py::array& d_gates, std::vector<py::array>& inputs, py::array& d_weight, const py::object& d_bias,
+                           bool add, int threads) {
+  WeightGradientArgs<T> args;
+  args.rows = d_gates.shape(0);
+  args.outputs = d_gates.shape(1);
+  args.inputs = d_weight.shape(1);
+  args.d_gates_stride = matrix<T>("d_gates", d_gates, args.rows, args.outputs);
+  args.d_gates = pointer<const T>("d_gates", d_gates);
+  args.d_weight_stride = matrix<T>("d_weight", d_weight, args.outputs, args.inputs);
+  args.d_weight = pointer<T>("d_weight", d_weight);
+  check_apart("d_weight", d_weight, "d_gates", d_gates);
+  std::vector<Part<T>> parts;
+  Index rows = 0;
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    const std::string name = "inputs[" + std::to_string(i) + "]";
+    if (inputs[i].ndim() != 2) refuse(name, "2 dimensions", text(inputs[i]));
+    const Index row_stride = matrix<T>(name, inputs[i], inputs[i].shape(0), args.inputs);
+    parts.push_back({pointer<const T>(name, inputs[i]), inputs[i].shape(0), row_stride});
+    check_apart("d_weight", d_weight, name, inputs[i]);
+    rows += inputs[i].shape(0);
+  }
+  if (rows != args.rows) refuse("inputs", std::to_string(args.rows) + " rows in all", std::to_string(rows));
+  args.parts = parts.data();
+  py::array bias;
+  if (!d_bias.is_none()) {
+    bias = py::cast<py::array>(d_bias);
+    args.d_bias = contiguous<T>("d_bias", bias, {args.outputs});
+    check_apart("d_bias", bias, "d_gates", d_gates);
+    check_apart("d_bias", bias, "d_weight", d_weight);
+  }
+  args.add = add;
+  args.threads = threads;
+  const auto& kernels = typed<T>(*current().load());
+  const Memory workspace(static_cast<std::size_t>(kernels.workspace_elements(args)) * static_cast<std::size_t>(threads) *
+                         sizeof(T));
+  args.workspace = static_cast<T*>(workspace.get());
+  const py::gil_scoped_release release;
+  kernels.weight_gradient(args);
+}
+
+void weight_gradient(py::array d_gates, std::vector<py::array> inputs, py::array d_weight, const py::object& d_bias, bool add,
+                     int threads) {
+  if (d_gates.ndim() != 2) refuse("d_gates", "2 dimensions", text(d_gates));
+  if (d_weight.ndim() != 2) refuse("d_weight", "2 dimensions", text(d_weight));
+  if (threads < 1) refuse("threads", "1 or more", std::to_string(threads));
+  if (py::isinstance<py::array_t<float>>(d_gates)) {
+    weight_gradient_typed<float>(d_gates, inputs, d_weight, d_bias, add, threads);
+  } else {
+    weight_gradient_typed<double>(d_gates, inputs, d_weight, d_bias, add, threads);
   }
 }
 
@@ -272,26 +358,28 @@ PYBIND11_MODULE(_C, m) {
         return py::buffer_info(memory.get(), 1, py::format_descriptor<unsigned char>::format(),
                                static_cast<py::ssize_t>(memory.bytes()));
       });
-  m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"),
-        "Ask the system to back fresh memory with huge pages: one page fault instead of 512.");
   m.def("kept_bytes", &kept_bytes, "Bytes of unused blocks that are kept for later calls.");
   m.def("release_kept", &release_kept, "Give all unused blocks back to the system.");
   py::class_<Packed>(m, "Packed", "The D weights of one product, laid out for the kernels.")
-      .def(py::init<const std::string&, std::vector<py::array>, bool, bool, bool, int>(), py::arg("cell"), py::arg("weights"),
-           py::arg("backward"), py::arg("projection"), py::arg("as_columns"), py::arg("threads"));
-  m.def("forward", &forward, py::arg("cell"), py::arg("tape"), py::arg("out"), py::arg("states"), py::arg("weight_hh"),
-        py::arg("weight_hr").none(true), py::arg("bias"), py::arg("length"), py::arg("batch"), py::arg("batch_sizes"),
-        py::arg("offsets"), py::arg("reverse"), py::arg("reset"), py::arg("keep"), py::arg("threads"),
-        py::arg("sharing") = "auto", "Walk all steps forward.");
+      .def(py::init<const std::string&, std::vector<py::array>, bool, const std::string&, bool, int>(), py::arg("cell"),
+           py::arg("weights"), py::arg("backward"), py::arg("product"), py::arg("as_columns"), py::arg("threads"));
+  m.def("forward", &forward, py::arg("cell"), py::arg("input"), py::arg("tape"), py::arg("out"), py::arg("states"),
+        py::arg("weight_ih").none(true), py::arg("weight_hh"), py::arg("weight_hr").none(true), py::arg("bias"),
+        py::arg("length"), py::arg("batch"), py::arg("batch_sizes"), py::arg("offsets"), py::arg("reverse"), py::arg("reset"),
+        py::arg("keep"), py::arg("threads"), py::arg("sharing") = "auto", "Walk all steps forward.");
   m.def("project", &project, py::arg("input"), py::arg("weight"), py::arg("out"), py::arg("threads"),
         "Write input times weight transposed to out, for a few rows.");
+  m.def("weight_gradient", &weight_gradient, py::arg("d_gates"), py::arg("inputs"), py::arg("d_weight"), py::arg("d_bias"),
+        py::arg("add"), py::arg("threads"),
+        "Write d_gates transposed times the inputs to d_weight and the sums of its columns to d_bias, or add them.");
   m.def("step", &step, py::arg("cell"), py::arg("input"), py::arg("states"), py::arg("new_states"), py::arg("out"),
         py::arg("weight_ih"), py::arg("weight_hh"), py::arg("bias_ih"), py::arg("bias_hh"), py::arg("threads"),
         "Take one step of a few rows without a backward.");
   m.def("backward", &backward, py::arg("cell"), py::arg("d_gates"), py::arg("d_states"), py::arg("d_out"), py::arg("tape"),
-        py::arg("out"), py::arg("states_0"), py::arg("weight_hh"), py::arg("weight_hr").none(true), py::arg("length"),
-        py::arg("batch"), py::arg("batch_sizes"), py::arg("offsets"), py::arg("t_begin"), py::arg("t_end"), py::arg("reverse"),
-        py::arg("reset"), py::arg("threads"), py::arg("sharing") = "auto", "Walk steps t_begin .. t_end - 1 backward.");
+        py::arg("out"), py::arg("states_0"), py::arg("weight_ih").none(true), py::arg("weight_hh"),
+        py::arg("weight_hr").none(true), py::arg("length"), py::arg("batch"), py::arg("batch_sizes"), py::arg("offsets"),
+        py::arg("t_begin"), py::arg("t_end"), py::arg("reverse"), py::arg("reset"), py::arg("d_input"), py::arg("threads"),
+        py::arg("sharing") = "auto", "Walk steps t_begin .. t_end - 1 backward.");
 }
 
 }  // namespace fused_rnn

@@ -9,14 +9,14 @@ namespace FUSED_RNN_ISA {
 // The matrix that a pack makes: columns in vectors of `gates` blocks, and K.
 template <class Cell, class T>
 struct PackShape {
-  explicit PackShape(const PackArgs<T>& p) : gates(p.backward || p.projection ? 1 : Cell::kGates) {
-    // weight_hh: (gates * H, P); weight_hr: (P, H). Forward: rows become columns. Backward: columns stay columns.
-    if (p.projection) {
+  explicit PackShape(const PackArgs<T>& p) : gates(p.backward || p.product == Product::kProjection ? 1 : Cell::kGates) {
+    // Forward: rows become columns. Backward: columns stay columns.
+    if (p.product == Product::kProjection) {
       columns = p.backward ? p.hidden : p.output;
       inner = p.backward ? p.output : p.hidden;
     } else {
       columns = p.backward ? p.output : p.hidden;
-      inner = p.backward ? Cell::kFeedback * p.hidden : p.output;
+      inner = !p.backward ? p.output : (p.product == Product::kInput ? Cell::kGates : Cell::kFeedback) * p.hidden;
     }
   }
   int gates;
@@ -42,7 +42,9 @@ void pack_backward(const PackArgs<T>& p, const PackShape<Cell, T>& shape, Range 
       const Index column = v * kLanes<T>;
       T* panel = p.panels + v * shape.inner * kLanes<T>;
       for (Index i = k; i < end; ++i) {
-        const Index row = p.projection ? i : Cell::weight_block(static_cast<int>(i / p.hidden)) * p.hidden + i % p.hidden;
+        // Only what feeds back has blocks in another order than the weight.
+        const bool ordered = p.product != Product::kHidden;
+        const Index row = ordered ? i : Cell::weight_block(static_cast<int>(i / p.hidden)) * p.hidden + i % p.hidden;
         const T* from = p.weight + row * p.row_stride + column;
         with_io<T>(shape.columns, v, [&](auto io, Index) { store<T>(panel + i * kLanes<T>, io.load(from)); });
       }

@@ -90,11 +90,14 @@ const TypedKernels<T>& typed(const Kernels& kernels) {
 // The D weights of one product, as the kernels of one instruction set read them.
 class Packed {
  public:
-  Packed(const std::string& cell, std::vector<py::array> weights, bool backward, bool projection, bool as_columns, int threads)
-      : cell_(cell_index(cell)), backward_(backward), projection_(projection), kernels_(current().load()) {
+  Packed(const std::string& cell, std::vector<py::array> weights, bool backward, const std::string& product, bool as_columns,
+         int threads)
+      : cell_(cell_index(cell)), backward_(backward), product_(product_of(product)), kernels_(current().load()) {
     if (weights.empty()) throw py::value_error("weights: expected one per recurrence, got none");
     if (as_columns && backward) throw py::value_error("as_columns: expected False for the backward, got True");
-    if (projection && !kShapes[cell_].has_projection) throw py::value_error("projection: " + cell + " has none");
+    const bool projection = product_ == Product::kProjection;
+    if (projection && !kShapes[cell_].has_projection)
+      refuse("product", "hidden or input, as " + cell + " has no projection", product);
     if (weights[0].ndim() != 2) refuse("weights[0]", "2 dimensions", text(weights[0]));
     const Index gates = kShapes[cell_].gates;
     if (projection) {
@@ -118,9 +121,9 @@ class Packed {
 
   // The matrices, if they are the ones that a call with these sizes needs.
   template <class T>
-  const Matrix<T>* matrices(const std::string& name, int cell, bool backward, bool projection, Index recurrences, Index hidden,
+  const Matrix<T>* matrices(const std::string& name, int cell, bool backward, Product product, Index recurrences, Index hidden,
                             Index output) const {
-    if (cell != cell_ || backward != backward_ || projection != projection_) {
+    if (cell != cell_ || backward != backward_ || product != product_) {
       refuse(name, "weights packed for this cell, direction and product", "others");
     }
     if (single_ != (sizeof(T) == 4)) refuse(name, "weights of the other arguments' dtype", "another");
@@ -138,20 +141,29 @@ class Packed {
   const Kernels& kernels() const { return *kernels_; }
   Index hidden() const { return hidden_; }
   Index output() const { return output_; }
+  bool in_panels() const { return sources_.empty(); }
 
  private:
+  static Product product_of(const std::string& name) {
+    if (name == "hidden") return Product::kHidden;
+    if (name == "projection") return Product::kProjection;
+    if (name == "input") return Product::kInput;
+    refuse("product", "hidden, projection or input", name);
+  }
+
   template <class T>
   void fill(std::vector<py::array>& weights, bool as_columns, int threads, std::vector<Matrix<T>>& matrices) {
-    const Index rows = projection_ ? output_ : kShapes[cell_].gates * hidden_, columns = projection_ ? hidden_ : output_;
+    const bool projection = product_ == Product::kProjection;
+    const Index rows = projection ? output_ : kShapes[cell_].gates * hidden_, columns = projection ? hidden_ : output_;
     PackArgs<T> args;
     args.backward = backward_;
-    args.projection = projection_;
+    args.product = product_;
     args.hidden = hidden_;
     args.output = output_;
     args.threads = threads;
     const auto& kernels = typed<T>(*kernels_);
     const Index elements = kernels.panel_elements[cell_](args);
-    const Index inner = backward_ ? (projection_ ? output_ : rows) : columns;
+    const Index inner = backward_ ? (projection ? output_ : rows) : columns;
     if (!as_columns) panels_ = Memory(static_cast<std::size_t>(elements) * weights.size() * sizeof(T));
     for (std::size_t d = 0; d < weights.size(); ++d) {
       const std::string name = "weights[" + std::to_string(d) + "]";
@@ -171,7 +183,8 @@ class Packed {
   }
 
   int cell_;
-  bool backward_, projection_, single_ = true;
+  bool backward_, single_ = true;
+  Product product_;
   const Kernels* kernels_;
   Index hidden_ = 0, output_ = 0;
   Memory panels_;

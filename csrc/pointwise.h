@@ -25,7 +25,8 @@ struct First {
 // One vector of units of one row in the forward. Pointers are at its first unit.
 template <class T>
 struct ForwardPoint {
-  T* tape;              // block 0; the gates_x blocks come first
+  const T* gates_x;     // block 0, or null: then the product holds them, a part that stays apart after the gates
+  T* tape;              // block 0
   Index hidden;         // from one block to the next
   const T* bias;        // block 0, or null
   const T* h_previous;  // h before this step
@@ -35,10 +36,10 @@ struct ForwardPoint {
   T* h;                 // where the new h (before a projection) goes
 };
 
-// Block `b` of gates_x and of the bias.
+// Block `b` of gates_x, as far as they are apart from the product, and of the bias.
 template <class T, class Io>
 inline Vec<T> input(Io io, const ForwardPoint<T>& p, Index b) {
-  const Vec<T> x = io.load(p.tape + b * p.hidden);
+  const Vec<T> x = p.gates_x ? io.load(p.gates_x + b * p.hidden) : Vec<T>{};
   return p.bias ? x + io.load(p.bias + b * p.hidden) : x;
 }
 

@@ -29,10 +29,10 @@ constexpr int tile_rows(int vectors) {
 #endif
 }
 
-// c[m][v] (+)= sum over k in [k_begin, k_end) of a[m][k] * panel[v][k]. The caller's c has kGroup vectors a row. Every step
-// fetches one vector from `ahead` on, for a later tile.
+// c[m][v] = sum over k in [k_begin, k_end) of a[m][k] * panel[v][k], or added to it. The caller's c has kGroup vectors a row.
+// Every step fetches one vector from `ahead` on, for a later tile.
 template <class T, int kVectors, int kRows>
-inline void panel_tile(const T* panels, Index panel_stride, Index k_begin, Index k_end, const T* const* a, Vec<T>* c,
+inline void panel_tile(const T* panels, Index panel_stride, Index k_begin, Index k_end, const T* const* a, bool add, Vec<T>* c,
                        const T* ahead) {
   Vec<T> sums[kRows][kVectors];
 #pragma GCC unroll 16
@@ -60,17 +60,17 @@ inline void panel_tile(const T* panels, Index panel_stride, Index k_begin, Index
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) c[m * kGroup + v] = k_begin == 0 ? sums[m][v] : c[m * kGroup + v] + sums[m][v];
+    for (int v = 0; v < kVectors; ++v) c[m * kGroup + v] = add ? c[m * kGroup + v] + sums[m][v] : sums[m][v];
   }
 }
 
 template <class T, int kVectors, int kRows = tile_rows(kVectors)>
 inline void panel_tile_of(int rows, const T* panels, Index panel_stride, Index k_begin, Index k_end, const T* const* a,
-                          Vec<T>* c, const T* ahead) {
+                          bool add, Vec<T>* c, const T* ahead) {
   if (rows == kRows) {
-    panel_tile<T, kVectors, kRows>(panels, panel_stride, k_begin, k_end, a, c, ahead);
+    panel_tile<T, kVectors, kRows>(panels, panel_stride, k_begin, k_end, a, add, c, ahead);
   } else if constexpr (kRows > 1) {
-    panel_tile_of<T, kVectors, kRows - 1>(rows, panels, panel_stride, k_begin, k_end, a, c, ahead);
+    panel_tile_of<T, kVectors, kRows - 1>(rows, panels, panel_stride, k_begin, k_end, a, add, c, ahead);
   }
 }
 
@@ -80,7 +80,8 @@ inline void panel_tile_of(int rows, const T* panels, Index panel_stride, Index k
 // which are read after these. `ahead(row)` is called once for every row, between the tiles of the first pass: the caller
 // fetches what it will combine the products with.
 template <class T, int kVectors, class RowAhead>
-inline void panel_chunk(const T* panels, Index inner, const T* const* a, int rows, Vec<T>* c, const T* next, RowAhead&& ahead) {
+inline void panel_chunk(const T* panels, Index inner, const T* const* a, int rows, bool add, Vec<T>* c, const T* next,
+                        RowAhead&& ahead) {
   const int tiles = (rows + tile_rows(kVectors) - 1) / tile_rows(kVectors);
   const Index panel_stride = inner * kLanes<T>;
   // Each pass sums from zero: one chain over all of K would round some ten times worse at K = 4096.
@@ -91,7 +92,7 @@ inline void panel_chunk(const T* panels, Index inner, const T* const* a, int row
     for (int tile = 0, row = 0; tile < tiles; ++tile) {
       const int height = (rows - row + tiles - tile - 1) / (tiles - tile);
       const T* soon = (k_end < inner ? panels + k_end * kLanes<T> : next) + (tile % kVectors) * panel_stride;
-      panel_tile_of<T, kVectors>(height, panels, panel_stride, k, k_end, a + row, c + row * kGroup, soon);
+      panel_tile_of<T, kVectors>(height, panels, panel_stride, k, k_end, a + row, add || k > 0, c + row * kGroup, soon);
       if (k == 0) {
         for (int i = row; i < row + height; ++i) ahead(i);
       }
@@ -168,11 +169,17 @@ struct Columns {
   Index hidden;
 };
 
-// c[row][0 .. vectors) of vectors first .. first + vectors - 1 of the columns, for `rows` <= kChunk rows. The product after
-// this one starts at vector `next`; `ahead` as in panel_chunk.
+// The panels from vector `first` on.
+template <class T>
+inline const T* panels_of(const Matrix<T>& w, Index first) {
+  return w.data + first * w.inner * kLanes<T>;
+}
+
+// c[row][0 .. vectors) of vectors first .. first + vectors - 1 of the columns, for `rows` <= kChunk rows; panels can also be
+// added to it. The product after this one starts at panels `after`; `ahead` as in panel_chunk.
 template <class T, class RowAhead>
-inline void product_chunk(const Matrix<T>& w, Columns columns, Index first, int vectors, const T* const* a, int rows, Vec<T>* c,
-                          Index next, RowAhead&& ahead) {
+inline void product_chunk(const Matrix<T>& w, Columns columns, Index first, int vectors, const T* const* a, int rows, bool add,
+                          Vec<T>* c, const T* after, RowAhead&& ahead) {
   if (w.layout == Layout::kColumns) {
     for (int row = 0; row < rows; ++row) ahead(row);
     for (int v = 0; v < vectors; ++v) {
@@ -182,23 +189,22 @@ inline void product_chunk(const Matrix<T>& w, Columns columns, Index first, int 
     }
     return;
   }
-  const T* panels = w.data + first * w.inner * kLanes<T>;
-  const T* after = w.data + next * w.inner * kLanes<T>;
+  const T* panels = panels_of(w, first);
   switch (vectors) {
     case 1:
-      return panel_chunk<T, 1>(panels, w.inner, a, rows, c, after, ahead);
+      return panel_chunk<T, 1>(panels, w.inner, a, rows, add, c, after, ahead);
     case 2:
-      return panel_chunk<T, 2>(panels, w.inner, a, rows, c, after, ahead);
+      return panel_chunk<T, 2>(panels, w.inner, a, rows, add, c, after, ahead);
     case 3:
-      return panel_chunk<T, 3>(panels, w.inner, a, rows, c, after, ahead);
+      return panel_chunk<T, 3>(panels, w.inner, a, rows, add, c, after, ahead);
     default:
 #if FUSED_RNN_MANY_REGISTERS
-      return panel_chunk<T, 4>(panels, w.inner, a, rows, c, after, ahead);
+      return panel_chunk<T, 4>(panels, w.inner, a, rows, add, c, after, ahead);
 #else
       // Four vectors by two rows would load more than they multiply; twice two vectors by six rows do not.
       const T* others = panels + 2 * w.inner * kLanes<T>;
-      panel_chunk<T, 2>(panels, w.inner, a, rows, c, others, ahead);
-      return panel_chunk<T, 2>(others, w.inner, a, rows, c + 2, after, [](int) {});
+      panel_chunk<T, 2>(panels, w.inner, a, rows, add, c, others, ahead);
+      return panel_chunk<T, 2>(others, w.inner, a, rows, add, c + 2, after, [](int) {});
 #endif
   }
 }

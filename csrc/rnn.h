@@ -11,6 +11,7 @@ struct Rnn {
   static constexpr int kGates = 1;
   static constexpr int kTape = 1;  // h: the output itself
   static constexpr int kBias = 1;
+  static constexpr int kApart = -1;
   static constexpr int kGradients = 1;
   static constexpr int kFeedback = 1;
   static constexpr int weight_block(int b) { return b; }

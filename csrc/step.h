@@ -28,8 +28,8 @@ void step(const StepArgs<T>& args) {
       }
       for (Index v = mine.begin; v < mine.end; ++v) {
         const auto ahead = [](Index) {};
-        product_chunk<T>(weight_ih, {kGates, H}, v * kGates, kGates, x, rows, of_x, 0, ahead);
-        product_chunk<T>(weight_hh, {kGates, H}, v * kGates, kGates, h, rows, of_h, 0, ahead);
+        product_chunk<T>(weight_ih, {kGates, H}, v * kGates, kGates, x, rows, false, of_x, nullptr, ahead);
+        product_chunk<T>(weight_hh, {kGates, H}, v * kGates, kGates, h, rows, false, of_h, nullptr, ahead);
         const Index unit = v * kLanes<T>;
         with_io<T>(H, v, [&](auto io, Index) {
           for (int j = 0; j < rows; ++j) {
@@ -42,7 +42,8 @@ void step(const StepArgs<T>& args) {
             T* c = Cell::kHasC ? args.c_new + place : nullptr;
             if (Cell::kHasC) io.store(c, io.load(args.c + place));
             ForwardPoint<T> p;
-            p.tape = reinterpret_cast<T*>(xs);
+            p.gates_x = reinterpret_cast<T*>(xs);
+            p.tape = nullptr;
             p.hidden = kLanes<T>;
             p.bias = nullptr;
             p.h_previous = args.h + place;

@@ -75,12 +75,13 @@ inline std::vector<Range> batch_parts(const StepRows& steps, int parts) {
   return ranges;
 }
 
-// One thread's private memory for a walk: the pointers to its rows of the product, and the product's results.
+// One thread's private memory for a walk: the pointers to its rows of the products, and the products' results.
 template <class T>
 struct Scratch {
-  explicit Scratch(Index batch) : rows(batch) {}
+  explicit Scratch(Index batch, bool with_inputs = false) : rows(batch), inputs(with_inputs ? batch : 0) {}
   alignas(64) Vec<T> products[kChunk * kGroup];
   Buffer<const T*> rows;
+  Buffer<const T*> inputs;
 };
 
 // Calls f(io, v) for vector v, with io for a whole vector or for the last few units.
@@ -97,9 +98,13 @@ inline void with_io(Index columns, Index v, F&& f) {
 // The product of rows `rows` (pointers, one per row; null products where `known` rows end) with the columns `vectors` of
 // `w`, handed to sink(row, v, sums): v is a vector of units, sums its `gates` products.
 // `ahead(row, v)` is called some time before sink(row, v, …), for it to fetch what sink will touch.
-template <class T, int kGates, class Ahead, class Sink>
-inline void product(const Matrix<T>& w, Index hidden, Range vectors, Index n, Index known, Scratch<T>& scratch, Ahead&& ahead,
-                    Sink&& sink) {
+//
+// With `w_inputs`, the rows scratch.inputs times these weights are added. Gate kApart (-1 for none) keeps the two products
+// apart: the inputs' comes after the gates.
+template <class T, int kGates, int kApart = -1, class Ahead, class Sink>
+inline void product(const Matrix<T>* w_inputs, const Matrix<T>& w, Index hidden, Range vectors, Index n, Index known,
+                    Scratch<T>& scratch, Ahead&& ahead, Sink&& sink) {
+  static_assert(kApart < 0 || kGates < kGroup);
   // A group is all gates of one vector of units, or several vectors of units where a cell has one gate.
   constexpr Index kVectors = kGates == 1 ? kGroup : 1;
   for (Index v = vectors.begin; v < vectors.end; v += kVectors) {
@@ -110,10 +115,26 @@ inline void product(const Matrix<T>& w, Index hidden, Range vectors, Index n, In
       const Index next = end < n ? v : v + count < vectors.end ? v + count : vectors.begin;
       const Index products = known <= row ? 0 : (known < end ? known : end) - row;
       if (products) {
-        product_chunk<T>(w, {kGates, hidden}, v * kGates, static_cast<int>(count * kGates), scratch.rows.get() + row,
-                         static_cast<int>(products), scratch.products, next * kGates, [&](int j) {
-                           for (Index u = 0; u < count; ++u) ahead(row + j, v + u);
-                         });
+        const Columns columns = {kGates, hidden};
+        const int group = static_cast<int>(count * kGates), chunk = static_cast<int>(products);
+        const auto fetch = [&](int j) {
+          for (Index u = 0; u < count; ++u) ahead(row + j, v + u);
+        };
+        if (w_inputs) {
+          product_chunk<T>(*w_inputs, columns, v * kGates, group, scratch.inputs.get() + row, chunk, false, scratch.products,
+                           panels_of(w, v * kGates), fetch);
+          if constexpr (kApart >= 0) {
+            for (Vec<T>* c = scratch.products; c < scratch.products + chunk * kGroup; c += kGroup) {
+              c[kGates] = c[kApart];
+              c[kApart] = Vec<T>{};
+            }
+          }
+          product_chunk<T>(w, columns, v * kGates, group, scratch.rows.get() + row, chunk, true, scratch.products,
+                           panels_of(*w_inputs, next * kGates), [](int) {});
+        } else {
+          product_chunk<T>(w, columns, v * kGates, group, scratch.rows.get() + row, chunk, false, scratch.products,
+                           panels_of(w, next * kGates), fetch);
+        }
       }
       for (Index i = products * kGroup; i < (end - row) * kGroup; ++i) scratch.products[i] = Vec<T>{};
       for (Index j = row; j < end; ++j) {
@@ -130,15 +151,16 @@ inline int threads_for(double bytes, int threads) { return bytes < (256 << 10) ?
 // The work of one step, for the plan. A row's vector takes `gates` fused multiply-adds per step of K, two a cycle, and
 // `pointwise` cycles.
 template <class T>
-inline StepCost step_cost(const Sizes& s, int gates, double pointwise) {
+inline StepCost step_cost(const Sizes& s, int gates, double pointwise, Index inputs = 0) {
   const double vectors = static_cast<double>(vectors_of(s.hidden, kLanes<T>));
-  const double multiply_adds = gates * static_cast<double>(s.output) / 2;
+  const double inner = static_cast<double>(s.output + inputs);
+  const double multiply_adds = gates * inner / 2;
   return {s.recurrences,
           s.steps.batch,
           vectors_of(s.hidden, kLanes<T>),
           s.steps.length,
           vectors * (multiply_adds + pointwise),
-          static_cast<double>(gates) * s.hidden * s.output * sizeof(T)};
+          static_cast<double>(gates) * static_cast<double>(s.hidden) * inner * sizeof(T)};
 }
 
 // How the threads of one call share its recurrences and its batch.

@@ -9,10 +9,12 @@ _Array = NDArray[Any]
 def isas() -> list[str]: ...
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...
-def advise_huge_pages(address: int, bytes: int) -> None: ...
 def kept_bytes() -> int: ...
 def release_kept() -> None: ...
 def project(input: _Array, weight: _Array, out: _Array, threads: int) -> None: ...
+def weight_gradient(
+    d_gates: _Array, inputs: Sequence[_Array], d_weight: _Array, d_bias: _Array | None, add: bool, threads: int
+) -> None: ...
 def step(
     cell: str,
     input: _Array,
@@ -32,14 +34,16 @@ class Memory:
 
 class Packed:
     def __init__(
-        self, cell: str, weights: Sequence[_Array], backward: bool, projection: bool, as_columns: bool, threads: int
+        self, cell: str, weights: Sequence[_Array], backward: bool, product: str, as_columns: bool, threads: int
     ) -> None: ...
 
 def forward(
     cell: str,
-    tape: _Array,
+    input: _Array | None,
+    tape: _Array | None,
     out: _Array,
     states: Sequence[_Array],
+    weight_ih: Packed | None,
     weight_hh: Packed,
     weight_hr: Packed | None,
     bias: _Array | None,
@@ -61,6 +65,7 @@ def backward(
     tape: _Array,
     out: _Array,
     states_0: Sequence[_Array],
+    weight_ih: Packed | None,
     weight_hh: Packed,
     weight_hr: Packed | None,
     length: int,
@@ -71,6 +76,7 @@ def backward(
     t_end: int,
     reverse: Sequence[bool],
     reset: _Array | None,
+    d_input: _Array | None,
     threads: int,
     sharing: str = "auto",
 ) -> None: ...

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fused_rnn.cells import CELLS, Cell
-from fused_rnn.kernels import project
+from fused_rnn.kernels import project, weight_gradient
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Kernels:
     backward: Callable[..., None]
     project: Callable[..., None]
     step: Callable[..., Any] | None
+    takes_input: Callable[..., bool] | None
+    weight_gradient: Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,8 @@ def _load(cell_name: str, name: str) -> Kernels:
         getattr(module, f"{cell_name}_backward"),
         getattr(package, "project", project),
         getattr(package, "step", None),
+        getattr(package, "takes_input", None),
+        getattr(package, "weight_gradient", weight_gradient),
     )
 
 

@@ -6,15 +6,15 @@ run with the same number of threads. Legend as in ``fused_rnn.kernels``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fused_rnn.cells import Cell, Weights
+from fused_rnn.cells import Weights
 from fused_rnn.layer import COMPUTE, Layer, States, compute_weights, pack
-from fused_rnn.memory import empty, visible
+from fused_rnn.memory import empty
 from fused_rnn.steps import Steps
 
 # A chunk of d_gates. Every chunk adds to the weights' gradients, which are read and written once more for it: below some 2,000
@@ -67,26 +67,19 @@ class _PreviousH:
     reset: Tensor | None
     index: Tensor | None = None
 
-    def pieces(self, t_begin: int, t_end: int) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (rows counted from the first row of step t_begin, h before them) for steps t_begin .. t_end - 1."""
+    def parts(self, t_begin: int, t_end: int) -> list[Tensor]:
+        """Return h before each row of steps t_begin .. t_end - 1, in parts that follow one another: (·, P) each."""
         span = self.steps.rows(t_begin, t_end)
-        n, batch = span.stop - span.start, self.steps.batch
+        batch = self.steps.batch
         if self.steps.dense and self.reset is None:
             # Views of the output, one step off; only the first step of the walk starts from h_0.
             if self.reverse:
-                last = t_end == self.steps.length
-                inner = n - batch if last else n
-                if inner:
-                    yield slice(0, inner), self.out[span.start + batch : span.start + batch + inner]
-                if last:
-                    yield slice(inner, n), self.h_0
-            else:
-                skip = batch if t_begin == 0 else 0
-                if skip:
-                    yield slice(0, skip), self.h_0
-                if n > skip:
-                    yield slice(skip, n), self.out[span.start + skip - batch : span.stop - batch]
-            return
+                if t_end < self.steps.length:
+                    return [self.out[span.start + batch : span.stop + batch]]
+                return [self.out[span.start + batch : span.stop], self.h_0]
+            if t_begin > 0:
+                return [self.out[span.start - batch : span.stop - batch]]
+            return [self.h_0, self.out[span.start : span.stop - batch]]
         if self.index is None:
             self.index = _previous_rows(self.steps, self.reverse, self.out.device)
         index = self.index[span]
@@ -96,29 +89,30 @@ class _PreviousH:
         previous[starts] = self.h_0[index[starts] - total].to(previous.dtype)
         if self.reset is not None:
             previous[self.reset[span]] = 0
-        yield slice(0, n), previous
+        return [previous]
 
 
 class _WeightGradients:
     """The gradients of one recurrence's parameters, summed over chunks of time."""
 
-    def __init__(self, cell: Cell, weight: Weights, wanted: Weights, dtype: torch.dtype) -> None:
-        self.cell, self.weight, self.wanted, self.dtype = cell, weight, wanted, dtype
-        self.hidden = weight.hh.shape[0] // cell.num_gates
-        self.sums: dict[str, Tensor] = {}
+    def __init__(self, layer: Layer, weight: Weights, wanted: Weights, dtype: torch.dtype) -> None:
+        self.cell, self.weight, self.wanted, self.dtype = layer.cell, weight, wanted, dtype
+        self.product = layer.kernels.weight_gradient
+        self.hidden = weight.hh.shape[0] // layer.cell.num_gates
+        self.begun = False
+        # A hidden part of its own (the GRU's hn) has a gradient of its own for its bias.
+        self.apart = len(self.hidden_parts()) > 1
+        biased = wanted.bias_ih or wanted.bias_hh
+        gates = weight.hh.shape[0]
+        self.ih = self.like(weight.ih) if wanted.ih else None
+        self.hh = self.like(weight.hh) if wanted.hh else None
+        self.hr = self.like(weight.hr) if wanted.hr and weight.hr is not None else None
+        self.bias_x = weight.hh.new_empty(gates) if biased else None
+        self.bias_apart = weight.hh.new_empty(self.hidden) if biased and self.apart else None
 
-    def add(self, key: str, left: Tensor, right: Tensor) -> None:
-        """Add leftᵀ·right."""
-        if right.dtype != left.dtype:
-            right = right.to(left.dtype)
-        if key in self.sums:
-            self.sums[key].addmm_(left.t(), right)
-        else:
-            self.sums[key] = torch.mm(left.t(), right)
-
-    def add_rows(self, key: str, rows: Tensor) -> None:
-        total = rows.sum(0)
-        self.sums[key] = self.sums[key] + total if key in self.sums else total
+    @staticmethod
+    def like(weight: Tensor) -> Tensor:
+        return empty(weight.shape, weight.dtype, weight.device)
 
     def blocks(self, d_gates: Tensor, names: Sequence[str]) -> Tensor:
         """Neighbouring blocks of d_gates."""
@@ -138,33 +132,33 @@ class _WeightGradients:
             input: (n, I) of these steps.
             tape: (n, columns) of these steps; read for weight_hr alone.
         """
+        add = self.begun
+        self.begun = True
         d_gates_x = self.blocks(d_gates, self.cell.gates)
-        if self.wanted.ih:
-            self.add("ih", d_gates_x, input)
-        if self.wanted.bias_ih or self.wanted.bias_hh:
-            self.add_rows("bias_ih", d_gates_x)
-            if len(self.hidden_parts()) > 1:
-                self.add_rows("bias_apart", self.blocks(d_gates, ("hn",)))
-        if self.wanted.hh:
-            for rows, h in previous.pieces(t_begin, t_end):
-                for part in self.hidden_parts():
-                    self.add("hh." + "".join(part), self.blocks(d_gates, part)[rows], h)
-        if self.wanted.hr:
+        if self.ih is not None or self.bias_x is not None:
+            self.product(d_gates_x, [input], self.ih, self.bias_x, add)
+        if self.hh is not None or self.bias_apart is not None:
+            inputs = [] if self.hh is None else [part.to(d_gates.dtype) for part in previous.parts(t_begin, t_end)]
+            first = 0
+            for part in self.hidden_parts():
+                last = first + len(part) * self.hidden
+                d_weight = None if self.hh is None else self.hh[first:last]
+                d_bias = self.bias_apart if part == ("hn",) else None
+                self.product(self.blocks(d_gates, part), inputs, d_weight, d_bias, add)
+                first = last
+        if self.hr is not None:
             o = tape[:, self.cell.tape.index("o") * self.hidden :][:, : self.hidden]
             c = tape[:, self.cell.tape.index("c") * self.hidden :][:, : self.hidden]
-            self.add("hr", d_gates[:, len(self.cell.d_gates) * self.hidden :], o * c.tanh())
+            self.product(d_gates[:, len(self.cell.d_gates) * self.hidden :], [o * c.tanh()], self.hr, None, add)
 
     def result(self) -> tuple[Tensor | None, ...]:
         """The gradients in torch's shapes and the parameters' dtype, in the places of ``Weights``."""
-        sums = self.sums
-        parts = [sums["hh." + "".join(part)] for part in self.hidden_parts()] if self.wanted.hh else []
-        bias_ih, bias_hh = sums.get("bias_ih"), None
-        if bias_ih is not None and self.wanted.bias_hh:
+        bias_hh = None
+        if self.bias_x is not None and self.wanted.bias_hh:
             # A tensor of its own even where the values are the same: two parameters must not share a .grad.
-            apart = sums.get("bias_apart")
-            bias_hh = bias_ih.clone() if apart is None else torch.cat((bias_ih[: -self.hidden], apart))
-        hh = (parts[0] if len(parts) == 1 else torch.cat(parts)) if parts else None
-        grads = (sums.get("ih"), hh, bias_ih if self.wanted.bias_ih else None, bias_hh, sums.get("hr"))
+            apart = self.bias_apart
+            bias_hh = self.bias_x.clone() if apart is None else torch.cat((self.bias_x[: -self.hidden], apart))
+        grads = (self.ih, self.hh, self.bias_x if self.wanted.bias_ih else None, bias_hh, self.hr)
         if self.weight.ih.dtype == self.dtype:
             return grads
         return tuple(None if grad is None else grad.to(self.dtype) for grad in grads)
@@ -210,15 +204,19 @@ def backward(
     tape = out if tape is None else tape
     if d_out is not None:
         d_out = d_out.contiguous().view(rows, recurrences, output)
-    d_input = visible(input.shape, compute, device) if input_wanted else None
-    sums = [_WeightGradients(cell, w, wanted, storage) for w, wanted in zip(weights, weights_wanted, strict=True)]
+    d_input = empty(input.shape, compute, device) if input_wanted else None
+    sums = [_WeightGradients(layer, w, wanted, storage) for w, wanted in zip(weights, weights_wanted, strict=True)]
+
+    # The kernels form the input's gradient as they walk, where a single recurrence makes it.
+    takes = layer.kernels.takes_input
+    takes_input = d_input is not None and recurrences == 1 and takes is not None and takes(steps, weights[0])
 
     def finish(d: int, d_gates: Tensor, t_begin: int, t_end: int, h: _PreviousH, tape: Tensor) -> None:
         """The products of recurrence d after steps t_begin .. t_end - 1; d_gates and tape hold these steps' rows alone."""
         span = steps.rows(t_begin, t_end)
         x = input[span] if t_end - t_begin < steps.length else input
         sums[d].walk(d_gates, x if storage == compute else x.to(compute), h, t_begin, t_end, tape)
-        if d_input is not None:
+        if d_input is not None and not takes_input:
             d_gates_x = sums[d].blocks(d_gates, cell.gates)
             if d == 0:
                 torch.mm(d_gates_x, weights[d].ih, out=d_input[span])
@@ -229,16 +227,17 @@ def backward(
     row_bytes = columns * compute.itemsize
     if storage == compute and rows * recurrences * row_bytes <= _CHUNK_BYTES:
         whole = empty((rows, recurrences, columns), compute, device)
-        packed = pack(layer, weights, backward=True)
+        packed = pack(layer, weights, backward=True, with_input=takes_input)
+        extra = (d_input,) if takes_input else ()
         layer.kernels.backward(
-            whole, d_states, d_out, tape, out, states_0, packed, steps, 0, steps.length, layer.reverse, reset
+            whole, d_states, d_out, tape, out, states_0, packed, steps, 0, steps.length, layer.reverse, reset, *extra
         )
         for d, h in enumerate(previous):
             finish(d, whole[:, d], 0, steps.length, h, tape[:, d])
     else:
         workspace: Tensor | None = None
         for d, (h, backwards) in enumerate(zip(previous, layer.reverse, strict=True)):
-            packed = pack(layer, [weights[d]], backward=True)
+            packed = pack(layer, [weights[d]], backward=True, with_input=takes_input)
             for t_begin, t_end in layer.chunks(_CHUNK_BYTES, _CHUNK_ROWS, row_bytes, backwards=not backwards):
                 span = steps.rows(t_begin, t_end)
                 n = span.stop - span.start
@@ -267,6 +266,7 @@ def backward(
                     t_end - first,
                     (backwards,),
                     None if reset is None else reset[near],
+                    *((d_input[span],) if d_input is not None and takes_input else ()),
                 )
                 own = slice(span.start - near.start, span.stop - near.start)
                 finish(d, workspace[:n, 0], t_begin, t_end, h, tape_near[own, 0])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fused_rnn.cells import Cell, Weights
 from fused_rnn.dispatch import Kernels
-from fused_rnn.memory import empty, visible
+from fused_rnn.memory import empty
 from fused_rnn.steps import Steps
 
 States = tuple[Tensor, ...]
@@ -92,10 +92,11 @@ def compute_weights(weights: Sequence[Weights], dtype: torch.dtype) -> list[Weig
     ]
 
 
-def pack(layer: Layer, weights: Sequence[Weights], backward: bool) -> object:
+def pack(layer: Layer, weights: Sequence[Weights], backward: bool, with_input: bool = False) -> object:
     """What the kernels of ``layer`` read in place of these weights: the backward's product, or the forward's."""
     projections = [weight.hr for weight in weights if weight.hr is not None]
-    return layer.kernels.pack([weight.hh for weight in weights], projections or None, layer.steps, backward)
+    extra = ([weight.ih for weight in weights],) if with_input else ()
+    return layer.kernels.pack([weight.hh for weight in weights], projections or None, layer.steps, backward, *extra)
 
 
 def _one_step(
@@ -145,9 +146,16 @@ def forward(
     bias = _bias(cell, weights, compute)
     ends = tuple(state.to(compute, copy=True, memory_format=torch.contiguous_format) for state in states)
     # Two-dimensional from the start: an output that is a view made in an autograd Function cannot be changed in place.
-    result = visible((rows, recurrences * output), storage, device)
+    result = empty((rows, recurrences * output), storage, device)
     out = result.view(rows, recurrences, output)
     tape = empty((rows, recurrences, columns), storage, device) if keep and not cell.tape_is_out else None
+
+    takes_input = layer.kernels.takes_input is not None and layer.kernels.takes_input(steps, weights[0])
+    if takes_input and storage == compute:
+        packed = pack(layer, weights, backward=False, with_input=True)
+        kept = out if cell.tape_is_out else tape
+        layer.kernels.forward(kept, out, ends, packed, bias, steps, layer.reverse, reset, keep, input)
+        return result, ends, tape
 
     # Whole, where nothing would be gained by chunks: the tape is kept anyway, or all of it is small.
     row_bytes = columns * compute.itemsize
@@ -161,14 +169,16 @@ def forward(
 
     workspace: Tensor | None = None
     for d, (weight, backwards) in enumerate(zip(weights, layer.reverse, strict=True)):
-        packed = pack(layer, [weight], backward=False)
+        packed = pack(layer, [weight], backward=False, with_input=takes_input)
         for t_begin, t_end in layer.chunks(_CHUNK_BYTES, _CHUNK_ROWS, row_bytes, backwards):
             part, span = steps.part(t_begin, t_end), steps.rows(t_begin, t_end)
             n = span.stop - span.start
             if workspace is None or workspace.shape[0] < n:
                 workspace = empty((n, 1, columns), compute, device)
             chunk = workspace[:n]
-            layer.kernels.project(input[span].to(compute), weight.ih, chunk[:, 0, :gates])
+            x = input[span].to(compute)
+            if not takes_input:
+                layer.kernels.project(x, weight.ih, chunk[:, 0, :gates])
             chunk_out = out[span, d : d + 1]
             if cell.tape_is_out:
                 chunk_out = chunk
@@ -184,6 +194,7 @@ def forward(
                 (backwards,),
                 None if reset is None else reset[span],
                 keep,
+                *((x,) if takes_input else ()),
             )
             if storage != compute:
                 out[span, d : d + 1] = chunk_out

@@ -1,4 +1,4 @@
-"""Where large tensors come from: blocks kept from call to call, and fresh ones on huge pages."""
+"""Where large tensors come from: blocks that are kept from call to call."""
 
 from __future__ import annotations
 
@@ -10,33 +10,26 @@ from torch import Tensor
 
 try:
     from fused_rnn._C import Memory as _Memory
-    from fused_rnn._C import advise_huge_pages as _advise_huge_pages
     from fused_rnn._C import release_kept as _release_kept
 except ImportError:  # without the extension memory comes from torch
-    _Memory = _advise_huge_pages = _release_kept = None  # type: ignore[assignment, misc]
+    _Memory = _release_kept = None  # type: ignore[assignment, misc]
 
-# From this size on, memory comes from the extension, which keeps it for the next call instead of faulting in fresh pages.
+# From this size on, memory comes from the extension, which keeps it for the next call instead of faulting in fresh pages:
+# the weights' gradients of a layer with H = 1024 take longer to fault in than to compute for a short sequence.
 _KEPT_BYTES = 256 << 10
-
-# From this size on, fresh memory is worth asking for huge pages (2 MiB each).
-_HUGE_BYTES = 4 << 20
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """As torch.empty, for what no caller of the package will see: large blocks are kept from call to call."""
+    """As torch.empty, but large blocks on the CPU are kept from call to call, and cannot be resized in place."""
     size = math.prod(shape) * dtype.itemsize
     if size < _KEPT_BYTES or _Memory is None or device.type != "cpu" or torch.are_deterministic_algorithms_enabled():
         # In deterministic mode torch fills fresh memory with NaN where it is told to.
         return torch.empty(shape, dtype=dtype, device=device)
-    return torch.frombuffer(_Memory(size), dtype=dtype).view(shape)
-
-
-def visible(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """As torch.empty, for what the caller of the package gets; large blocks ask for huge pages."""
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    if tensor.nbytes >= _HUGE_BYTES and _advise_huge_pages is not None and device.type == "cpu":
-        _advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
-    return tensor
+    block = torch.frombuffer(_Memory(size), dtype=dtype)
+    # No view of the block: what a custom Function returns could not be changed in place then.
+    whole = torch.empty(0, dtype=dtype)
+    whole.set_(block.untyped_storage())
+    return whole.resize_(shape)
 
 
 def empty_cache() -> None:

@@ -65,10 +65,12 @@ def make_call(cell: str, dtype: type = np.float32, length: int = 6, batch: int =
     weights = [draw(gates * hidden, hidden) for _ in range(2)]
     return {
         "cell": cell,
+        "input": None,
         "tape": rows,
         "out": rows if tape == 1 else np.empty((length * batch, 2, hidden), dtype),
         "states": states,
-        "weight_hh": _C.Packed(cell, weights, False, False, False, 1),
+        "weight_ih": None,
+        "weight_hh": _C.Packed(cell, weights, False, "hidden", False, 1),
         "weight_hr": None,
         "bias": draw(2, bias * hidden),
         "length": length,
@@ -90,15 +92,16 @@ def make_backward(cell: str) -> dict[str, Any]:
     gates, _, gradients, _ = CELLS[cell]
     rows, directions, hidden = forward["out"].shape
     weights = [random.standard_normal((gates * hidden, hidden)).astype(np.float32) / 4 for _ in range(2)]
-    shared = ("cell", "tape", "out", "length", "batch", "batch_sizes", "offsets", "reverse", "reset", "threads", "weight_hr")
+    shared = "cell tape out length batch batch_sizes offsets reverse reset threads weight_ih weight_hr".split()
     return {name: forward[name] for name in shared} | {
         "d_gates": np.full((rows, directions, gradients * hidden), np.nan, np.float32),
         "d_states": [random.standard_normal(state.shape).astype(np.float32) for state in states_0],
         "d_out": random.standard_normal((rows, directions, hidden)).astype(np.float32),
         "states_0": states_0,
-        "weight_hh": _C.Packed(cell, weights, True, False, False, 1),
+        "weight_hh": _C.Packed(cell, weights, True, "hidden", False, 1),
         "t_begin": 0,
         "t_end": forward["length"],
+        "d_input": None,
     }
 
 
@@ -219,7 +222,7 @@ def test_wrong_backward_calls_raise(case: str) -> None:
 )
 def test_wrong_weights_raise(weights: list[np.ndarray]) -> None:
     with pytest.raises(ValueError, match="expected"):
-        _C.Packed("lstm", weights, False, False, False, 1)
+        _C.Packed("lstm", weights, False, "hidden", False, 1)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
@@ -385,10 +388,11 @@ print(len(os.listdir("/proc/self/task")) - before)
     setup = """
 import numpy as np
 H = 64
-call = dict(cell="rnn_tanh", tape=(rows := np.zeros((64 * 50, 1, H), np.float32)), out=rows, bias=None, length=50, batch=64,
+call = dict(cell="rnn_tanh", input=None, weight_ih=None,
+            tape=(rows := np.zeros((64 * 50, 1, H), np.float32)), out=rows, bias=None, length=50, batch=64,
             states=[np.zeros((1, 64, H), np.float32)], weight_hr=None, batch_sizes=None, offsets=None, reverse=[False],
             reset=None, keep=True, threads={n},
-            weight_hh=fused_rnn._C.Packed("rnn_tanh", [np.zeros((H, H), np.float32)], False, False, False, 1))
+            weight_hh=fused_rnn._C.Packed("rnn_tanh", [np.zeros((H, H), np.float32)], False, "hidden", False, 1))
 """
     for n, started in ((1, "0"), (3, "2")):
         done = python((setup + code).format(n=n), OMP_NUM_THREADS="2")

@@ -40,11 +40,22 @@ float32 or float64 on the CPU backends: who stores bfloat16 or float16 converts 
 A backend's package may export ``project(input, weight, out)``, which writes input · weightᵀ to ``out`` (R, G·H), contiguous in
 its columns: its own way to do the input projection where it knows a better one than the library's matrix product.
 
+It may export ``weight_gradient(d_gates, inputs, d_weight, d_bias, add)``, which writes or adds the products of
+``weight_gradient`` below in its own way.
+
+It may export ``takes_input(steps, weight)`` → bool: whether its kernels want to do the input's products themselves, as they
+walk. Then ``<cell>_pack`` gets ``weight_ih``, D tensors (G·H, I), as a last argument; ``<cell>_forward`` gets ``input`` (R, I)
+as a last argument, the tape's contents before it are not read, and the tape is None where nothing of it is kept (without
+``keep``, unless it is the output); and, where D is 1, ``<cell>_backward`` gets ``d_input`` as a last argument, (rows of the
+walked steps, I), which it writes.
+
 It may also export ``step(cell, input, states, weight)`` → (out, states) or None: one step without a backward, for streaming,
 with input (N, I), states (1, N, ·) and ``Weights``; out is (N, P). None where it has no better way for these sizes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -53,3 +64,29 @@ from torch import Tensor
 def project(input: Tensor, weight: Tensor, out: Tensor) -> None:
     """Write input · weightᵀ to ``out`` with torch's matrix product: what a backend without a ``project`` of its own does."""
     torch.mm(input, weight.t(), out=out)
+
+
+def weight_gradient(
+    d_gates: Tensor, inputs: Sequence[Tensor], d_weight: Tensor | None, d_bias: Tensor | None, add: bool
+) -> None:
+    """Sum a weight's gradient over the rows of many steps, with torch's matrix product.
+
+    Args:
+        d_gates: (n, M): gradients of the gates, contiguous in their columns.
+        inputs: what the weight multiplied in these rows, one part after another: n rows of K columns in all.
+        d_weight: (M, K), d_gatesᵀ · inputs, or None.
+        d_bias: (M,), the sums of the columns of d_gates, or None.
+        add: whether the results are added to what is there, or written over it.
+    """
+    if d_weight is not None:
+        row = 0
+        for part in inputs:
+            rows = d_gates[row : row + part.shape[0]]
+            if add or row:
+                d_weight.addmm_(rows.t(), part)
+            else:
+                torch.mm(rows.t(), part, out=d_weight)
+            row += part.shape[0]
+    if d_bias is not None:
+        total = d_gates.sum(0)
+        d_bias.add_(total) if add else d_bias.copy_(total)

@@ -46,6 +46,9 @@ struct Problem {
     bias = draw(D * cell.bias * H);
     weight_hh = draw(D * cell.gates * H * P);
     weight_hr = draw(D * P * H);
+    inputs = H + 5;
+    weight_ih = draw(D * cell.gates * H * inputs);
+    input = draw(rows * inputs);
     h_0 = draw(D * N * P);
     c_0 = draw(D * N * H);
     d_out = draw(rows * D * P);
@@ -81,10 +84,10 @@ struct Problem {
   const CellSizes& cell;
   const Shape shape;
   std::mt19937 random;
-  Index rows;
+  Index rows, inputs;
   std::vector<std::int64_t> batch_sizes, offsets;
   std::vector<char> reverse, reset;
-  std::vector<T> gates_x, bias, weight_hh, weight_hr, h_0, c_0, d_out;
+  std::vector<T> gates_x, bias, weight_hh, weight_hr, weight_ih, input, h_0, c_0, d_out;
 };
 
 // Memory on a vector's boundary without a spare byte at its end.
@@ -99,13 +102,14 @@ struct Panels {
 
 template <class T>
 struct Weights {
-  Weights(const Problem<T>& problem, const TypedKernels<T>& kernels, bool backward, bool projection, int threads) {
-    const auto& source = projection ? problem.weight_hr : problem.weight_hh;
+  Weights(const Problem<T>& problem, const TypedKernels<T>& kernels, bool backward, Product product, int threads) {
+    const bool projection = product == Product::kProjection, of_input = product == Product::kInput;
+    const auto& source = projection ? problem.weight_hr : of_input ? problem.weight_ih : problem.weight_hh;
     PackArgs<T> args;
     args.backward = backward;
-    args.projection = projection;
+    args.product = product;
     args.hidden = problem.shape.hidden;
-    args.output = problem.shape.output;
+    args.output = of_input ? problem.inputs : problem.shape.output;
     args.row_stride = projection ? args.hidden : args.output;
     args.threads = threads;
     const int kind = static_cast<int>(problem.cell.kind);
@@ -132,7 +136,7 @@ std::vector<std::vector<T>> run(const Problem<T>& p, const TypedKernels<T>& kern
   std::vector<T> tape = p.gates_x, out(static_cast<std::size_t>(p.rows * D * P)), h = p.h_0, c = p.c_0;
   const bool tape_is_out = p.cell.tape == 1;
   {
-    const Weights<T> hh(p, kernels, false, false, threads), hr(p, kernels, false, true, threads);
+    const Weights<T> hh(p, kernels, false, Product::kHidden, threads), hr(p, kernels, false, Product::kProjection, threads);
     ForwardArgs<T> args;
     args.sizes = p.sizes(threads, sharing);
     args.tape = {tape.data(), D * p.cell.tape * H, p.cell.tape * H};
@@ -144,10 +148,36 @@ std::vector<std::vector<T>> run(const Problem<T>& p, const TypedKernels<T>& kern
     args.weight_hr = projected ? hr.matrices.data() : nullptr;
     kernels.forward[kind](args);
   }
+  // The same with the input's products on the walk.
+  std::vector<T> tape_x(p.gates_x.size()), out_x(out.size()), h_x = p.h_0, c_x = p.c_0;
+  {
+    const Weights<T> ih(p, kernels, false, Product::kInput, threads), hh(p, kernels, false, Product::kHidden, threads);
+    const Weights<T> hr(p, kernels, false, Product::kProjection, threads);
+    ForwardArgs<T> args;
+    args.sizes = p.sizes(threads, sharing);
+    args.tape = {tape_x.data(), D * p.cell.tape * H, p.cell.tape * H};
+    args.out = {tape_is_out ? tape_x.data() : out_x.data(), D * P, P};
+    args.input = p.input.data();
+    args.input_stride = p.inputs;
+    args.states[0] = h_x.data();
+    args.states[1] = p.cell.states == 2 ? c_x.data() : nullptr;
+    args.bias = p.bias.data();
+    args.weight_ih = ih.matrices.data();
+    args.weight_hh = hh.matrices.data();
+    args.weight_hr = projected ? hr.matrices.data() : nullptr;
+    kernels.forward[kind](args);
+    if (!tape_is_out) {
+      args.keep = false;
+      args.tape = {};
+      kernels.forward[kind](args);
+    }
+  }
   const Index columns = p.cell.gradients * H + (projected ? P : 0);
   std::vector<T> d_gates(static_cast<std::size_t>(p.rows * D * columns)), d_h = p.h_0, d_c = p.c_0;
+  std::vector<T> d_input(static_cast<std::size_t>(D == 1 ? p.rows * p.inputs : 0));
   {
-    const Weights<T> hh(p, kernels, true, false, threads), hr(p, kernels, true, true, threads);
+    const Weights<T> ih(p, kernels, true, Product::kInput, threads), hh(p, kernels, true, Product::kHidden, threads);
+    const Weights<T> hr(p, kernels, true, Product::kProjection, threads);
     BackwardArgs<T> args;
     args.sizes = p.sizes(threads, sharing);
     args.t_end = p.shape.length;
@@ -161,9 +191,35 @@ std::vector<std::vector<T>> run(const Problem<T>& p, const TypedKernels<T>& kern
     args.states_0[1] = p.cell.states == 2 ? p.c_0.data() : nullptr;
     args.weight_hh = hh.matrices.data();
     args.weight_hr = projected ? hr.matrices.data() : nullptr;
+    if (D == 1) {
+      args.weight_ih = ih.matrices.data();
+      args.inputs = args.d_input_stride = p.inputs;
+      args.d_input = d_input.data();
+    }
     kernels.backward[kind](args);
   }
-  return {tape, out, h, c, d_gates, d_h, d_c};
+  const Index gates = p.cell.gates * H;
+  std::vector<T> d_weight(static_cast<std::size_t>(gates * p.inputs)), d_bias(static_cast<std::size_t>(gates));
+  {
+    const Index cut = p.rows / 3;
+    const Part<T> parts[] = {{p.input.data(), cut, p.inputs}, {p.input.data() + cut * p.inputs, p.rows - cut, p.inputs}};
+    WeightGradientArgs<T> args;
+    args.rows = p.rows;
+    args.outputs = gates;
+    args.inputs = args.d_weight_stride = p.inputs;
+    args.d_gates = d_gates.data();
+    args.d_gates_stride = D * columns;
+    args.parts = parts;
+    args.d_weight = d_weight.data();
+    args.d_bias = d_bias.data();
+    args.threads = threads;
+    const Panels<T> workspace(kernels.workspace_elements(args) * threads);
+    args.workspace = workspace.data;
+    kernels.weight_gradient(args);
+    args.add = true;
+    kernels.weight_gradient(args);
+  }
+  return {tape, out, h, c, tape_x, out_x, h_x, c_x, d_gates, d_h, d_c, d_input, d_weight, d_bias};
 }
 
 // One step of its own kind must come out as a walk of length one, but for the order in which biases are added.

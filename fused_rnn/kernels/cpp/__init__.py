@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fused_rnn import kernels
 from fused_rnn.cells import Weights
+from fused_rnn.steps import Steps
 
 _ENVIRONMENT = "FUSED_RNN_ISA"
 
@@ -52,6 +54,46 @@ def describe() -> str:
 
     others = [name for name in _C.isas() if name != _C.isa()]
     return f"{_C.isa()}" + (f" (also built: {', '.join(others)})" if others else "")
+
+
+# The products with the input's weights are formed at every step, beside those of the recurrence, where a step's rows are many
+# enough for the weights to pass by in their time: from so many on, or from so many if both weights stay in the caches.
+_ROWS_FOR_INPUT = 20
+_ROWS_FOR_SMALL_INPUT = 8
+_SMALL_BYTES = 2 << 20
+
+
+def takes_input(steps: Steps, weight: Weights) -> bool:
+    """Whether the kernels do the input's products themselves; see ``fused_rnn.kernels``."""
+    if steps.length == 1:
+        return False
+    rows = steps.rows(0, steps.length).stop / steps.length
+    small = weight.ih.nbytes + weight.hh.nbytes <= _SMALL_BYTES
+    return bool(rows >= (_ROWS_FOR_SMALL_INPUT if small else _ROWS_FOR_INPUT))
+
+
+# Below so many rows of d_weight the threads' copies of the other factor cost more than the copies' order gains.
+_FEW_OUTPUTS = 256
+
+
+def weight_gradient(
+    d_gates: Tensor, inputs: Sequence[Tensor], d_weight: Tensor | None, d_bias: Tensor | None, add: bool
+) -> None:
+    """Sum a weight's gradient over the rows of many steps; see ``fused_rnn.kernels``."""
+    if d_weight is None or d_weight.shape[0] < _FEW_OUTPUTS:
+        kernels.weight_gradient(d_gates, inputs, d_weight, d_bias, add)
+        return
+    from fused_rnn import _C
+
+    parts = [part if part.stride(1) == 1 else part.contiguous() for part in inputs]
+    _C.weight_gradient(
+        d_gates.numpy(),
+        [part.detach().numpy() for part in parts],
+        d_weight.numpy(),
+        None if d_bias is None else d_bias.numpy(),
+        add,
+        torch.get_num_threads(),
+    )
 
 
 # So few rows are bound by reading the weights, which the extension does with all threads and without packing.

@@ -21,6 +21,7 @@ class Packed(NamedTuple):
 
     hh: _C.Packed
     hr: _C.Packed | None
+    ih: _C.Packed | None
 
 
 def _array(tensor: Tensor | None) -> Any:
@@ -30,18 +31,26 @@ def _array(tensor: Tensor | None) -> Any:
 def kernels_of(cell: str) -> tuple[Callable[..., Packed], Callable[..., None], Callable[..., None]]:
     """Return ``<cell>_pack``, ``<cell>_forward`` and ``<cell>_backward``."""
 
-    def pack(weight_hh: Sequence[Tensor], weight_hr: Sequence[Tensor] | None, steps: Steps, backward: bool) -> Packed:
+    def pack(
+        weight_hh: Sequence[Tensor],
+        weight_hr: Sequence[Tensor] | None,
+        steps: Steps,
+        backward: bool,
+        weight_ih: Sequence[Tensor] | None = None,
+    ) -> Packed:
         as_columns = not backward and (steps.batch <= _ROWS_WITHOUT_PACKING or steps.length == 1)
         threads = torch.get_num_threads()
 
-        def packed(weights: Sequence[Tensor], projection: bool) -> _C.Packed:
+        def packed(weights: Sequence[Tensor] | None, product: str) -> Any:
+            if weights is None:
+                return None
             arrays = [_array(weight if weight.stride(1) == 1 else weight.contiguous()) for weight in weights]
-            return _C.Packed(cell, arrays, backward, projection, as_columns, threads)
+            return _C.Packed(cell, arrays, backward, product, as_columns, threads)
 
-        return Packed(packed(weight_hh, False), None if weight_hr is None else packed(weight_hr, True))
+        return Packed(packed(weight_hh, "hidden"), packed(weight_hr, "projection"), packed(weight_ih, "input"))
 
     def forward(
-        tape: Tensor,
+        tape: Tensor | None,
         out: Tensor,
         states: tuple[Tensor, ...],
         packed: Packed,
@@ -50,12 +59,17 @@ def kernels_of(cell: str) -> tuple[Callable[..., Packed], Callable[..., None], C
         reverse: Sequence[bool],
         reset: Tensor | None,
         keep: bool,
+        input: Tensor | None = None,
     ) -> None:
+        if input is not None and input.stride(1) != 1:
+            input = input.contiguous()
         _C.forward(
             cell,
+            _array(input),
             _array(tape),
             _array(out),
             [_array(state) for state in states],
+            packed.ih,
             packed.hh,
             packed.hr,
             _array(bias),
@@ -82,6 +96,7 @@ def kernels_of(cell: str) -> tuple[Callable[..., Packed], Callable[..., None], C
         t_end: int,
         reverse: Sequence[bool],
         reset: Tensor | None,
+        d_input: Tensor | None = None,
     ) -> None:
         _C.backward(
             cell,
@@ -91,6 +106,7 @@ def kernels_of(cell: str) -> tuple[Callable[..., Packed], Callable[..., None], C
             _array(tape),
             _array(out),
             [_array(state) for state in states_0],
+            packed.ih,
             packed.hh,
             packed.hr,
             steps.length,
@@ -101,6 +117,7 @@ def kernels_of(cell: str) -> tuple[Callable[..., Packed], Callable[..., None], C
             t_end,
             reverse,
             _array(reset),
+            _array(d_input),
             torch.get_num_threads(),
         )
 
