@@ -24,11 +24,12 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 from fused_rnn import functional, reference
+from fused_rnn.cell_modules import GRUCell, LSTMCell, RNNCell
 from fused_rnn.cells import Weights
 from fused_rnn.convert import Conversion, convert, revert
 from fused_rnn.dispatch import backend, backends
 from fused_rnn.memory import empty_cache
-from fused_rnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fused_rnn.modules import GRU, LSTM, RNN
 
 try:
     __version__ = version("fused_rnn")

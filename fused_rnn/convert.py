@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fused_rnn import modules
+from fused_rnn import cell_modules, modules
 from fused_rnn.checks import DTYPES
 
 __all__ = ["Conversion", "convert", "revert"]
@@ -19,9 +19,9 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNN: modules.RNN,
     nn.LSTM: modules.LSTM,
     nn.GRU: modules.GRU,
-    nn.RNNCell: modules.RNNCell,
-    nn.LSTMCell: modules.LSTMCell,
-    nn.GRUCell: modules.GRUCell,
+    nn.RNNCell: cell_modules.RNNCell,
+    nn.LSTMCell: cell_modules.LSTMCell,
+    nn.GRUCell: cell_modules.GRUCell,
 }
 _PLAIN = {fused: plain for plain, fused in _FUSED.items()}
 _NAMES = frozenset(plain.__name__ for plain in _FUSED)

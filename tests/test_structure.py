@@ -22,7 +22,8 @@ ALLOWED = {
     "checks": DATA,
     "functional": DATA | {"checks", "autograd"},
     "modules": DATA | {"functional"},
-    "convert": {"modules", "checks"},
+    "cell_modules": DATA | {"functional"},
+    "convert": {"modules", "cell_modules", "checks"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

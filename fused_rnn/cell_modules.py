@@ -1,0 +1,127 @@
+"""The modules of one step: torch.nn's contract over ``fused_rnn.functional``; as ``fused_rnn.modules``, from RNNCellBase."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_rnn import functional
+from fused_rnn.cells import Weights
+
+__all__ = ["GRUCell", "LSTMCell", "RNNCell"]
+
+
+class _Cell(torch.nn.modules.rnn.RNNCellBase):
+    """What the cells share."""
+
+    def _weights(self) -> Weights:
+        return Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+
+
+class RNNCell(_Cell):
+    r"""One step of a simple (Elman) recurrence: the fused replacement of torch.nn.RNNCell.
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: hidden units, H.
+        bias: whether there are ``bias_ih`` and ``bias_hh``. Default: ``True``
+        nonlinearity: ``'tanh'`` or ``'relu'``. Default: ``'tanh'``
+        device, dtype: of the parameters.
+
+    Inputs: input (N, I) or (I,); h (N, H) or (H,), default zero.
+    Outputs: h after the step, (N, H) or (H,).
+
+    Parameters: ``weight_ih`` (H, I), ``weight_hh`` (H, H), ``bias_ih`` (H,), ``bias_hh`` (H,), drawn from U(−1/√H, 1/√H).
+
+    Raises:
+        ValueError, RuntimeError: with torch.nn.RNNCell's messages. An unknown nonlinearity raises in ``forward``.
+
+    >>> RNNCell(10, 20)(torch.randn(3, 10)).shape
+    torch.Size([3, 20])
+    """
+
+    __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]  # noqa: RUF012
+    nonlinearity: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Take one step; shapes and errors in the class docstring."""
+        if self.nonlinearity == "tanh":
+            return functional.rnn_tanh_cell(input, self._weights(), hx)
+        if self.nonlinearity == "relu":
+            return functional.rnn_relu_cell(input, self._weights(), hx)
+        raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+
+
+class GRUCell(_Cell):
+    r"""One step of a gated recurrent unit: the fused replacement of torch.nn.GRUCell.
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: hidden units, H.
+        bias: whether there are ``bias_ih`` and ``bias_hh``. Default: ``True``
+        device, dtype: of the parameters.
+
+    Inputs: input (N, I) or (I,); h (N, H) or (H,), default zero.
+    Outputs: h after the step, (N, H) or (H,).
+
+    Parameters: ``weight_ih`` (3H, I), ``weight_hh`` (3H, H), ``bias_ih`` (3H,), ``bias_hh`` (3H,), gate order r, z, n, drawn
+    from U(−1/√H, 1/√H). The equations are those of ``GRU``.
+
+    Raises:
+        ValueError, RuntimeError: with torch.nn.GRUCell's messages.
+
+    >>> GRUCell(10, 20)(torch.randn(3, 10)).shape
+    torch.Size([3, 20])
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Take one step; shapes and errors in the class docstring."""
+        return functional.gru_cell(input, self._weights(), hx)
+
+
+class LSTMCell(_Cell):
+    r"""One step of a long short-term memory: the fused replacement of torch.nn.LSTMCell.
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: hidden units, H.
+        bias: whether there are ``bias_ih`` and ``bias_hh``. Default: ``True``
+        device, dtype: of the parameters.
+
+    Inputs: input (N, I) or (I,); the pair (h, c), each (N, H) or (H,), default zero.
+    Outputs: the pair (h, c) after the step, each (N, H) or (H,).
+
+    Parameters: ``weight_ih`` (4H, I), ``weight_hh`` (4H, H), ``bias_ih`` (4H,), ``bias_hh`` (4H,), gate order i, f, g, o, drawn
+    from U(−1/√H, 1/√H). The equations are those of ``LSTM``.
+
+    Raises:
+        ValueError, RuntimeError: with torch.nn.LSTMCell's messages.
+
+    >>> h, c = LSTMCell(10, 20)(torch.randn(3, 10))
+    >>> h.shape
+    torch.Size([3, 20])
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Take one step; shapes and errors in the class docstring."""
+        return functional.lstm_cell(input, self._weights(), hx)
