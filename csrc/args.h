@@ -82,9 +82,10 @@ template <class T>
 struct BackwardArgs {
   Sizes sizes;
   Index t_begin = 0, t_end = 0;
-  Rows<T> d_gates;      // rows of the walked steps only
-  T* d_states[2] = {};  // updated in place
-  Rows<const T> d_out;  // or null
+  Rows<T> d_gates;        // rows of the walked steps only
+  T* d_states[2] = {};    // updated in place
+  Rows<const T> d_out;    // or null
+  Rows<const T> d_cells;  // gradient of c of every step, (R, D, H), or null
   Rows<const T> tape;
   Rows<const T> out;
   const T* states_0[2] = {};

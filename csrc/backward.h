@@ -133,6 +133,7 @@ class BackwardWalk {
     for (int b = 0; b < Cell::kTape; ++b) prefetch(tape + b * hidden_);
     if (Cell::kPrevious != Previous::kNone) prefetch(before(t, j) + unit);
     if (args_.d_out && output_ == hidden_) prefetch(args_.d_out.at(row, d_) + unit);
+    if (args_.d_cells) prefetch(args_.d_cells.at(row, d_) + unit);
     T* d_gates_row = d_gates(row) + unit;
     for (int b = 0; b < Cell::kGradients; ++b) prefetch_to_write(d_gates_row + b * hidden_);
   }
@@ -146,6 +147,7 @@ class BackwardWalk {
     p.hidden = hidden_;
     p.d_h = d_h_ + sequence * output_ + unit;
     p.d_c = d_c_ + sequence * hidden_ + unit;
+    p.d_cell = args_.d_cells ? args_.d_cells.at(row, d_) + unit : nullptr;
     p.reset = resets(row);
     p.d_gates = d_gates(row) + unit;
     Cell::backward(io, d_h, p);

@@ -46,7 +46,8 @@ struct Lstm {
     const Vec<T> i = io.load(p.tape), f = io.load(p.tape + H), g = io.load(p.tape + 2 * H), o = io.load(p.tape + 3 * H);
     // tanh(c) is cheaper to form again than to keep: a sixth of the tape.
     const Vec<T> tanh_c = tanh<T>(io.load(p.tape + 4 * H));
-    const Vec<T> d_c = io.load(p.d_c) + d_h * o * (one - tanh_c * tanh_c);
+    Vec<T> d_c = io.load(p.d_c) + d_h * o * (one - tanh_c * tanh_c);
+    if (p.d_cell) d_c += io.load(p.d_cell);
     io.store(p.d_gates, d_c * g * i * (one - i));
     io.store(p.d_gates + H, d_c * io.load(p.previous) * f * (one - f));
     io.store(p.d_gates + 2 * H, d_c * i * (one - g * g));

@@ -133,9 +133,9 @@ void forward(const std::string& cell, const py::object& input, const py::object&
 
 template <class T>
 void backward_typed(Call& call, const CheckedSteps& steps, Index t_begin, Index t_end, py::array& d_gates,
-                    std::vector<py::array>& d_states, const py::object& d_out, py::array& tape, py::array& out,
-                    std::vector<py::array>& states_0, const Packed* weight_ih, const Packed& weight_hh, const Packed* weight_hr,
-                    const py::object& d_input_object) {
+                    std::vector<py::array>& d_states, const py::object& d_out, const py::object& d_cells, py::array& tape,
+                    py::array& out, std::vector<py::array>& states_0, const Packed* weight_ih, const Packed& weight_hh,
+                    const Packed* weight_hr, const py::object& d_input_object) {
   const Sizes& s = call.sizes;
   BackwardArgs<T> args;
   args.sizes = s;
@@ -154,6 +154,13 @@ void backward_typed(Call& call, const CheckedSteps& steps, Index t_begin, Index 
     d_out_array = py::cast<py::array>(d_out);
     args.d_out = rows<const T>("d_out", d_out_array, steps.rows, s.recurrences, s.output);
     check_apart("d_gates", d_gates, "d_out", d_out_array);
+  }
+  py::array d_cells_array;
+  if (!d_cells.is_none()) {
+    if (!call.shape.has_c) refuse("d_cells", "None for a cell without c", "an array");
+    d_cells_array = py::cast<py::array>(d_cells);
+    args.d_cells = rows<const T>("d_cells", d_cells_array, steps.rows, s.recurrences, s.hidden);
+    check_apart("d_gates", d_gates, "d_cells", d_cells_array);
   }
   for (std::size_t i = 0; i < (call.shape.has_c ? 2 : 1); ++i) {
     args.d_states[i] = call.state<T>("d_states", d_states, i);
@@ -176,16 +183,18 @@ void backward_typed(Call& call, const CheckedSteps& steps, Index t_begin, Index 
     check_apart("d_input", d_input, "tape", tape);
     check_apart("d_input", d_input, "out", out);
     if (args.d_out) check_apart("d_input", d_input, "d_out", d_out_array);
+    if (args.d_cells) check_apart("d_input", d_input, "d_cells", d_cells_array);
   }
   const py::gil_scoped_release release;
   typed<T>(weight_hh.kernels()).backward[call.cell](args);
 }
 
 void backward(const std::string& cell, py::array d_gates, std::vector<py::array> d_states, const py::object& d_out,
-              py::array tape, py::array out, std::vector<py::array> states_0, const Packed* weight_ih, const Packed& weight_hh,
-              const Packed* weight_hr, Index length, Index batch, const py::object& batch_sizes, const py::object& offsets,
-              Index t_begin, Index t_end, const std::vector<bool>& reverse, const py::object& reset, const py::object& d_input,
-              int threads, const std::string& sharing) {
+              const py::object& d_cells, py::array tape, py::array out, std::vector<py::array> states_0,
+              const Packed* weight_ih, const Packed& weight_hh, const Packed* weight_hr, Index length, Index batch,
+              const py::object& batch_sizes, const py::object& offsets, Index t_begin, Index t_end,
+              const std::vector<bool>& reverse, const py::object& reset, const py::object& d_input, int threads,
+              const std::string& sharing) {
   const CheckedSteps steps(length, batch, batch_sizes, offsets);
   check_projection(weight_hh, weight_hr);
   check_input("d_input", d_input, weight_ih, weight_hh);
@@ -194,11 +203,11 @@ void backward(const std::string& cell, py::array d_gates, std::vector<py::array>
   }
   Call call(cell, steps, reverse, reset, weight_hh, threads, sharing);
   if (py::isinstance<py::array_t<float>>(tape)) {
-    backward_typed<float>(call, steps, t_begin, t_end, d_gates, d_states, d_out, tape, out, states_0, weight_ih, weight_hh,
-                          weight_hr, d_input);
+    backward_typed<float>(call, steps, t_begin, t_end, d_gates, d_states, d_out, d_cells, tape, out, states_0, weight_ih,
+                          weight_hh, weight_hr, d_input);
   } else {
-    backward_typed<double>(call, steps, t_begin, t_end, d_gates, d_states, d_out, tape, out, states_0, weight_ih, weight_hh,
-                           weight_hr, d_input);
+    backward_typed<double>(call, steps, t_begin, t_end, d_gates, d_states, d_out, d_cells, tape, out, states_0, weight_ih,
+                           weight_hh, weight_hr, d_input);
   }
 }
 
@@ -375,8 +384,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("step", &step, py::arg("cell"), py::arg("input"), py::arg("states"), py::arg("new_states"), py::arg("out"),
         py::arg("weight_ih"), py::arg("weight_hh"), py::arg("bias_ih"), py::arg("bias_hh"), py::arg("threads"),
         "Take one step of a few rows without a backward.");
-  m.def("backward", &backward, py::arg("cell"), py::arg("d_gates"), py::arg("d_states"), py::arg("d_out"), py::arg("tape"),
-        py::arg("out"), py::arg("states_0"), py::arg("weight_ih").none(true), py::arg("weight_hh"),
+  m.def("backward", &backward, py::arg("cell"), py::arg("d_gates"), py::arg("d_states"), py::arg("d_out"), py::arg("d_cells"),
+        py::arg("tape"), py::arg("out"), py::arg("states_0"), py::arg("weight_ih").none(true), py::arg("weight_hh"),
         py::arg("weight_hr").none(true), py::arg("length"), py::arg("batch"), py::arg("batch_sizes"), py::arg("offsets"),
         py::arg("t_begin"), py::arg("t_end"), py::arg("reverse"), py::arg("reset"), py::arg("d_input"), py::arg("threads"),
         py::arg("sharing") = "auto", "Walk steps t_begin .. t_end - 1 backward.");

@@ -49,9 +49,10 @@ struct BackwardPoint {
   const T* tape;
   const T* previous;  // the state before this step that Cell::kPrevious names
   Index hidden;
-  T* d_h;      // carries the gradient of h that does not pass through the gates; cells with kDirect only
-  T* d_c;      // gradient of c, updated in place
-  bool reset;  // no gradient passes to the state before this step
+  T* d_h;           // carries the gradient of h that does not pass through the gates; cells with kDirect only
+  T* d_c;           // gradient of c, updated in place
+  const T* d_cell;  // what c of this step receives as an output, or null; cells with c only
+  bool reset;       // no gradient passes to the state before this step
   T* d_gates;
 };
 

@@ -62,6 +62,7 @@ def backward(
     d_gates: _Array,
     d_states: Sequence[_Array],
     d_out: _Array | None,
+    d_cells: _Array | None,
     tape: _Array,
     out: _Array,
     states_0: Sequence[_Array],

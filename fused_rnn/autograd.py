@@ -26,6 +26,7 @@ def layer(
     weights: tuple[Weights, ...],
     reverse: tuple[bool, ...],
     reset: Tensor | None = None,
+    cell_states: bool = False,
 ) -> tuple[Tensor, States]:
     """Compute one layer with the fused kernels.
 
@@ -37,23 +38,25 @@ def layer(
         weights: the parameters of each of the D directions.
         reverse: for each direction, whether it walks from the last step to the first.
         reset: (R,) bool: where set, the row's states are zero before that step. None for nowhere.
+        cell_states: whether c of every step is wanted; for a cell that has one.
 
     Returns:
-        out (R, D·P), and the states after the walk, in the shapes of ``states``.
+        out (R, D·P), and the states after the walk, in the shapes of ``states``. With ``cell_states``, c of every step,
+        (R, D·H), follows the states.
 
     Raises:
         RuntimeError, NotImplementedError: if no backend can run; see ``fused_rnn.dispatch.kernels``.
     """
     if input.device.type == "meta" or input.numel() == 0 or weights[0].hh.numel() == 0:
         # Shapes alone, or no row, no feature, no hidden unit: nothing for a kernel, but a graph that gradients flow through.
-        return reference.layer(cell, input, steps, states, weights, reverse, reset)
-    call = Layer(cell, dispatch.kernels(cell, input.device), steps, reverse)
+        return reference.layer(cell, input, steps, states, weights, reverse, reset, cell_states)
+    call = Layer(cell, dispatch.kernels(cell, input.device), steps, reverse, cell_states)
     tensors = [input, *states, *(tensor for weight in weights for tensor in weight)]
     if not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in tensors):
         out, ends, _ = layers.forward(call, input, states, weights, reset, keep=False)
         return out, ends
     out, *rest = _Layer.apply(call, reset, *tensors)  # type: ignore[no-untyped-call]
-    return out, tuple(rest[: len(states)])
+    return out, tuple(rest[: len(states) + cell_states])
 
 
 def _parts(call: Layer, tensors: Sequence[Any]) -> tuple[Any, tuple[Any, ...], tuple[Weights, ...]]:
@@ -120,7 +123,7 @@ def _differentiable_backward(
     ]
     computed = [None if tensor is None else tensor.to(dtype) for tensor in stand_ins]
     input, states, weights = _parts(call, computed)
-    out, ends = reference.layer(call.cell, input, call.steps, states, weights, call.reverse, reset)
+    out, ends = reference.layer(call.cell, input, call.steps, states, weights, call.reverse, reset, call.cell_states)
     given = [(value, grad) for value, grad in zip((out, *ends), (d_out, *d_ends), strict=True) if grad is not None]
     asked = [i for i, flag in enumerate(wanted) if flag]
     grads: list[Tensor | None] = [None] * len(tensors)

@@ -183,7 +183,8 @@ def backward(
         input, states, weights, reset: as in ``forward``.
         out: (R, D·P), as ``forward`` returned it; tape likewise, or None where it is the output.
         d_out: (R, D·P), or None for zero.
-        d_ends: the gradients of the states after the walk, each None for zero.
+        d_ends: the gradients of the states after the walk, and with ``layer.cell_states`` that of c of every step, each None
+            for zero.
         input_wanted: whether the input's gradient is wanted.
         weights_wanted: for each parameter, whether its gradient is wanted (booleans in the places of the tensors).
     """
@@ -195,15 +196,18 @@ def backward(
     columns = len(cell.d_gates) * hidden + (0 if weights[0].hr is None else output)
 
     weights = compute_weights(weights, compute)
+    d_cells = d_ends[len(states)] if layer.cell_states else None
     states_0 = tuple(state.to(compute).contiguous() for state in states)
     d_states = tuple(
         torch.zeros_like(state) if d_end is None else d_end.to(compute, copy=True, memory_format=torch.contiguous_format)
-        for state, d_end in zip(states_0, d_ends, strict=True)
+        for state, d_end in zip(states_0, d_ends[: len(states)], strict=True)
     )
     out = out.view(rows, recurrences, output)
     tape = out if tape is None else tape
     if d_out is not None:
         d_out = d_out.contiguous().view(rows, recurrences, output)
+    if d_cells is not None:
+        d_cells = d_cells.contiguous().view(rows, recurrences, hidden)
     d_input = empty(input.shape, compute, device) if input_wanted else None
     sums = [_WeightGradients(layer, w, wanted, storage) for w, wanted in zip(weights, weights_wanted, strict=True)]
 
@@ -230,7 +234,7 @@ def backward(
         packed = pack(layer, weights, backward=True, with_input=takes_input)
         extra = (d_input,) if takes_input else ()
         layer.kernels.backward(
-            whole, d_states, d_out, tape, out, states_0, packed, steps, 0, steps.length, layer.reverse, reset, *extra
+            whole, d_states, d_out, d_cells, tape, out, states_0, packed, steps, 0, steps.length, layer.reverse, reset, *extra
         )
         for d, h in enumerate(previous):
             finish(d, whole[:, d], 0, steps.length, h, tape[:, d])
@@ -257,6 +261,7 @@ def backward(
                     workspace[:n],
                     tuple(d_state[d : d + 1] for d_state in d_states),
                     None if d_out is None else d_out[near, d : d + 1].to(compute),
+                    None if d_cells is None else d_cells[near, d : d + 1].to(compute),
                     tape_near,
                     tape_near if cell.tape_is_out else out[near, d : d + 1].to(compute),
                     tuple(state[d : d + 1] for state in states_0),

@@ -47,12 +47,14 @@ class Layer:
         kernels: its kernels on the chosen backend.
         steps: which rows a step works on.
         reverse: for each of the D recurrences, whether it walks from the last step to the first.
+        cell_states: whether c of every step is a result.
     """
 
     cell: Cell
     kernels: Kernels
     steps: Steps
     reverse: tuple[bool, ...]
+    cell_states: bool = False
 
     def chunks(self, most_bytes: int, least_rows: int, row_bytes: int, backwards: bool) -> Iterator[tuple[int, int]]:
         """Cut the steps into chunks of about so many bytes: (t_begin, t_end), first to last or last to first."""
@@ -104,7 +106,7 @@ def _one_step(
 ) -> tuple[Tensor, States] | None:
     """One step of one recurrence in the backend's own way, or None where that does not apply."""
     whole = layer.steps.dense and len(weights) == 1 and reset is None and COMPUTE[input.dtype] == input.dtype
-    if not whole or layer.kernels.step is None:
+    if layer.cell_states or not whole or layer.kernels.step is None:
         return None
     taken: tuple[Tensor, States] | None = layer.kernels.step(layer.cell.name, input, states, weights[0])
     return taken
@@ -128,8 +130,8 @@ def forward(
         keep: whether a backward will follow.
 
     Returns:
-        out (R, D·P); the states after the walk; and the tape, (R, D, tape blocks·H) in the dtype of the input, or None where
-        it is not kept or is the output.
+        out (R, D·P); the states after the walk, and with ``layer.cell_states`` c of every step, (R, D·H); and the tape,
+        (R, D, tape blocks·H) in the dtype of the input, or None where it is not kept or is the output.
     """
     cell, steps = layer.cell, layer.steps
     storage, device = input.dtype, input.device
@@ -150,11 +152,21 @@ def forward(
     out = result.view(rows, recurrences, output)
     tape = empty((rows, recurrences, columns), storage, device) if keep and not cell.tape_is_out else None
 
+    cells, c_begin, hidden = None, 0, gates // cell.num_gates
+    if layer.cell_states:
+        # A copy, which the caller may change; the kernel writes c where it writes the whole tape.
+        cells = empty((rows, recurrences * hidden), storage, device)
+        c_begin = cell.tape.index("c") * hidden
+    write_tape = keep or cells is not None
+
     takes_input = layer.kernels.takes_input is not None and layer.kernels.takes_input(steps, weights[0])
-    if takes_input and storage == compute:
+    if takes_input and storage == compute and (keep or cells is None):
         packed = pack(layer, weights, backward=False, with_input=True)
         kept = out if cell.tape_is_out else tape
         layer.kernels.forward(kept, out, ends, packed, bias, steps, layer.reverse, reset, keep, input)
+        if cells is not None and kept is not None:
+            cells.view(rows, recurrences, hidden).copy_(kept[..., c_begin : c_begin + hidden])
+            ends = (*ends, cells)
         return result, ends, tape
 
     # Whole, where nothing would be gained by chunks: the tape is kept anyway, or all of it is small.
@@ -164,7 +176,10 @@ def forward(
         for d, weight in enumerate(weights):
             layer.kernels.project(input, weight.ih, whole[:, d, :gates])
         packed = pack(layer, weights, backward=False)
-        layer.kernels.forward(whole, out, ends, packed, bias, steps, layer.reverse, reset, keep)
+        layer.kernels.forward(whole, out, ends, packed, bias, steps, layer.reverse, reset, write_tape)
+        if cells is not None:
+            cells.view(rows, recurrences, hidden).copy_(whole[..., c_begin : c_begin + hidden])
+            ends = (*ends, cells)
         return result, ends, tape
 
     workspace: Tensor | None = None
@@ -193,12 +208,16 @@ def forward(
                 part,
                 (backwards,),
                 None if reset is None else reset[span],
-                keep,
+                write_tape,
                 *((x,) if takes_input else ()),
             )
+            if cells is not None:
+                cells.view(rows, recurrences, hidden)[span, d] = chunk[:, 0, c_begin : c_begin + hidden]
             if storage != compute:
                 out[span, d : d + 1] = chunk_out
                 if tape is not None:
                     tape[span, d : d + 1] = chunk
     ends = tuple(end.to(storage) for end in ends)
+    if cells is not None:
+        ends = (*ends, cells)
     return result, ends, tape

@@ -97,6 +97,7 @@ def make_backward(cell: str) -> dict[str, Any]:
         "d_gates": np.full((rows, directions, gradients * hidden), np.nan, np.float32),
         "d_states": [random.standard_normal(state.shape).astype(np.float32) for state in states_0],
         "d_out": random.standard_normal((rows, directions, hidden)).astype(np.float32),
+        "d_cells": random.standard_normal((rows, directions, hidden)).astype(np.float32) if cell == "lstm" else None,
         "states_0": states_0,
         "weight_hh": _C.Packed(cell, weights, True, "hidden", False, 1),
         "t_begin": 0,
@@ -189,6 +190,12 @@ WRONG_BACKWARD = {
     "d_gates within tape": lambda call: {"d_gates": call["tape"][:, :, : call["d_gates"].shape[2]]},
     "d_out is d_gates": lambda call: {"d_out": call["d_gates"][:, :, : call["d_out"].shape[2]]},
     "shape of d_out": lambda call: {"d_out": call["d_out"][:-1]},
+    "d_cells is d_gates": lambda call: {"d_cells": call["d_gates"][:, :, : call["d_cells"].shape[2]]},
+    "rows of d_cells": lambda call: {"d_cells": call["d_cells"][:-1]},
+    "columns of d_cells": lambda call: {"d_cells": call["d_cells"][:, :, :-1]},
+    "dtype of d_cells": lambda call: {"d_cells": call["d_cells"].astype(np.float64)},
+    "strided columns of d_cells": lambda call: {"d_cells": np.repeat(call["d_cells"], 2, axis=2)[:, :, ::2]},
+    "backward strides in d_cells": lambda call: {"d_cells": call["d_cells"][::-1]},
     "d_states are states_0": lambda call: {"d_states": call["states_0"]},
     "shape of states_0": lambda call: {"states_0": [state[:, :, :-1].copy() for state in call["states_0"]]},
     "steps out of order": lambda call: {"t_begin": 3, "t_end": 2},
@@ -204,6 +211,12 @@ def test_wrong_backward_calls_raise(case: str) -> None:
     call = make_backward("lstm")
     with pytest.raises(ValueError, match="expected"):
         _C.backward(**call | WRONG_BACKWARD[case](call))
+
+
+def test_gradient_of_c_of_a_cell_without_raises() -> None:
+    call = make_backward("gru")
+    with pytest.raises(ValueError, match="d_cells: expected None for a cell without c"):
+        _C.backward(**call | {"d_cells": call["d_out"]})
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,7 @@ def test_d_input_is_formed_on_the_walk(
     tape = torch.rand(rows, 1, len(row.tape) * hidden, dtype=dtype)
     out = tape if row.tape_is_out else torch.rand(rows, 1, hidden, dtype=dtype)
     d_out = torch.randn(rows, 1, hidden, dtype=dtype)
+    d_cells = torch.randn(rows, 1, hidden, dtype=dtype) if "c" in row.states else None
     reset = torch.rand(rows) < 0.3
     states_0 = tuple(torch.randn(1, batch, hidden, dtype=dtype) for _ in row.states)
 
@@ -132,7 +133,21 @@ def test_d_input_is_formed_on_the_walk(
         cuts = [(0, 1), (1, length)]
         for begin, end in cuts if reverse else reversed(cuts):
             where = steps.rows(begin, end)
-            given = (d_gates[where], d_states, d_out, tape, out, states_0, packed, steps, begin, end, (reverse,), reset)
+            given = (
+                d_gates[where],
+                d_states,
+                d_out,
+                d_cells,
+                tape,
+                out,
+                states_0,
+                packed,
+                steps,
+                begin,
+                end,
+                (reverse,),
+                reset,
+            )
             kit.backward(*given, *(() if apart else (wide[where, :inputs],)))
         d_x = d_gates[:, 0, -gates * hidden :]
         if apart:

@@ -38,6 +38,7 @@ class Case:
     reset: bool = False
     bias: bool = True
     d_out: bool = True
+    d_cells: bool = False
     chunk: int | None = None
     by_direction: bool = False
     padding: int = 0
@@ -60,6 +61,7 @@ class Inputs:
     bias: Tensor | None
     reset: Tensor | None
     d_out: Tensor | None
+    d_cells: Tensor | None
     d_states: tuple[Tensor, ...]
     live: Tensor
 
@@ -100,6 +102,7 @@ def make_inputs(cell_name: str, case: Case) -> Inputs:
         randn(d, len(cell.bias) * h) if case.bias else None,
         torch.rand(rows, generator=generator) < 0.3 if case.reset else None,
         randn(rows, d, p) if case.d_out else None,
+        randn(rows, d, h) if case.d_cells and "c" in cell.states else None,
         tuple(randn(d, n, width) for width in widths),
         live,
     )
@@ -132,6 +135,10 @@ def run(backend: str, cell_name: str, case: Case, inputs: Inputs, dtype: torch.d
     if inputs.d_out is not None:
         d_out = rows(inputs.rows, p)
         d_out.copy_(inputs.d_out)
+    d_cells = None
+    if inputs.d_cells is not None:
+        d_cells = rows(inputs.rows, h)
+        d_cells.copy_(inputs.d_cells)
     states = tuple(state.to(dtype, copy=True) for state in inputs.states)
     d_states = tuple(state.to(dtype, copy=True) for state in inputs.d_states)
     bias = None if inputs.bias is None else inputs.bias.to(dtype)
@@ -164,6 +171,7 @@ def run(backend: str, cell_name: str, case: Case, inputs: Inputs, dtype: torch.d
                 d_gates[where, part],
                 d_states_now,
                 None if d_out is None else d_out[:, part],
+                None if d_cells is None else d_cells[:, part],
                 tape[:, part],
                 out[:, part],
                 states_0,
@@ -229,6 +237,10 @@ CASES = [
     Case(batch=1, hidden=129, reset=True, steps=9),
     Case(bias=False, hidden=33),
     Case(d_out=False),
+    Case(d_cells=True, batch=5, hidden=33, reverse=(False, True)),
+    Case(d_cells=True, d_out=False, batch=19, hidden=65, padding=2, reset=True, reverse=(True, False)),
+    Case(d_cells=True, batch=7, ragged="packed", steps=6, chunk=2),
+    Case(d_cells=True, batch=7, ragged="padded", steps=6, chunk=2, reverse=(True,), reset=True),
     *(
         Case(batch=batch, ragged=ragged, reverse=reverse, reset=reset, steps=7, padding=1)
         for batch, ragged, reverse, reset in itertools.product(
@@ -247,6 +259,8 @@ PROJECTED = [
     Case(projection=1, hidden=2, batch=1, steps=2),
     Case(projection=40, hidden=130, batch=19, reverse=(False, True)),
     Case(projection=33, hidden=200, batch=1, reset=True),
+    Case(projection=9, hidden=33, batch=6, ragged="packed", steps=7, d_cells=True, reset=True, reverse=(False, True)),
+    Case(projection=33, hidden=130, batch=3, d_cells=True, d_out=False),
     *(
         Case(projection=9, batch=7, ragged=ragged, reverse=(reverse,), reset=True, steps=6, chunk=chunk, padding=2)
         for ragged, reverse, chunk in itertools.product((None, "packed", "padded"), (False, True), (None, 2))
@@ -318,7 +332,7 @@ def test_after_fork(backend: str) -> None:
         d_h.numpy()[...] = 1
         kernels.forward(tape, out, (h_n,), kernels.pack([weight], None, steps, False), None, steps, (False,), None, True)
         packed = kernels.pack([weight], None, steps, True)
-        kernels.backward(d_gates, (d_h,), d_out, tape, out, (h_0,), packed, steps, 0, 6, (False,), None)
+        kernels.backward(d_gates, (d_h,), d_out, None, tape, out, (h_0,), packed, steps, 0, 6, (False,), None)
 
     walk()
     expected = [tensor.numpy().copy() for tensor in (tape, out, d_gates, h_n, d_h)]

@@ -93,7 +93,8 @@ def test_kernels_are_the_layer(name: str, projection: int, steps: Steps, resets:
     rows, hidden = input.shape[0], weights[0].hh.shape[0] // cell.num_gates
     size, columns = weights[0].hh.shape[1], cell.num_gates * hidden
     reset = torch.rand(rows) < 0.3 if resets else None
-    out, ends = reference.layer(cell, input, steps, states, weights, reverse, reset)
+    has_c = "c" in cell.states
+    out, ends = reference.layer(cell, input, steps, states, weights, reverse, reset, cell_states=has_c)
     d_results = [torch.randn_like(result) for result in (out, *ends)]
     expected = dict(
         zip(
@@ -126,9 +127,12 @@ def test_kernels_are_the_layer(name: str, projection: int, steps: Steps, resets:
     forward(tape, kept, walked, pack(weight_hh, weight_hr, steps, False), bias, steps, reverse, reset, True)
     active = torch.cat([torch.arange(*_span(steps, t)) for t in range(steps.length)])
     torch.testing.assert_close(kept.flatten(1)[active], out[active].detach())
-    torch.testing.assert_close(walked, tuple(end.detach() for end in ends))
+    torch.testing.assert_close(walked, tuple(end.detach() for end in ends[: len(states)]))
+    if has_c:
+        torch.testing.assert_close(tape[active, :, -hidden:], ends[-1].detach().view(rows, 2, hidden)[active])
 
-    d_walk = tuple(d_end.clone() for d_end in d_results[1:])
+    d_walk = tuple(d_end.clone() for d_end in d_results[1 : 1 + len(states)])
+    d_cells = d_results[-1].view(rows, 2, hidden) if has_c else None
     d_out = d_results[0].view(rows, 2, size)
     d_gates = torch.full((rows, 2, len(cell.d_gates) * hidden + (size if projection else 0)), math.nan, dtype=dtype)
     before = (tape.clone(), kept.clone())
@@ -140,6 +144,7 @@ def test_kernels_are_the_layer(name: str, projection: int, steps: Steps, resets:
                 d_gates[steps.rows(t_begin, t_end), one],
                 tuple(d_state[one] for d_state in d_walk),
                 d_out[:, one],
+                None if d_cells is None else d_cells[:, one],
                 tape[:, one],
                 kept[:, one],
                 tuple(state.detach()[one] for state in states),
@@ -225,7 +230,7 @@ def test_backward_of_saturated_gates_is_finite(name: str) -> None:
     d_states = tuple(torch.ones(1, 1, hidden) for _ in cell.states)
     states_0 = tuple(torch.zeros(1, 1, hidden) for _ in cell.states)
     packed = pack(weight_hh, None, steps, True)
-    getattr(module, f"{name}_backward")(d_gates, d_states, None, tape, out, states_0, packed, steps, 0, 2, (False,), None)
+    getattr(module, f"{name}_backward")(d_gates, d_states, None, None, tape, out, states_0, packed, steps, 0, 2, (False,), None)
     # Saturated gates have no slope; relu has the slope one.
     expected = torch.tensor([[[0.0, 0.0]], [[1.0, 1.0]]]) if name == "rnn_relu" else torch.zeros_like(d_gates)
     torch.testing.assert_close(d_gates, expected)
@@ -240,7 +245,9 @@ def test_second_derivatives(name: str, projection: int) -> None:
 
     def function(*flat: Tensor) -> tuple[Tensor, ...]:
         count = 1 + len(states)
-        out, ends = reference.layer(cell, flat[0], steps, flat[1:count], (Weights(*flat[count:]),), (True,), reset)
+        out, ends = reference.layer(
+            cell, flat[0], steps, flat[1:count], (Weights(*flat[count:]),), (True,), reset, "c" in cell.states
+        )
         return out, *ends
 
     assert torch.autograd.gradcheck(function, leaves(input, states, weights))

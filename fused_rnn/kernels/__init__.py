@@ -23,13 +23,16 @@ proj_size), R rows (all steps' active rows). *Blocks* are H columns; ``fused_rnn
     keep: whether a backward follows. Without it the tape's contents are undefined afterwards.
     reset: (R,) bool, or None. Where set, that row's states before that step are zero, and no gradient crosses.
 
-``<cell>_backward(d_gates, d_states, d_out, tape, out, states_0, packed, steps, t_begin, t_end, reverse, reset)`` → None
+``<cell>_backward(d_gates, d_states, d_out, d_cells, tape, out, states_0, packed, steps, t_begin, t_end, reverse, reset)``
+    → None
     Walks steps t_begin .. t_end - 1 in the opposite order of the forward. All row buffers but d_gates cover all of
     ``steps``; d_gates covers only the rows of the walked steps, from row 0 on.
     d_gates: (rows of the walked steps, D, d_gates blocks·H [+ P with weight_hr]), written: gradients of the gates before their
         nonlinearity. With weight_hr, the last P columns are the gradient of h.
     d_states: tuple of (D, N, ·). In: gradients of the states after the walked steps. Out, in place: of those before.
     d_out: (R, D, P), or None for zero.
+    d_cells: (R, D, H), the gradient of c of every step where a caller was given those, or None for zero. None for cells
+        without c.
     tape, out: as the forward left them; not written, so that a second backward sees the same.
     states_0: the states before the whole of ``steps``.
 

@@ -38,6 +38,7 @@ def layer(
     weights: tuple[Weights, ...],
     reverse: tuple[bool, ...],
     reset: Tensor | None = None,
+    cell_states: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Compute one layer in plain torch: any floating dtype, differentiable any number of times, inside torch.func too.
 
@@ -49,9 +50,11 @@ def layer(
         weights: the parameters of each of the D directions.
         reverse: for each direction, whether it walks from the last step to the first.
         reset: (R,) bool: where set, the row's states are zero before that step. None for nowhere.
+        cell_states: whether c of every step is wanted; for a cell that has one.
 
     Returns:
         out (R, D·P), zero in rows that no step works on, and the states after the walk, in the shapes of ``states``. A
-        sequence that has no step keeps its state.
+        sequence that has no step keeps its state. With ``cell_states``, c of every step, (R, D·H), zero in rows that no step
+        works on, follows the states.
     """
-    return recurrence.layer(_EQUATIONS[cell.name], input, steps, states, weights, reverse, reset)
+    return recurrence.layer(_EQUATIONS[cell.name], input, steps, states, weights, reverse, reset, cell_states)

@@ -86,6 +86,21 @@ def _walk(
     return done, states
 
 
+def _in_rows(values: Sequence[Tensor], steps: Steps, rows: int) -> Tensor:
+    """The values of all steps, (n, ·) each, in their rows, (R, ·); zero in rows that no step works on."""
+    pieces: list[Tensor] = []
+    filled = 0
+    for t, value in enumerate(values):
+        begin, n = _rows(steps, t)
+        if begin > filled:
+            pieces.append(value.new_zeros(begin - filled, value.shape[-1]))
+        pieces.append(value)
+        filled = begin + n
+    if rows > filled:
+        pieces.append(pieces[-1].new_zeros(rows - filled, pieces[-1].shape[-1]))
+    return torch.cat(pieces)
+
+
 def layer(
     equations: Equations,
     input: Tensor,
@@ -94,27 +109,21 @@ def layer(
     weights: Sequence[Weights],
     reverse: Sequence[bool],
     reset: Tensor | None,
+    cell_states: bool = False,
 ) -> tuple[Tensor, States]:
     """A whole layer in differentiable torch; see ``fused_rnn.reference.layer``."""
-    outs, ends = [], []
+    outs, ends, cells = [], [], []
     for d, (weight, backwards) in enumerate(zip(weights, reverse, strict=True)):
         gates_x = linear(input, weight.ih, weight.bias_ih)
         recurrent = (weight.hh, weight.bias_hh, weight.hr)
         done, end = _walk(equations, gates_x, tuple(state[d] for state in states), recurrent, steps, backwards, reset)
-        pieces: list[Tensor] = []
-        filled = 0
-        for t in range(steps.length):
-            begin, n = _rows(steps, t)
-            h = done[t][0]
-            if begin > filled:
-                pieces.append(h.new_zeros(begin - filled, h.shape[-1]))
-            pieces.append(h)
-            filled = begin + n
-        if input.shape[0] > filled:
-            pieces.append(pieces[-1].new_zeros(input.shape[0] - filled, pieces[-1].shape[-1]))
-        outs.append(torch.cat(pieces))
+        outs.append(_in_rows([done[t][0] for t in range(steps.length)], steps, input.shape[0]))
         ends.append(end)
-    return torch.cat(outs, dim=-1), tuple(torch.stack(directions) for directions in zip(*ends, strict=True))
+        if cell_states:
+            index = equations.cell.tape.index("c")
+            cells.append(_in_rows([done[t][1][index] for t in range(steps.length)], steps, input.shape[0]))
+    states_n = tuple(torch.stack(directions) for directions in zip(*ends, strict=True))
+    return torch.cat(outs, dim=-1), (*states_n, torch.cat(cells, dim=-1)) if cell_states else states_n
 
 
 def _pack(weight_hh: Sequence[Tensor], weight_hr: Sequence[Tensor] | None, steps: Steps, backward: bool) -> Packed:
@@ -211,6 +220,7 @@ def kernels(equations: Equations) -> tuple[Callable[..., Packed], Callable[..., 
         d_gates: Tensor,
         d_states: States,
         d_out: Tensor | None,
+        d_cells: Tensor | None,
         tape: Tensor,
         out: Tensor,
         states_0: States,
@@ -233,6 +243,9 @@ def kernels(equations: Equations) -> tuple[Callable[..., Packed], Callable[..., 
                 d_after = [d_state[:n] for d_state in d_walk]
                 if d_out is not None:
                     d_after[0] = d_after[0] + d_out[rows, d]
+                if d_cells is not None:
+                    c = cell.states.index("c")  # A ValueError for a cell without.
+                    d_after[c] = d_after[c] + d_cells[rows, d]
                 states = tuple(state[d] for state in states_0)
                 before = _before(equations, tape[:, d], out[:, d], states, steps, t, backwards, reset)
                 d_step, d_before = _backward_step(

@@ -52,6 +52,7 @@ struct Problem {
     h_0 = draw(D * N * P);
     c_0 = draw(D * N * H);
     d_out = draw(rows * D * P);
+    d_cells = draw(rows * D * H);
     for (Index d = 0; d < D; ++d) reverse.push_back(d % 2 == 1);
     for (Index i = 0; i < rows; ++i) reset.push_back(i % 3 == 0);
   }
@@ -87,7 +88,7 @@ struct Problem {
   Index rows, inputs;
   std::vector<std::int64_t> batch_sizes, offsets;
   std::vector<char> reverse, reset;
-  std::vector<T> gates_x, bias, weight_hh, weight_hr, weight_ih, input, h_0, c_0, d_out;
+  std::vector<T> gates_x, bias, weight_hh, weight_hr, weight_ih, input, h_0, c_0, d_out, d_cells;
 };
 
 // Memory on a vector's boundary without a spare byte at its end.
@@ -185,6 +186,8 @@ std::vector<std::vector<T>> run(const Problem<T>& p, const TypedKernels<T>& kern
     args.d_states[0] = d_h.data();
     args.d_states[1] = p.cell.states == 2 ? d_c.data() : nullptr;
     args.d_out = {p.d_out.data(), D * P, P};
+    // Not in all problems, so that both ways through the cell are walked.
+    if (p.cell.states == 2 && p.shape.reset) args.d_cells = {p.d_cells.data(), D * H, H};
     args.tape = {tape.data(), D * p.cell.tape * H, p.cell.tape * H};
     args.out = {tape_is_out ? tape.data() : out.data(), D * P, P};
     args.states_0[0] = p.h_0.data();

@@ -69,6 +69,9 @@ class Arg(IntEnum):
     D_OUT = auto()
     D_OUT_ROW = auto()
     D_OUT_DIRECTION = auto()
+    D_CELLS = auto()
+    D_CELLS_ROW = auto()
+    D_CELLS_DIRECTION = auto()
     FIRST_H = auto()  # states_0
     FIRST_C = auto()
 

@@ -31,8 +31,8 @@ def _forward(like: Any, sums: int, tape: int, out: int, h: int, c: int, bias: in
 
 
 @njit(error_model="numpy")
-def _backward(like: Any, d_h: Any, d_c: int, tape: int, out: int, h: int, c: int, d_gates: int, reset: bool, block: int,
-              count: Any) -> Any:  # fmt: skip
+def _backward(like: Any, d_h: Any, d_c: int, d_cell: int, tape: int, out: int, h: int, c: int, d_gates: int, reset: bool,
+              block: int, count: Any) -> Any:  # fmt: skip
     one = ones(like)
     r, z = load(like, tape, count), load(like, tape + block, count)
     n, hn = load(like, tape + 2 * block, count), load(like, tape + 3 * block, count)

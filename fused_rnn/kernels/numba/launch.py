@@ -201,6 +201,7 @@ def make_functions(
         d_gates: Tensor,
         d_states: tuple[Tensor, ...],
         d_out: Tensor | None,
+        d_cells: Tensor | None,
         tape: Tensor,
         out: Tensor,
         states_0: tuple[Tensor, ...],
@@ -222,6 +223,12 @@ def make_functions(
             arguments.set(Arg.D_OUT, int(arguments.values[Arg.ZEROS]))
         else:
             arguments.rows(Arg.D_OUT, d_out, size)
+        if d_cells is None:
+            arguments.set(Arg.D_CELLS, int(arguments.values[Arg.ZEROS]))
+        else:
+            if "c" not in cell.states:
+                raise ValueError(f"d_cells: expected None for {cell.name}, which has no c, got a tensor")
+            arguments.rows(Arg.D_CELLS, d_cells, units)
         arguments.states(Arg.STATE_H, Arg.STATE_C, d_states)
         arguments.states(Arg.FIRST_H, Arg.FIRST_C, states_0)
         arguments.set(Arg.BEGIN, t_begin)

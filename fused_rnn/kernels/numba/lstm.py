@@ -33,18 +33,18 @@ def _forward(like: Any, sums: int, tape: int, out: int, h: int, c: int, bias: in
 
 
 @njit(error_model="numpy")
-def _backward(like: Any, d_h: Any, d_c: int, tape: int, out: int, h: int, c: int, d_gates: int, reset: bool, block: int,
-              count: Any) -> Any:  # fmt: skip
+def _backward(like: Any, d_h: Any, d_c: int, d_cell: int, tape: int, out: int, h: int, c: int, d_gates: int, reset: bool,
+              block: int, count: Any) -> Any:  # fmt: skip
     one = ones(like)
     i, f = load(like, tape, count), load(like, tape + block, count)
     g, o = load(like, tape + 2 * block, count), load(like, tape + 3 * block, count)
     tanh_c = tanh(load(like, tape + 4 * block, count))
-    d_cell = load(like, d_c, count) + d_h * o * (one - tanh_c * tanh_c)
-    store(d_gates, d_cell * g * i * (one - i), count)
-    store(d_gates + block, d_cell * load(like, c, count) * f * (one - f), count)
-    store(d_gates + 2 * block, d_cell * i * (one - g * g), count)
+    d_state = load(like, d_c, count) + load(like, d_cell, count) + d_h * o * (one - tanh_c * tanh_c)
+    store(d_gates, d_state * g * i * (one - i), count)
+    store(d_gates + block, d_state * load(like, c, count) * f * (one - f), count)
+    store(d_gates + 2 * block, d_state * i * (one - g * g), count)
     store(d_gates + 3 * block, d_h * tanh_c * o * (one - o), count)
-    store(d_c, splat(like) if reset else d_cell * f, count)
+    store(d_c, splat(like) if reset else d_state * f, count)
     return splat(like)
 
 

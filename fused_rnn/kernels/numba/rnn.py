@@ -21,8 +21,8 @@ def _forward_tanh(like: Any, sums: int, tape: int, out: int, h: int, c: int, bia
 
 
 @njit(error_model="numpy")
-def _backward_tanh(like: Any, d_h: Any, d_c: int, tape: int, out: int, h: int, c: int, d_gates: int, reset: bool, block: int,
-                   count: Any) -> Any:  # fmt: skip
+def _backward_tanh(like: Any, d_h: Any, d_c: int, d_cell: int, tape: int, out: int, h: int, c: int, d_gates: int, reset: bool,
+                   block: int, count: Any) -> Any:  # fmt: skip
     h_next = load(like, out, count)
     store(d_gates, d_h - d_h * h_next * h_next, count)
     return splat(like)
@@ -35,8 +35,8 @@ def _forward_relu(like: Any, sums: int, tape: int, out: int, h: int, c: int, bia
 
 
 @njit(error_model="numpy")
-def _backward_relu(like: Any, d_h: Any, d_c: int, tape: int, out: int, h: int, c: int, d_gates: int, reset: bool, block: int,
-                   count: Any) -> Any:  # fmt: skip
+def _backward_relu(like: Any, d_h: Any, d_c: int, d_cell: int, tape: int, out: int, h: int, c: int, d_gates: int, reset: bool,
+                   block: int, count: Any) -> Any:  # fmt: skip
     store(d_gates, where_positive(load(like, out, count), d_h), count)
     return splat(like)
 

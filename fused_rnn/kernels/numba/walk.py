@@ -240,9 +240,10 @@ def backward(name: str, cell: Any, product: Any) -> Any:
         name: a name that no other walk has.
         p: address of the arguments, an int64 for each member of ``Arg``.
         like: zero, float32 or float64: the type of all buffers.
-        cell: the pointwise part, ``cell(like, d_h, d_c, tape, out, h, c, d_gates, reset, block, count) -> direct``. d_h:
-            vector, the gradient of h. d_c: address, in place, zero after a reset. direct: vector, the part of the gradient of
-            the h before that the recurrent product does not bring.
+        cell: the pointwise part, ``cell(like, d_h, d_c, d_cell, tape, out, h, c, d_gates, reset, block, count) -> direct``.
+            d_h: vector, the gradient of h. d_c: address, in place, zero after a reset. d_cell: address, what c of this step
+            receives as an output. direct: vector, the part of the gradient of the h before that the recurrent product does
+            not bring.
         product: the microkernel.
         version: not used; as a constant of the caller it makes Numba's cache forget kernels of other versions.
     """
@@ -250,12 +251,12 @@ def backward(name: str, cell: Any, product: Any) -> Any:
 
     @_compiled_as(f"{name}_step")
     def step(like: Any, has_product: bool, projected: bool, reset: bool, sums: int, d_out: int, state_h: int, d_c: int,
-              tape: int, out: int, h: int, c: int, d_gates: int, block: int, count: Any) -> None:  # fmt: skip
+              d_cell: int, tape: int, out: int, h: int, c: int, d_gates: int, block: int, count: Any) -> None:  # fmt: skip
         """Backward of one vector of one row."""
         d_h = load(like, d_out, count) + load(like, state_h, count)
         if has_product:
             d_h = d_h + load(like, sums, None)
-        direct = cell(like, d_h, d_c, tape, out, h, c, d_gates, reset, block, count)
+        direct = cell(like, d_h, d_c, d_cell, tape, out, h, c, d_gates, reset, block, count)
         if not projected:
             store(state_h, splat(like) if reset else direct, count)
 
@@ -288,6 +289,7 @@ def backward(name: str, cell: Any, product: Any) -> Any:
             tape_d, tape_row = get(p, _A.TAPE) + d * get(p, _A.TAPE_DIRECTION), get(p, _A.TAPE_ROW)
             out_d, out_row = get(p, _A.OUT) + d * get(p, _A.OUT_DIRECTION), get(p, _A.OUT_ROW)
             d_out_d, d_out_row = get(p, _A.D_OUT) + d * get(p, _A.D_OUT_DIRECTION), get(p, _A.D_OUT_ROW)
+            d_cells_d, d_cells_row = get(p, _A.D_CELLS) + d * get(p, _A.D_CELLS_DIRECTION), get(p, _A.D_CELLS_ROW)
             d_gates_d, d_gates_row = get(p, _A.D_GATES) + d * get(p, _A.D_GATES_DIRECTION), get(p, _A.D_GATES_ROW)
             state_h, state_c = get(p, _A.STATE_H) + d * batch * size * item, get(p, _A.STATE_C) + d * batch * block
             for s in range(t_end - t_begin):
@@ -333,6 +335,7 @@ def backward(name: str, cell: Any, product: Any) -> Any:
                             reset = is_reset(p, first + row)
                             h, c = read_int64(hs + 8 * i), read_int64(cs + 8 * i)
                             d_out, d_h, d_c = d_outs + 8 * i, state_h + row * size * item, state_c + row * block
+                            d_cell = d_cells_d + (first + row) * d_cells_row
                             for u in range(vectors):
                                 unit = (panel * vectors + u) * lanes
                                 if unit >= units:
@@ -344,11 +347,11 @@ def backward(name: str, cell: Any, product: Any) -> Any:
                                 else:
                                     d_o, d_s = read_int64(d_out) + at, d_h + at
                                 if unit + lanes <= units:
-                                    step(like, length > 0, projected, reset, total, d_o, d_s, d_c + at, tape + at,
-                                          out + at, h + at, c + at, d_gates + at, block, None)  # fmt: skip
+                                    step(like, length > 0, projected, reset, total, d_o, d_s, d_c + at, d_cell + at,
+                                          tape + at, out + at, h + at, c + at, d_gates + at, block, None)  # fmt: skip
                                 else:
-                                    step(like, length > 0, projected, reset, total, d_o, d_s, d_c + at, tape + at,
-                                          out + at, h + at, c + at, d_gates + at, block, units - unit)  # fmt: skip
+                                    step(like, length > 0, projected, reset, total, d_o, d_s, d_c + at, d_cell + at,
+                                          tape + at, out + at, h + at, c + at, d_gates + at, block, units - unit)  # fmt: skip
                 meeting += 1
                 meet(p, group, meeting, unit_shares)
 
