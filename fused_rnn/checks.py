@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn.cells import Cell, Weights
 
@@ -205,3 +206,87 @@ def check_cell(cell: Cell, input: Tensor, states: Sequence[Tensor], weights: Wei
                 f"but got {_dtype_name(tensor.dtype)} and {_dtype_name(weights.ih.dtype)}"
             )
     check_dtype(input)
+
+
+def check_lengths(lengths: object, length: int, batch: int, batched: bool) -> Tensor | None:
+    """Check ``lengths`` and bring them to the CPU.
+
+    Returns:
+        (N,) int64 on the CPU; None for meta tensors, which have no values.
+
+    Raises:
+        TypeError: if they are no integer tensor.
+        ValueError: if the shape is not (N,), () for an unbatched input, or a value is not one of 0 .. T.
+    """
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths: expected an integer tensor, got {type(lengths).__name__}")
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths: expected an integer tensor, got one of {lengths.dtype}")
+    shape = (batch,) if batched else ()
+    if lengths.shape != shape:
+        what = f"{shape}, one length for each sequence" if batched else "(), as the input is unbatched"
+        raise ValueError(f"lengths: expected shape {what}, got {tuple(lengths.shape)}")
+    if lengths.is_meta:
+        return None
+    # What the steps are made of is read on the host: the one wait for the device that lengths need.
+    on_cpu = lengths.detach().to("cpu", torch.int64).reshape(-1)
+    wrong = on_cpu[(on_cpu < 0) | (on_cpu > length)]
+    if len(wrong):
+        raise ValueError(f"lengths: expected values from 0 to {length}, the steps of the input, got {int(wrong[0])}")
+    return on_cpu
+
+
+def check_reset(reset: object, shape: tuple[int, ...], input: Tensor) -> Tensor:
+    """Check a mask of resets.
+
+    Args:
+        shape: (T, N), (N, T) with ``batch_first``, or (T,) unbatched.
+
+    Raises:
+        TypeError: if it is no boolean tensor.
+        ValueError: if it has another shape.
+        RuntimeError: if it is on another device than the input.
+    """
+    if not isinstance(reset, Tensor):
+        raise TypeError(f"reset: expected a boolean tensor, got {type(reset).__name__}")
+    if reset.dtype != torch.bool:
+        raise TypeError(f"reset: expected a boolean tensor, got one of {reset.dtype}")
+    if reset.shape != shape:
+        raise ValueError(f"reset: expected shape {shape}, a flag for each step of each sequence, got {tuple(reset.shape)}")
+    if reset.device != input.device:
+        raise RuntimeError(
+            "Input and reset tensors are not at the same device, "
+            f"found input tensor at {input.device} and reset tensor at {reset.device}"
+        )
+    return reset
+
+
+def check_packed_reset(reset: object, input: PackedSequence) -> Tensor:
+    """Check a mask of resets for a packed input; return its rows, (R,).
+
+    Raises:
+        TypeError: if it is no PackedSequence of booleans.
+        ValueError: if it is packed in another way than the input.
+        RuntimeError: if it is on another device than the input.
+    """
+    if not isinstance(reset, PackedSequence):
+        raise TypeError(
+            "reset: expected a PackedSequence of booleans, packed with the lengths of the input, as the input is packed, "
+            f"got {type(reset).__name__}"
+        )
+    sizes, other = reset.batch_sizes, input.batch_sizes
+    if not torch.equal(sizes, other):
+        raise ValueError(f"reset: expected the batch_sizes of the input, {other.tolist()}, got {sizes.tolist()}")
+    order, expected = (
+        torch.arange(int(other[0])) if packed.sorted_indices is None else packed.sorted_indices.cpu()
+        for packed in (reset, input)
+    )
+    if not torch.equal(order, expected):
+        raise ValueError(f"reset: expected the sorted_indices of the input, {expected.tolist()}, got {order.tolist()}")
+    return check_reset(reset.data, (input.data.shape[0],), input.data)
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise TypeError unless a switch is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")

@@ -10,13 +10,14 @@ directions, L layers, R rows (the active sequences of all steps).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import autograd, checks
+from fused_rnn import autograd, checks, sequences
+from fused_rnn.cell_functional import gru_cell, lstm_cell, pair, rnn_relu_cell, rnn_tanh_cell, single
 from fused_rnn.cells import GRU, LSTM, RNN_RELU, RNN_TANH, Cell, Weights
 from fused_rnn.steps import Steps
 
@@ -35,9 +36,12 @@ def rnn_tanh(
     batch_first: bool = False,
     dropout: float = 0.0,
     training: bool = False,
+    lengths: Tensor | None = None,
+    reset: Input | None = None,
 ) -> tuple[Input, Tensor]:
     """Run a simple recurrence with tanh over a sequence; arguments, results and errors as in ``gru``."""
-    out, states = _sequence(RNN_TANH, input, weights, _single(hx), bidirectional, batch_first, dropout, training)
+    options = _Options(bidirectional, batch_first, dropout, training, lengths, reset)
+    out, states, _ = _sequence(RNN_TANH, input, weights, single(hx), options)
     return out, states[0]
 
 
@@ -50,9 +54,12 @@ def rnn_relu(
     batch_first: bool = False,
     dropout: float = 0.0,
     training: bool = False,
+    lengths: Tensor | None = None,
+    reset: Input | None = None,
 ) -> tuple[Input, Tensor]:
     """Run a simple recurrence with relu over a sequence; arguments, results and errors as in ``gru``."""
-    out, states = _sequence(RNN_RELU, input, weights, _single(hx), bidirectional, batch_first, dropout, training)
+    options = _Options(bidirectional, batch_first, dropout, training, lengths, reset)
+    out, states, _ = _sequence(RNN_RELU, input, weights, single(hx), options)
     return out, states[0]
 
 
@@ -65,6 +72,8 @@ def gru(
     batch_first: bool = False,
     dropout: float = 0.0,
     training: bool = False,
+    lengths: Tensor | None = None,
+    reset: Input | None = None,
 ) -> tuple[Input, Tensor]:
     """Run a GRU over a sequence.
 
@@ -76,13 +85,23 @@ def gru(
         batch_first: whether a batched input has N before T. States never have.
         dropout: the probability of zeroing an output of all layers but the last, while ``training``.
         training: whether ``dropout`` applies.
+        lengths: how many steps of each padded sequence count, 0 .. T in any order: integers (N,), or () unbatched, on any
+            device. No work is done for the other steps; what they hold does not matter. None for all T.
+        reset: where the states are zero before a step, as between the episodes of an agent: booleans (T, N), with
+            ``batch_first`` (N, T), unbatched (T,), or for a packed input a PackedSequence like it. In every layer and
+            direction, the steps before a reset and those after it do not see each other: the second direction comes into the
+            step before it with zero states. A reset at the first step discards ``hx`` of the first direction; the second
+            direction has no step before to come to.
 
     Returns:
         out (T, N, D·H), (N, T, D·H), (T, D·H) or a PackedSequence, as the input; and h after the last step, in the shape of
-        ``hx``.
+        ``hx``. With ``lengths``, out is zero beyond them, h is that after the last step which counts (``hx`` where there is
+        none), and the second direction starts at that step.
 
     Raises:
-        ValueError: if the input is neither 2D nor 3D, has another dtype than the weights, or weights are missing.
+        TypeError: if ``lengths`` are no integers or ``reset`` no booleans.
+        ValueError: if the input is neither 2D nor 3D, has another dtype than the weights, weights are missing, ``lengths`` or
+            ``reset`` have another shape, a length is not one of 0 .. T, or lengths are given with a packed input.
         RuntimeError: if a size, a device or the dtype of a state does not fit, or T is 0. Types and messages are those of
             torch.nn.GRU.
 
@@ -93,9 +112,45 @@ def gru(
     >>> out, h_n = gru(torch.randn(5, 2, I), weights)
     >>> out.shape, h_n.shape
     (torch.Size([5, 2, 4]), torch.Size([1, 2, 4]))
+    >>> out, h_n = gru(torch.randn(5, 2, I), weights, lengths=torch.tensor([3, 5]))
+    >>> out[3:, 0].count_nonzero(), torch.equal(h_n[0, 0], out[2, 0])
+    (tensor(0), True)
     """
-    out, states = _sequence(GRU, input, weights, _single(hx), bidirectional, batch_first, dropout, training)
+    options = _Options(bidirectional, batch_first, dropout, training, lengths, reset)
+    out, states, _ = _sequence(GRU, input, weights, single(hx), options)
     return out, states[0]
+
+
+@overload
+def lstm(
+    input: Input,
+    weights: Sequence[Weights],
+    hx: tuple[Tensor, Tensor] | None = None,
+    *,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    lengths: Tensor | None = None,
+    reset: Input | None = None,
+    return_cell_states: Literal[False] = False,
+) -> tuple[Input, tuple[Tensor, Tensor]]: ...
+
+
+@overload
+def lstm(
+    input: Input,
+    weights: Sequence[Weights],
+    hx: tuple[Tensor, Tensor] | None = None,
+    *,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    lengths: Tensor | None = None,
+    reset: Input | None = None,
+    return_cell_states: Literal[True],
+) -> tuple[Input, tuple[Tensor, Tensor], Input]: ...
 
 
 def lstm(
@@ -107,101 +162,63 @@ def lstm(
     batch_first: bool = False,
     dropout: float = 0.0,
     training: bool = False,
-) -> tuple[Input, tuple[Tensor, Tensor]]:
+    lengths: Tensor | None = None,
+    reset: Input | None = None,
+    return_cell_states: bool = False,
+) -> tuple[Input, tuple[Tensor, Tensor]] | tuple[Input, tuple[Tensor, Tensor], Input]:
     """Run an LSTM over a sequence.
 
     Args:
         input: as in ``gru``.
         weights: as in ``gru``; with ``hr`` in them, h is projected to P features.
         hx: the initial (h, c), h (L·D, N, P) and c (L·D, N, H), or unbatched without N. None for zero.
-        bidirectional: as in ``gru``.
-        batch_first: as in ``gru``.
-        dropout: as in ``gru``.
-        training: as in ``gru``.
+        bidirectional, batch_first, dropout, training, lengths, reset: as in ``gru``.
+        return_cell_states: whether c of every step is a third result.
 
     Returns:
-        out, as in ``gru`` with P in place of H, and (h, c) after the last step, in the shapes of ``hx``.
+        out, as in ``gru`` with P in place of H, and (h, c) after the last step, in the shapes of ``hx``. With
+        ``return_cell_states`` also c of the last layer at every step: as out, with H features for each direction.
 
     Raises:
-        ValueError, RuntimeError: as in ``gru``; types and messages are those of torch.nn.LSTM.
+        TypeError, ValueError, RuntimeError: as in ``gru``; types and messages are those of torch.nn.LSTM. TypeError if
+            ``return_cell_states`` is no bool.
 
     Source: torch.nn.LSTM.
     """
-    out, (h, c) = _sequence(LSTM, input, weights, _pair(hx, "lstm"), bidirectional, batch_first, dropout, training)
-    return out, (h, c)
+    checks.check_flag("return_cell_states", return_cell_states)
+    options = _Options(bidirectional, batch_first, dropout, training, lengths, reset, return_cell_states)
+    out, (h, c), cells = _sequence(LSTM, input, weights, pair(hx, "lstm"), options)
+    return (out, (h, c)) if cells is None else (out, (h, c), cells)
 
 
-def rnn_tanh_cell(input: Tensor, weights: Weights, hx: Tensor | None = None) -> Tensor:
-    """Take one step of a simple recurrence with tanh; arguments, result and errors as in ``gru_cell``."""
-    return _cell(RNN_TANH, input, weights, _single(hx))[0]
+class _Options(NamedTuple):
+    """The keywords of ``gru`` and ``lstm``, as given."""
 
+    bidirectional: bool
+    batch_first: bool
+    dropout: float
+    training: bool
+    lengths: Tensor | None
+    reset: Tensor | PackedSequence | None
+    cell_states: bool = False
 
-def rnn_relu_cell(input: Tensor, weights: Weights, hx: Tensor | None = None) -> Tensor:
-    """Take one step of a simple recurrence with relu; arguments, result and errors as in ``gru_cell``."""
-    return _cell(RNN_RELU, input, weights, _single(hx))[0]
-
-
-def gru_cell(input: Tensor, weights: Weights, hx: Tensor | None = None) -> Tensor:
-    """Take one step of a GRU.
-
-    Args:
-        input: (N, I), or unbatched (I,).
-        weights: the parameters.
-        hx: h before the step, (N, H), or unbatched (H,). None for zero.
-
-    Returns:
-        h after the step, in the shape of ``hx``.
-
-    Raises:
-        ValueError: if the input or the state is neither 1D nor 2D.
-        RuntimeError: if a size, a dtype or a device does not fit. Types and messages are those of torch.nn.GRUCell.
-
-    Source: torch.nn.GRUCell.
-    """
-    return _cell(GRU, input, weights, _single(hx))[0]
-
-
-def lstm_cell(input: Tensor, weights: Weights, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """Take one step of an LSTM; as ``gru_cell``, but the state is the pair (h, c).
-
-    Raises:
-        ValueError, RuntimeError: as in ``gru_cell``; types and messages are those of torch.nn.LSTMCell.
-
-    Source: torch.nn.LSTMCell.
-    """
-    h, c = _cell(LSTM, input, weights, _pair(hx, "lstm_cell"))
-    return h, c
-
-
-def _single(hx: Tensor | None) -> States | None:
-    return None if hx is None else (hx,)
-
-
-def _pair(hx: tuple[Tensor, Tensor] | Tensor | None, function: str) -> States | None:
-    if hx is None:
-        return None
-    if isinstance(hx, Tensor):
-        raise TypeError(f"{function}(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
-    if len(hx) != 2:
-        raise RuntimeError(f"{function} expects two hidden states")
-    return tuple(hx)
+    @property
+    def directions(self) -> int:
+        """D."""
+        return 2 if self.bidirectional else 1
 
 
 def _sequence(
-    cell: Cell,
-    input: Input,
-    weights: Sequence[Weights],
-    states: States | None,
-    bidirectional: bool,
-    batch_first: bool,
-    dropout: float,
-    training: bool,
-) -> tuple[Input, States]:
-    """Check the arguments, turn the input into rows and steps, run the layers, and turn the result back."""
-    directions = 2 if bidirectional else 1
-    checks.check_count(weights, directions)
+    cell: Cell, input: Input, weights: Sequence[Weights], states: States | None, options: _Options
+) -> tuple[Input, States, Input | None]:
+    """Check the arguments, turn the input into rows and steps, run the layers, and turn the results back.
+
+    Returns:
+        out, the states after the last step, and with ``options.cell_states`` c of every step.
+    """
+    checks.check_count(weights, options.directions)
     if isinstance(input, PackedSequence):
-        return _packed(cell, input, weights, states, directions, dropout, training)
+        return _packed(cell, input, weights, states, options)
     checks.check_rank(cell, input)
     batched = input.dim() == 3
     if states is not None:
@@ -209,47 +226,70 @@ def _sequence(
         if not batched:
             states = tuple(state.unsqueeze(1) for state in states)
     checks.check_input(input, weights[0].ih, input.dim())
-    if not batched:
-        length, batch = input.shape[0], 1
-        rows = input
+    shape = tuple(input.shape[:-1])
+    by_sequence = options.batch_first and batched
+    length, batch = (shape[1], shape[0]) if by_sequence else (shape[0], shape[1] if batched else 1)
+    ragged = None
+    if options.lengths is not None:
+        lengths = checks.check_lengths(options.lengths, length, batch, batched)
+        if lengths is not None and not input.is_meta:
+            ragged = sequences.Ragged.of(lengths, length, by_sequence, input.device)
+    reset = None if options.reset is None else checks.check_reset(options.reset, shape, input)
+    if ragged is not None:
+        rows = ragged.gather(input.reshape(length * batch, input.shape[-1]))
+        reset = None if reset is None else ragged.gather(reset.reshape(-1))
     else:
-        if batch_first:
-            input = input.transpose(0, 1)
-        length, batch = input.shape[:2]
-        rows = input.reshape(length * batch, input.shape[2])
-    states = _states(cell, rows, weights, states, batch, directions)
+        if by_sequence:
+            input, reset = input.transpose(0, 1), None if reset is None else reset.t()
+        rows = input.reshape(length * batch, input.shape[-1])
+        reset = None if reset is None else reset.reshape(-1)
+    states = _states(cell, rows, weights, states, batch, options.directions)
     if length == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    out, states = _layers(cell, rows, Steps(length, batch), states, weights, directions, dropout if training else 0.0)
+
+    if ragged is None:
+        out, states, cells = _layers(cell, rows, Steps(length, batch), states, weights, reset, options)
+    else:
+        out, states, cells = _layers(cell, rows, ragged.steps, ragged.sort(states), weights, reset, options)
+        states = ragged.unsort(states)
+
+    def as_input(values: Tensor) -> Tensor:
+        """Rows in the shape of the input."""
+        if ragged is not None:
+            return ragged.scatter(values, length * batch).view(*shape, values.shape[1])
+        if by_sequence:
+            return values.view(length, batch, values.shape[1]).transpose(0, 1)
+        return values.view(*shape, values.shape[1]) if batched else values
+
     if not batched:
-        return out, tuple(state.squeeze(1) for state in states)
-    out = out.view(length, batch, out.shape[1])
-    return out.transpose(0, 1) if batch_first else out, states
+        states = tuple(state.squeeze(1) for state in states)
+    return as_input(out), states, None if cells is None else as_input(cells)
 
 
 def _packed(
-    cell: Cell,
-    input: PackedSequence,
-    weights: Sequence[Weights],
-    states: States | None,
-    directions: int,
-    dropout: float,
-    training: bool,
-) -> tuple[PackedSequence, States]:
+    cell: Cell, input: PackedSequence, weights: Sequence[Weights], states: States | None, options: _Options
+) -> tuple[PackedSequence, States, PackedSequence | None]:
     """As ``_sequence``: the rows of a PackedSequence are ragged steps as they stand."""
     data, batch_sizes, sorted_indices, unsorted_indices = input
     checks.check_input(data, weights[0].ih, 2)
     checks.check_batch_sizes(batch_sizes, data.shape[0])
+    if options.lengths is not None:
+        raise ValueError("lengths: expected None for a packed input, which has its own, got a tensor")
+    reset = None if options.reset is None else checks.check_packed_reset(options.reset, input)
     steps = Steps.packed(batch_sizes)
     if states is not None and sorted_indices is not None:
         # Sizes first: an index into a batch that is too small has a message that nobody understands.
-        _states(cell, data, weights, states, steps.batch, directions)
+        _states(cell, data, weights, states, steps.batch, options.directions)
         states = tuple(state.index_select(1, sorted_indices) for state in states)
-    states = _states(cell, data, weights, states, steps.batch, directions)
-    out, states = _layers(cell, data, steps, states, weights, directions, dropout if training else 0.0)
+    states = _states(cell, data, weights, states, steps.batch, options.directions)
+    out, states, cells = _layers(cell, data, steps, states, weights, reset, options)
     if unsorted_indices is not None:
         states = tuple(state.index_select(1, unsorted_indices) for state in states)
-    return PackedSequence(out, batch_sizes, sorted_indices, unsorted_indices), states
+
+    def as_input(values: Tensor) -> PackedSequence:
+        return PackedSequence(values, batch_sizes, sorted_indices, unsorted_indices)
+
+    return as_input(out), states, None if cells is None else as_input(cells)
 
 
 def _states(cell: Cell, rows: Tensor, weights: Sequence[Weights], states: States | None, batch: int, directions: int) -> States:
@@ -274,40 +314,57 @@ def _layers(
     steps: Steps,
     states: States,
     weights: Sequence[Weights],
-    directions: int,
-    dropout: float,
-) -> tuple[Tensor, States]:
-    """Run the layers one after another: rows (R, I) and states (L·D, N, ·) in, rows (R, D·P) and states (L·D, N, ·) out."""
-    reverse = (False, True)[:directions]
-    if len(weights) == directions:
-        return autograd.layer(cell, rows, steps, states, tuple(weights), reverse)
-    ends = []
+    reset: Tensor | None,
+    options: _Options,
+) -> tuple[Tensor, States, Tensor | None]:
+    """Run the layers one after another.
+
+    Args:
+        rows: (R, I).
+        states: (L·D, N, ·) each.
+        reset: (R,) bool, or None.
+
+    Returns:
+        out (R, D·P), the states after the walk, and with ``options.cell_states`` c of the last layer at every step, (R, D·H).
+    """
+    directions = options.directions
+    resets = None if reset is None else sequences.resets_by_direction(reset, steps, directions)
+    last = len(weights) - directions
+    ends: list[States] = []
+    cells = None
     for first in range(0, len(weights), directions):
-        if first and dropout:
-            rows = torch.dropout(rows, dropout, True)
+        if first and options.dropout and options.training:
+            rows = torch.dropout(rows, options.dropout, True)
         part = slice(first, first + directions)
-        before = tuple(state[part] for state in states)
-        rows, end = autograd.layer(cell, rows, steps, before, tuple(weights[part]), reverse)
+        before = tuple(state[part] for state in states) if last else states
+        wants_cells = options.cell_states and first == last
+        rows, end = _directions(cell, rows, steps, before, tuple(weights[part]), resets, wants_cells)
+        if wants_cells:
+            end, cells = end[:-1], end[-1]
         ends.append(end)
-    return rows, tuple(torch.cat(layers) for layers in zip(*ends, strict=True))
+    return rows, ends[0] if not last else tuple(torch.cat(layers) for layers in zip(*ends, strict=True)), cells
 
 
-def _cell(cell: Cell, input: Tensor, weights: Weights, states: States | None) -> States:
-    """Check the arguments of one step and take it: a sequence of length one."""
-    checks.check_cell_rank(cell, input, states)
-    batched = input.dim() == 2
-    if not batched:
-        input = input.unsqueeze(0)
-    batch = input.shape[0]
-    if states is None:
-        size = (batch, weights.hh.shape[1])
-        states = tuple(torch.zeros(size, dtype=input.dtype, device=input.device) for _ in cell.states)
-    elif not batched:
-        states = tuple(state.unsqueeze(0) for state in states)
-    checks.check_cell(cell, input, states, weights)
-    checks.check_weights(cell, (weights,), 1)
-    before = tuple(state.unsqueeze(0) for state in states)
-    out, after = autograd.layer(cell, input, Steps(1, batch), before, (weights,), (False,))
-    # The output of the one step is h, without the dimension of the directions.
-    after = (out, *(state.squeeze(0) for state in after[1:]))
-    return after if batched else tuple(state.squeeze(0) for state in after)
+def _directions(
+    cell: Cell,
+    rows: Tensor,
+    steps: Steps,
+    states: States,
+    weights: tuple[Weights, ...],
+    resets: tuple[Tensor, ...] | None,
+    cell_states: bool,
+) -> tuple[Tensor, States]:
+    """Run one layer; one call for all directions where they have the same resets. Results as of ``autograd.layer``."""
+    reverse = (False, True)[: len(weights)]
+    if resets is None or len(resets) == 1:
+        reset = None if resets is None else resets[0]
+        return autograd.layer(cell, rows, steps, states, weights, reverse, reset, cell_states)
+    outs, ends = [], []
+    for d, (weight, backwards, reset) in enumerate(zip(weights, reverse, resets, strict=True)):
+        before = tuple(state[d : d + 1] for state in states)
+        out, end = autograd.layer(cell, rows, steps, before, (weight,), (backwards,), reset, cell_states)
+        outs.append(out)
+        ends.append(end)
+    # States are stacked by direction; c of every step stands side by side, as the output does.
+    stacked = tuple(torch.cat(parts, 1 if parts[0].dim() == 2 else 0) for parts in zip(*ends, strict=True))
+    return torch.cat(outs, 1), stacked

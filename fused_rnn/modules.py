@@ -6,7 +6,7 @@ instances torch.compile stops tracing. The cells are in ``fused_rnn.cell_modules
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -83,6 +83,8 @@ class RNN(_Layers):
     Inputs: input, h_0
         - **input**: (T, N, I), (N, T, I) with ``batch_first``, (T, I) unbatched, or a PackedSequence.
         - **h_0**: (D·L, N, H), or (D·L, H) unbatched. Default: zero
+        - **lengths**, **reset** (keywords): how many steps of each sequence count, and where its state starts anew; see
+          ``LSTM``.
 
     Outputs: output, h_n
         - **output**: h of the last layer at every step, (T, N, D·H), (N, T, D·H), (T, D·H) or a PackedSequence.
@@ -92,7 +94,8 @@ class RNN(_Layers):
     ``bias_hh_l{k}`` (H,), and the same with ``_reverse``. They are drawn from U(−1/√H, 1/√H).
 
     Raises:
-        TypeError, ValueError, RuntimeError: with torch.nn.RNN's messages, in the constructor and in ``forward``.
+        TypeError, ValueError, RuntimeError: with torch.nn.RNN's messages, in the constructor and in ``forward``; TypeError and
+            ValueError for keywords of a wrong type or shape, or lengths that are not 0 … T.
 
     >>> rnn = RNN(10, 20, 2)
     >>> output, h_n = rnn(torch.randn(5, 3, 10), torch.randn(2, 3, 20))
@@ -129,10 +132,12 @@ class RNN(_Layers):
         self.nonlinearity = nonlinearity
         super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
 
-    def forward(self, input: Input, hx: Tensor | None = None) -> tuple[Input, Tensor]:
+    def forward(
+        self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Input | None = None
+    ) -> tuple[Input, Tensor]:
         """Run the layers; shapes and errors in the class docstring."""
         function = functional.rnn_tanh if self.mode == "RNN_TANH" else functional.rnn_relu
-        return function(input, self._weights(), hx, **self._options())
+        return function(input, self._weights(), hx, lengths=lengths, reset=reset, **self._options())
 
 
 class GRU(_Layers):
@@ -159,6 +164,8 @@ class GRU(_Layers):
     Inputs: input, h_0
         - **input**: (T, N, I), (N, T, I) with ``batch_first``, (T, I) unbatched, or a PackedSequence.
         - **h_0**: (D·L, N, H), or (D·L, H) unbatched. Default: zero
+        - **lengths**, **reset** (keywords): how many steps of each sequence count, and where its state starts anew; see
+          ``LSTM``.
 
     Outputs: output, h_n
         - **output**: h of the last layer at every step, (T, N, D·H), (N, T, D·H), (T, D·H) or a PackedSequence.
@@ -168,7 +175,8 @@ class GRU(_Layers):
     (3H,), ``bias_hh_l{k}`` (3H,), and the same with ``_reverse``; gate order r, z, n. They are drawn from U(−1/√H, 1/√H).
 
     Raises:
-        TypeError, ValueError, RuntimeError: with torch.nn.GRU's messages, in the constructor and in ``forward``.
+        TypeError, ValueError, RuntimeError: with torch.nn.GRU's messages, in the constructor and in ``forward``; TypeError and
+            ValueError for keywords of a wrong type or shape, or lengths that are not 0 … T.
 
     >>> rnn = GRU(10, 20, 2)
     >>> output, h_n = rnn(torch.randn(5, 3, 10), torch.randn(2, 3, 20))
@@ -197,9 +205,11 @@ class GRU(_Layers):
         _refuse_proj_size(kwargs)
         super().__init__("GRU", *args, **kwargs)
 
-    def forward(self, input: Input, hx: Tensor | None = None) -> tuple[Input, Tensor]:
+    def forward(
+        self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Input | None = None
+    ) -> tuple[Input, Tensor]:
         """Run the layers; shapes and errors in the class docstring."""
-        return functional.gru(input, self._weights(), hx, **self._options())
+        return functional.gru(input, self._weights(), hx, lengths=lengths, reset=reset, **self._options())
 
 
 class LSTM(_Layers):
@@ -233,21 +243,38 @@ class LSTM(_Layers):
         - **h_0**: (D·L, N, P), or (D·L, P) unbatched. Default: zero
         - **c_0**: (D·L, N, H), or (D·L, H) unbatched. Default: zero
 
-    Outputs: output, (h_n, c_n)
+    Keywords that torch.nn has not:
+        - **lengths**: integers (N,), () unbatched, on any device: how many steps of each padded sequence count, 0 … T, in any
+          order. As packing, running and padding again: the output is zero beyond a length, h_n and c_n are the states there
+          (h_0 and c_0 for length 0), the reverse direction starts there, and no work is done for the steps beyond. Not with a
+          PackedSequence, which has lengths of its own. Default: all T
+        - **reset**: booleans (T, N), (N, T) with ``batch_first``, (T,) unbatched, or a PackedSequence like the input. Where
+          set, h and c are zero before that step, and no gradient crosses. The steps before a reset and those after it do not
+          see each other in any layer or direction: the reverse direction enters the step *before* the reset with zero states.
+          A reset at the first step discards the h_0 and c_0 of the forward direction. Default: nowhere
+        - **return_cell_states**: whether c of every step is a third output. Default: ``False``
+
+    Outputs: output, (h_n, c_n), or with ``return_cell_states`` output, (h_n, c_n), cell_states
         - **output**: h of the last layer at every step, (T, N, D·P), (N, T, D·P), (T, D·P) or a PackedSequence.
         - **h_n**, **c_n**: the states of every layer after its last step, in the shapes of h_0 and c_0.
+        - **cell_states**: c of the last layer at every step, (T, N, D·H), (N, T, D·H), (T, D·H) or a PackedSequence; H features
+          for each direction with a projection too. Zero beyond ``lengths``. Gradients flow through it.
 
     Parameters, per layer k and direction: ``weight_ih_l{k}`` (4H, I or D·P), ``weight_hh_l{k}`` (4H, P), ``bias_ih_l{k}``
     (4H,), ``bias_hh_l{k}`` (4H,), with a projection ``weight_hr_l{k}`` (P, H), and the same with ``_reverse``; gate order i, f,
     g, o. They are drawn from U(−1/√H, 1/√H).
 
     Raises:
-        TypeError, ValueError, RuntimeError: with torch.nn.LSTM's messages, in the constructor and in ``forward``.
+        TypeError, ValueError, RuntimeError: with torch.nn.LSTM's messages, in the constructor and in ``forward``; TypeError and
+            ValueError for keywords of a wrong type or shape, or lengths that are not 0 … T.
 
     >>> rnn = LSTM(10, 20, 2)
     >>> output, (h_n, c_n) = rnn(torch.randn(5, 3, 10), (torch.randn(2, 3, 20), torch.randn(2, 3, 20)))
     >>> output.shape
     torch.Size([5, 3, 20])
+    >>> output, (h_n, c_n), cells = rnn(torch.randn(5, 3, 10), lengths=torch.tensor([2, 5, 0]), return_cell_states=True)
+    >>> torch.equal(cells[1, 0], c_n[-1, 0]), cells[2:, 0].count_nonzero()
+    (True, tensor(0))
     """
 
     @overload
@@ -271,9 +298,40 @@ class LSTM(_Layers):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
 
-    def forward(self, input: Input, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Input, tuple[Tensor, Tensor]]:
+    @overload
+    def forward(
+        self,
+        input: Input,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Input | None = None,
+        return_cell_states: Literal[False] = False,
+    ) -> tuple[Input, tuple[Tensor, Tensor]]: ...
+
+    @overload
+    def forward(
+        self,
+        input: Input,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Input | None = None,
+        return_cell_states: Literal[True],
+    ) -> tuple[Input, tuple[Tensor, Tensor], Input]: ...
+
+    def forward(
+        self,
+        input: Input,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Input | None = None,
+        return_cell_states: bool = False,
+    ) -> Any:
         """Run the layers; shapes and errors in the class docstring."""
-        return functional.lstm(input, self._weights(), hx, **self._options())
+        options = self._options() | {"lengths": lengths, "reset": reset, "return_cell_states": return_cell_states}
+        return functional.lstm(input, self._weights(), hx, **options)
 
 
 def _refuse_proj_size(kwargs: dict[str, Any]) -> None:

@@ -1,0 +1,97 @@
+"""Lengths and resets: which rows of a padded batch the steps work on, and where the states start anew.
+
+Legend as in ``fused_rnn.functional``. A padded batch is seen as a matrix of its positions: (T·N, I), or (N·T, I) with
+``batch_first``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_rnn.steps import Steps
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """The rows that sequences of these lengths have in a padded batch, and the way there and back.
+
+    Attributes:
+        steps: the steps of the longest sequence, with the active sequences of each, longest first. A sequence of length zero
+            has no step.
+        positions: of each row, (R,).
+        order: of each sequence in the steps, which it is in the batch, (N,).
+        places: of each sequence in the batch, which it is in the steps, (N,).
+    """
+
+    steps: Steps
+    positions: Tensor
+    order: Tensor
+    places: Tensor
+
+    @staticmethod
+    def of(lengths: Tensor, length: int, batch_first: bool, device: torch.device) -> Ragged | None:
+        """Find the rows.
+
+        Args:
+            lengths: (N,) int64 on the CPU, from 0 to ``length``.
+            length: T of the padded batch.
+            batch_first: whether the batch has N before T.
+            device: of the batch.
+
+        Returns:
+            None where there is nothing to leave out: every sequence has all T steps.
+        """
+        batch = len(lengths)
+        if bool((lengths == length).all()):
+            return None
+        # One step without a row where no sequence has any: the gradients of the weights are zero, not absent.
+        longest = max(1, int(lengths.max()))
+        order = lengths.argsort(descending=True, stable=True)
+        batch_sizes = batch - torch.bincount(lengths, minlength=longest + 1).cumsum(0)[:longest]
+        steps = Steps.packed(batch_sizes, batch)
+        assert steps.offsets is not None
+        t = torch.repeat_interleave(torch.arange(longest), batch_sizes)
+        n = order[torch.arange(len(t)) - torch.repeat_interleave(steps.offsets, batch_sizes)]
+        positions = n * length + t if batch_first else t * batch + n
+        places = torch.empty_like(order).index_copy_(0, order, torch.arange(batch))
+        return Ragged(steps, positions.to(device), order.to(device), places.to(device))
+
+    def gather(self, padded: Tensor) -> Tensor:
+        """The rows, (R, ·), of a matrix of positions; the others get a gradient of zero."""
+        return padded.index_select(0, self.positions)
+
+    def scatter(self, rows: Tensor, count: int) -> Tensor:
+        """The matrix of ``count`` positions that has these rows, and zero elsewhere."""
+        return rows.new_zeros(count, rows.shape[1]).index_copy_(0, self.positions, rows)
+
+    def sort(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The states, (·, N, ·) each, in the order of the steps."""
+        return tuple(state.index_select(1, self.order) for state in states)
+
+    def unsort(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The states in the order of the batch."""
+        return tuple(state.index_select(1, self.places) for state in states)
+
+
+def resets_by_direction(reset: Tensor, steps: Steps, directions: int) -> tuple[Tensor, ...]:
+    """For each direction, the rows before which its walk has zero states.
+
+    A reset at step t parts t - 1 from t. A walk from the first step to the last crosses there into t, one from the last to the
+    first into t - 1: its rows are those one step earlier. A reset at the first step parts nothing on its way.
+
+    Args:
+        reset: (R,) bool, as the caller means it.
+    """
+    if directions == 1:
+        return (reset,)
+    if steps.batch_sizes is None:
+        backwards = torch.cat((reset[steps.batch :], reset.new_zeros(min(steps.batch, len(reset)))))
+        return reset, backwards
+    sizes = steps.batch_sizes
+    first = int(sizes[0])
+    # The same sequence one step earlier lies as many rows before as that step has.
+    earlier = torch.arange(first, len(reset)) - torch.repeat_interleave(sizes[:-1], sizes[1:])
+    return reset, torch.zeros_like(reset).index_copy_(0, earlier.to(reset.device), reset[first:])
