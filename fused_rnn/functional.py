@@ -328,6 +328,9 @@ def _layers(
         out (R, D·P), the states after the walk, and with ``options.cell_states`` c of the last layer at every step, (R, D·H).
     """
     directions = options.directions
+    if reset is not None and steps.length == 1 and steps.dense and directions == 1:
+        # An agent's step: with the mask gone, the backend may take it in its own way, without a walk.
+        states, reset = tuple(state.masked_fill(reset[:, None], 0) for state in states), None
     resets = None if reset is None else sequences.resets_by_direction(reset, steps, directions)
     last = len(weights) - directions
     ends: list[States] = []

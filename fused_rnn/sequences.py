@@ -84,7 +84,11 @@ def resets_by_direction(reset: Tensor, steps: Steps, directions: int) -> tuple[T
 
     Args:
         reset: (R,) bool, as the caller means it.
+
+    Returns:
+        D contiguous masks, (R,) bool.
     """
+    reset = reset.contiguous()
     if directions == 1:
         return (reset,)
     if steps.batch_sizes is None:
