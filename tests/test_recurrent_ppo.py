@@ -1,4 +1,4 @@
-"""The programs in examples/: what they say is so."""
+"""The recurrent-PPO program and the benchmark of resets: what they say is so."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples import recurrent_ppo
-from examples.recurrent_ppo import Agent, RecallEnvs, Rollout, Runner, State
+from benchmarks.training import recurrent_ppo
+from benchmarks.training.recurrent_ppo import Agent, RecallEnvs, Rollout, Runner, State
 
 
 class LoopAgent(Agent):

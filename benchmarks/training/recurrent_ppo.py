@@ -1,6 +1,6 @@
 """Recurrent PPO: the rollout one step at a time, the training on whole sequences with resets.
 
-    python -m examples.recurrent_ppo
+    python -m benchmarks.training.recurrent_ppo
 
 The task needs a memory: the first observation of an episode shows a cue, and after a delay the agent must answer with it.
 Episodes end in the middle of a rollout, each in its own step. In the rollout the state is carried from step to step; in the
