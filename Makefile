@@ -18,7 +18,7 @@ RUN   := $(VENV)/bin/python
 READY := $(VENV)/ready
 CSRC  := $(wildcard csrc/*)
 CPP   := $(wildcard csrc/*.h csrc/*.hpp csrc/*.inl csrc/*.cpp tests/cpp/*.h tests/cpp/*.cpp)
-PY    := fused_rnn tests benchmarks examples setup.py
+PY    := fused_rnn tests benchmarks setup.py
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
