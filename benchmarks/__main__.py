@@ -13,13 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks import peers as peers_module
-from benchmarks.cases import CELLS, MODES, SHAPES, Case, select
+from benchmarks.cases import CELLS, ITEM_BYTES, MODES, Case
 from benchmarks.peers import DEFAULT, OURS, fused
-from benchmarks.report import LOAD, print_results, readme_table, rows_line, write_between_markers
+from benchmarks.report import LOAD, print_cases, print_results, readme_table, rows_line, write_between_markers
 from benchmarks.results import ResultsError, check_writable, default_path, describe_run, load, save
+from benchmarks.sets import ALL, SETS, select
 from benchmarks.suite import Listener, Plan, Suite
 
-# For everything but the start of Python: a whole run stays below 6 minutes, a quick one below 60 s.
+# For everything but the start of Python and what peers compile: a whole run of the goals stays below 6 minutes, a quick one
+# below 60 s. Other cases get time by the same measure.
 SECONDS, QUICK_SECONDS = 330.0, 48.0
 
 # Where there is no terminal, lines are wide enough for the tables.
@@ -61,7 +63,7 @@ def _names(text: str) -> list[str]:
 def _measure_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m benchmarks",
-        description="Measure fused_rnn against torch.nn and others. Other commands: readme, show.",
+        description=f"Measure fused_rnn against torch.nn and others. Other commands: {', '.join(COMMANDS)}.",
     )
     parser.add_argument("--threads", type=_positive_int, default=2, help="threads of every provider (default 2)")
     parser.add_argument("--backend", help="backend of fused_rnn (default: its automatic choice)")
@@ -69,14 +71,19 @@ def _measure_parser() -> argparse.ArgumentParser:
         "--peers",
         type=_names,
         default=list(DEFAULT),
-        help=f"whom to compare with, of {','.join(list(peers_module.peers())[1:])}",
+        help=f"whom to compare with, of {','.join(list(peers_module.peers())[1:])}; {ALL} for everybody",
     )
+    parser.add_argument("--sets", type=_names, default=["goals"], help=f"which cases, of {','.join(SETS)}; {ALL} for all")
     parser.add_argument("--cells", type=_names, help=f"some of {','.join(CELLS)}")
-    parser.add_argument("--shapes", type=_names, help=f"BxTxH, some of {','.join(shape.name for shape in SHAPES)}")
+    parser.add_argument("--shapes", type=_names, help="some of the sets' shapes, or your own: BxTxH or BxTxIxH")
     parser.add_argument("--modes", type=_names, help=f"some of {','.join(MODES)}")
+    parser.add_argument("--dtypes", type=_names, help=f"some of {','.join(ITEM_BYTES)}")
+    parser.add_argument("--list", action="store_true", help="list the cases and the peers, measure nothing")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds, below a minute")
     parser.add_argument(
-        "--seconds", type=_seconds, help=f"time for all cases (default {SECONDS:.0f}, with --quick {QUICK_SECONDS:.0f})"
+        "--seconds",
+        type=_seconds,
+        help=f"time for all cases (default for the goals {SECONDS:.0f}, with --quick {QUICK_SECONDS:.0f})",
     )
     parser.add_argument("--no-memory", action="store_true", help="skip bytes held and memory growth")
     parser.add_argument("--json", type=Path, help="results file (default benchmarks/out/<date>.json)")
@@ -89,11 +96,17 @@ def measure(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     path: Path = options.json or default_path()
     known = peers_module.peers(options.backend)
+    if ALL in options.peers:
+        options.peers = [name for name in known if name != OURS]
     for name in options.peers:
         if name not in known or name == OURS:
             parser.error(f"--peers: expected some of {','.join(other for other in known if other != OURS)}, got {name!r}")
     try:
-        cases = select(options.cells, options.shapes, options.modes, options.quick)
+        filters = (options.cells, options.shapes, options.modes, options.quick)
+        cases = select(*filters, sets=options.sets, dtypes=options.dtypes)
+        if options.list:
+            print_cases(cases, known, _console())
+            return 0
         check_writable(path)
     except (ValueError, ResultsError) as error:
         parser.error(str(error))
@@ -103,7 +116,7 @@ def measure(arguments: Sequence[str]) -> int:
     if reason:
         parser.error(f"nothing to measure: {reason}")
 
-    seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
+    seconds = options.seconds or _default_seconds(cases, options.quick)
     plan = Plan(seconds, min_rounds=2 if options.quick else 3, measure_memory=not options.no_memory)
     console = _console()
     suite = Suite(
@@ -122,6 +135,12 @@ def measure(arguments: Sequence[str]) -> int:
     if not results["run"]["complete"]:
         return 130
     return 1 if any(row["status"] == "wrong" for row in results["rows"]) else 0
+
+
+def _default_seconds(cases: Sequence[Case], quick: bool) -> float:
+    """As much time per weight as the goals get."""
+    goals = sum(case.weight for case in select(quick=quick))
+    return (QUICK_SECONDS if quick else SECONDS) * max(0.1, sum(case.weight for case in cases) / goals)
 
 
 def _console() -> Console:
@@ -154,7 +173,7 @@ def _run_with_progress(suite: Suite, cases: Sequence[Case], path: Path, console:
         task = progress.add_task("", total=1.0)
 
         def begins(case: Case, what: str) -> None:
-            description = what if what == "memory growth" else f"{case.mode} {case.class_name} {case.shape.name}: {what}"
+            description = what if what.startswith("memory") else f"{case.mode} {case.class_name} {case.shape.name}: {what}"
             progress.update(task, description=description)
 
         def rows(case: Case, case_rows: list[dict[str, Any]]) -> None:

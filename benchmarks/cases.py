@@ -1,9 +1,10 @@
-"""What is measured, as data: shapes, cells, modes. A new case is one line."""
+"""What a case is: a cell at a shape in a mode, with options. ``benchmarks.sets`` holds the ones that are measured."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from benchmarks.lengths import lengths
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Shape:
         return self.B, self.T, self.I, self.H
 
 
+# The shapes that goals are set for, and what a run without options measures.
 SHAPES = (
     Shape(1, 100, 128, 128, "one short sequence", quick=True),
     Shape(16, 64, 128, 128, "small tagger", quick=True),
@@ -60,10 +62,35 @@ MODES: dict[str, str] = {
     "streaming": "one time step under no_grad",
 }
 
+# Dtype -> bytes of an element.
+ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+
+
+def parse_shape(text: str) -> Shape:
+    """The shape that ``BxTxH`` or ``BxTxIxH`` names.
+
+    Raises:
+        ValueError: if it names none.
+    """
+    parts = text.split("x")
+    if len(parts) not in (3, 4) or not all(part.isdecimal() and int(part) for part in parts):
+        raise ValueError(f"expected BxTxH or BxTxIxH, got {text!r}")
+    B, T, *rest = (int(part) for part in parts)
+    modes = ("streaming",) if T == 1 else ("training", "inference")
+    return Shape(B, T, rest[0], rest[-1], "asked for on the command line", modes=modes)
+
 
 @dataclass(frozen=True)
 class Case:
-    """One row group of the table: a cell at a shape in a mode. Options that a peer cannot serve are its reason to refuse."""
+    """One row group of the table. Options that a peer cannot serve are its reason to refuse.
+
+    Attributes:
+        cell, shape, mode, dtype: what is computed.
+        num_layers, bidirectional, dropout: as in torch.nn.
+        ragged: the sequences are as long as sentences are (``benchmarks.lengths``), T being the longest.
+        resets: mean number of steps after which a sequence's state is set to zero, as at the end of an episode; 0 for never.
+        threads: of every provider, or None for the run's.
+    """
 
     cell: str
     shape: Shape
@@ -71,13 +98,41 @@ class Case:
     dtype: str = "float32"
     num_layers: int = 1
     bidirectional: bool = False
+    dropout: float = 0.0
+    ragged: bool = False
+    resets: int = 0
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.resets and (self.bidirectional or self.ragged):
+            raise ValueError("a case with resets is of one direction and not ragged")
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What sets the case apart from one dense layer of one direction, in words."""
+        return (
+            *((f"layers={self.num_layers}",) if self.num_layers > 1 else ()),
+            *(("bidirectional",) if self.bidirectional else ()),
+            *((f"dropout={self.dropout:g}",) if self.dropout else ()),
+            *(("ragged",) if self.ragged else ()),
+            *((f"resets={self.resets}",) if self.resets else ()),
+            *((f"threads={self.threads}",) if self.threads else ()),
+        )
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is one dense layer of one direction."""
+        return not replace(self, threads=None).options
 
     @property
     def key(self) -> str:
         """A name that no other case has."""
-        options = f"/layers={self.num_layers}" if self.num_layers > 1 else ""
-        options += "/bidirectional" if self.bidirectional else ""
-        return f"{self.mode}/{self.cell}/{self.shape.name}/{self.dtype}{options}"
+        return "/".join((self.mode, self.cell, self.shape.name, self.dtype, *self.options))
+
+    @property
+    def data(self) -> Case:
+        """What decides weights and data: the case without its mode and threads."""
+        return replace(self, mode="training", threads=None)
 
     @property
     def training(self) -> bool:
@@ -90,58 +145,45 @@ class Case:
         return CELLS[self.cell][0]
 
     @property
+    def directions(self) -> int:
+        """1, or 2 when bidirectional."""
+        return 2 if self.bidirectional else 1
+
+    @property
+    def rows(self) -> int:
+        """Steps of all sequences together."""
+        return sum(lengths(self.shape.B, self.shape.T)) if self.ragged else self.shape.B * self.shape.T
+
+    @property
+    def num_weights(self) -> int:
+        """Elements of all weight matrices."""
+        I, H = self.shape.I, self.shape.H  # noqa: E741
+        columns = sum((I if layer == 0 else self.directions * H) + H for layer in range(self.num_layers))
+        return CELLS[self.cell][1] * H * columns * self.directions
+
+    @property
     def flops(self) -> float:
         """Floating-point operations of the matrix products.
 
         Forward: the input projection and the recurrence. Training: these two, and for each the product for its data
         gradient and that for its weight gradient, six in all.
         """
-        B, T, I, H = self.shape.sizes  # noqa: E741
-        directions = 2 if self.bidirectional else 1
-        columns = sum((I if layer == 0 else directions * H) + H for layer in range(self.num_layers))
-        forward = 2.0 * T * B * CELLS[self.cell][1] * H * columns * directions
+        forward = 2.0 * self.rows * self.num_weights
         return 3 * forward if self.training else forward
+
+    @property
+    def traffic(self) -> float:
+        """Bytes that must cross the memory bus at least: input, weights, states and output once.
+
+        In training their gradients too. What is kept for the backward, and weights that no cache holds from step to step, come
+        on top.
+        """
+        B, _, I, H = self.shape.sizes  # noqa: E741
+        states = 2 * (2 if self.cell == "lstm" else 1) * self.num_layers * self.directions * B * H
+        elements = self.rows * (I + self.directions * H) + self.num_weights + states
+        return float(elements * ITEM_BYTES[self.dtype] * (2 if self.training else 1))
 
     @property
     def weight(self) -> float:
         """The share of the run's time that the case gets, relative to the others: a fixed part and one for the size."""
         return 2.0 + self.flops / 7e9
-
-
-def select(
-    cells: Sequence[str] | None = None,
-    shapes: Sequence[str] | None = None,
-    modes: Sequence[str] | None = None,
-    quick: bool = False,
-) -> list[Case]:
-    """The cases that the filters leave, those of one cell and shape next to each other.
-
-    Args:
-        cells, shapes, modes: names to keep, or None for all.
-        quick: without ``shapes``, keep only those marked ``quick``.
-
-    Raises:
-        ValueError: if a filter holds an unknown name, or nothing is left.
-    """
-    _check("cells", cells, CELLS)
-    _check("shapes", shapes, [shape.name for shape in SHAPES])
-    _check("modes", modes, MODES)
-    cases = [
-        Case(cell, shape, mode)
-        for cell in CELLS
-        for shape in SHAPES
-        for mode in shape.modes
-        if (cells is None or cell in cells)
-        and (modes is None or mode in modes)
-        and (shape.name in shapes if shapes is not None else shape.quick or not quick)
-    ]
-    if not cases:
-        raise ValueError("these values of --cells, --shapes and --modes leave no case")
-    return cases
-
-
-def _check(option: str, names: Sequence[str] | None, known: Iterable[str]) -> None:
-    known = list(known)
-    for name in names or ():
-        if name not in known:
-            raise ValueError(f"--{option}: expected some of {','.join(known)}, got {name!r}")

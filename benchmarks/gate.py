@@ -43,7 +43,7 @@ class Gate:
 
     def __init__(self, problem: Problem, training: bool) -> None:
         self._reference = problem.reference(training)
-        with torch.set_grad_enabled(training):
+        with torch.set_grad_enabled(training), problem.seeded():
             yardstick = problem.named(module_step(problem.module, problem, training)())
         self._names = tuple(yardstick)
         self._torch_errors = {name: _error(yardstick[name], self._reference[name]) for name in yardstick}

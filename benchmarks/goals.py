@@ -30,7 +30,8 @@ class Goal:
         bound: the least or, where not ``at_least``, the greatest value.
         slack: what the instrument itself errs by, taken from the figure of ``over``.
     min_B, min_H: the shapes it speaks of.
-        optional: says nothing where ``over`` was not asked for.
+        optional: says nothing where ``over`` was not asked for, or no case with the ``options`` was measured.
+        options: of the cases it speaks of.
     """
 
     text: str
@@ -46,6 +47,7 @@ class Goal:
     min_B: int = 1
     min_H: int = 1
     optional: bool = False
+    options: tuple[str, ...] = ()
 
 
 _ALL = tuple(CELLS)
@@ -55,6 +57,11 @@ _ATEN = ("gru", "rnn")
 
 def _speed_up(mode: str, cell: str, bound: float) -> Goal:
     return Goal("torch.nn / ours, geometric mean", mode, (cell,), "ms", "torch", "ours", "geomean", bound)
+
+
+def _against_loop(mode: str) -> Goal:
+    text = "torch.nn step by step / ours with resets"
+    return Goal(text, mode, ("lstm", "gru"), "ms", "torch", "ours", "min", 10.0, optional=True, options=("resets=32",))
 
 
 GOALS = (
@@ -70,6 +77,8 @@ GOALS = (
     Goal("ONNX Runtime / ours, slowest shape", "inference", ("lstm", "gru"), "ms", "onnxruntime", "ours", "min", 1.0),
     Goal("memory growth from T to 4T, bytes", "growth", _ALL, "growth_bytes", "ours", None, "max", float(PEAK_NOISE), False),
     Goal("torch.nn / ours, one step", "streaming", _ALL, "ms", "torch", "ours", "min", 2.0),
+    _against_loop("training"),
+    _against_loop("inference"),
     Goal("torch.nn / numba, geometric mean", "training", _ATEN, "ms", "torch", "numba", "geomean", 1.0, optional=True),
     Goal("torch.nn / numba, geometric mean", "inference", _ATEN, "ms", "torch", "numba", "geomean", 1.0, optional=True),
     Goal("numba / ours, geometric mean", "training", _ALL, "ms", "numba", "ours", "geomean", 2.0, False, optional=True),
@@ -91,6 +100,8 @@ def evaluate(results: Mapping[str, Any], goals: Iterable[Goal] = GOALS) -> list[
         asked_for = {"ours", "torch", *results["run"]["providers"]}
         if goal.optional and not {goal.over, goal.under or goal.over} <= asked_for:
             continue
+        if goal.options and not goal_rows(results, goal.options):
+            continue
         for cell in goal.cells:
             verdicts.append(_judge(goal, cell, results))
     return verdicts
@@ -99,7 +110,7 @@ def evaluate(results: Mapping[str, Any], goals: Iterable[Goal] = GOALS) -> list[
 def _judge(goal: Goal, cell: str, results: Mapping[str, Any]) -> dict[str, Any]:
     values, wrong, noisy = _values(goal, cell, results)
     shapes = [s for s in SHAPES if goal.mode in s.modes and goal.min_B <= s.B and goal.min_H <= s.H]
-    total = 1 if goal.mode == "growth" else len(shapes)
+    total = 1 if goal.mode == "growth" or goal.options else len(shapes)
     value = _STATISTICS[goal.statistic](values) if values else None
     if wrong:
         verdict = "fail"
@@ -129,7 +140,7 @@ def _values(goal: Goal, cell: str, results: Mapping[str, Any]) -> tuple[list[flo
         return [float(r["growth_bytes"]) for r in rows], False, False
     values = []
     wrong = noisy = False
-    for rows_of_case in by_case(results["rows"], goal.mode, cell):
+    for rows_of_case in by_case(goal_rows(results, goal.options), goal.mode, cell):
         over, under = rows_of_case.get(goal.over), rows_of_case.get(goal.under or goal.over)
         shape = next(iter(rows_of_case.values()))["shape"]
         if over is None or under is None or shape["B"] < goal.min_B or shape["H"] < goal.min_H:
@@ -157,6 +168,23 @@ def ratio(over: Row | None, under: Row | None, quantity: str = "ms") -> float | 
     """``over / under``, or None where either is missing or wrong."""
     top, bottom = figure(over, quantity), figure(under, quantity)
     return top / bottom if top is not None and bottom else None
+
+
+def goal_rows(results: Mapping[str, Any], options: Sequence[str] = ()) -> list[Row]:
+    """The rows that goals speak of, whatever else was measured: float32, the run's threads, with exactly these options.
+
+    Without options, only the shapes of the goals.
+    """
+    names = {shape.name for shape in SHAPES}
+    threads = results["run"]["threads"]
+    return [
+        row
+        for row in results["rows"]
+        if (options or row["shape"]["name"] in names)
+        and row.get("dtype", "float32") == "float32"
+        and tuple(row.get("options", ())) == tuple(options)
+        and row.get("threads", threads) == threads
+    ]
 
 
 def by_case(rows: Sequence[Row], mode: str, cell: str) -> list[dict[str, Row]]:

@@ -1,4 +1,4 @@
-"""Memory: what a forward holds for its backward, and how inference's peak grows with T.
+"""Memory: what a forward holds for its backward, the peak of a call, and how inference's peak grows with T.
 
 What is counted, and why it can be trusted:
 
@@ -10,10 +10,11 @@ counted, the same for everybody; parameters, input and initial states exist befo
 once and the growth from the first to the third is halved: a provider that kept its buffers in a pool between calls would
 otherwise seem to need nothing.
 
-*Growth of inference* is a peak, which the allocator does not record. The kernel does: writing 5 to ``/proc/self/clear_refs``
-resets ``VmHWM``, the largest resident size. Memory that the allocator keeps and hands out again would not show, so the
-measurement runs in a process of its own whose allocator maps every block above 16 KiB afresh. The kernel counts in batches
-of pages per thread, hence ``PEAK_NOISE``.
+*Peaks*, and so the *growth of inference*, are not recorded by the allocator but by the kernel: writing 5 to
+``/proc/self/clear_refs`` resets ``VmHWM``, the largest resident size. Memory that the allocator keeps and hands out again
+would not show, so the measurement runs in a process of its own whose allocator maps every block above 16 KiB afresh. The
+kernel counts in batches of pages per thread, hence ``PEAK_NOISE``. The peak of a case is that of the first call of its size,
+results included, so that what a provider keeps for later calls counts; a call of a small size before it loads libraries.
 
 Both need Linux, the first also glibc 2.33; elsewhere the rows say that they were not measured.
 """
@@ -28,7 +29,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,9 @@ GROWTH_FACTOR = 4
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _GRAPHS = 3
+
+# (key of the case, peer) -> fields of its row.
+Peaks = dict[tuple[str, str], dict[str, Any]]
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -134,10 +140,10 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"not measured: {_STATUS} has no {field}")
 
 
-def peak(provider: Provider) -> int:
-    """Bytes by which resident memory rises at most during one inference call, results included."""
+def peak(provider: Provider, training: bool = False) -> int:
+    """Bytes by which resident memory rises at most during one call, results included."""
     gc.collect()
-    with torch.no_grad(), provider.scope():
+    with torch.set_grad_enabled(training), provider.scope():
         _CLEAR_REFS.write_text("5")
         before = _resident("VmRSS")
         result = provider.step()
@@ -184,23 +190,80 @@ def growth(peer_names: Sequence[str], cells: Sequence[str], backend: str | None,
     Returns:
         one row per peer and cell; a row whose measurement failed has ``status`` "missing" and the reason.
     """
-    command = [sys.executable, "-m", "benchmarks.memory", "--threads", str(threads)]
-    command += ["--peers", ",".join(peer_names), "--cells", ",".join(cells)]
-    command += ["--backend", backend] if backend else []
+    rows, reason = _in_a_process(["--cells", ",".join(cells)], peer_names, backend, threads, "")
+    measured = {(row["provider"], row["cell"]) for row in rows}
+    for name in peer_names:
+        for cell in cells:
+            if (name, cell) not in measured:
+                rows.append({"cell": cell, "provider": name, "status": "missing", "reason": reason})
+    return rows
+
+
+def peaks(peer_names: Sequence[str], cases: Sequence[Case], backend: str | None, threads: int, seconds: float) -> Peaks:
+    """Measure the peak of every peer in every case, in a process of its own; module docstring. Small cases come first.
+
+    Args:
+        seconds: no case is begun after so long.
+
+    Returns:
+        (key of the case, peer) -> ``peak_bytes``, or ``peak_reason`` where it was not measured. Peers that cannot run a case
+        have no entry.
+    """
+    if not peer_names:
+        return {}
+    ordered = sorted(cases, key=lambda case: case.flops)
+    text = json.dumps([asdict(case) for case in ordered])
+    rows, reason = _in_a_process(["--seconds", str(seconds)], peer_names, backend, threads, text)
+    found = {(row.pop("case"), row.pop("provider")): row for row in rows}
+    for case in cases:
+        for name in peer_names:
+            found.setdefault((case.key, name), {"peak_reason": reason})
+    return {key: row for key, row in found.items() if row}
+
+
+def _in_a_process(
+    options: Sequence[str], peer_names: Sequence[str], backend: str | None, threads: int, text: str
+) -> tuple[list[dict[str, Any]], str]:
+    """The rows that a measuring process prints, and why there are no more."""
+    command = [sys.executable, "-m", "benchmarks.memory", "--threads", str(threads), "--peers", ",".join(peer_names)]
+    command += [*options, *(["--backend", backend] if backend else [])]
     # Below the 32 KiB that one step of GROWTH_SHAPE takes.
     tunables = "glibc.malloc.mmap_threshold=16384:glibc.malloc.mmap_max=1048576"
     environment = os.environ | {"GLIBC_TUNABLES": tunables}
     root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, input=text, env=environment, cwd=root, check=False)
     rows: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    measured = {(row["provider"], row["cell"]) for row in rows}
     lines = done.stderr.strip().splitlines()
-    for name in peer_names:
-        for cell in cells:
-            if (name, cell) not in measured:
-                reason = f"not measured: {lines[-1] if lines else f'exit code {done.returncode}'}"
-                rows.append({"cell": cell, "provider": name, "status": "missing", "reason": reason})
-    return rows
+    why = lines[-1] if lines else "no time left" if done.returncode == 0 else f"exit code {done.returncode}"
+    return rows, f"not measured: {why}"
+
+
+def _peak_rows(peer_names: Sequence[str], cases: Sequence[Case], backend: str | None, threads: int, seconds: float) -> None:
+    """Print a row per case and peer until the time is over."""
+    table = peers(backend)
+    deadline = time.monotonic() + seconds
+    for case in cases:
+        if time.monotonic() > deadline:
+            return
+        used = case.threads or threads
+        torch.set_num_threads(used)
+        small = replace(case, shape=Shape(2, min(2, case.shape.T), 16, 16, "warm-up"))
+        problem = Problem(case)
+        for name in peer_names:
+            peer = table[name]
+            row: dict[str, Any] = {"case": case.key, "provider": name}
+            if peer.reason(replace(case, threads=used)) is None:
+                try:
+                    with torch.set_grad_enabled(case.training):
+                        warm = peer.prepare(Problem(small), small, used)
+                        with warm.scope():
+                            warm.step()
+                    provider = peer.prepare(problem, case, used)
+                    fused_rnn.empty_cache()
+                    row["peak_bytes"] = peak(provider, case.training)
+                except Exception as error:  # the gate's row says more
+                    row["peak_reason"] = f"not measured: raised {type(error).__name__}"
+            print(json.dumps(row), flush=True)
 
 
 def main() -> None:
@@ -210,8 +273,15 @@ def main() -> None:
     parser.add_argument("--cells", default=",".join(CELLS))
     parser.add_argument("--backend")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, help="measure the peaks of the cases on standard input for so long")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.seconds is not None:
+        read = json.load(sys.stdin)
+        shapes = [Shape(**(fields["shape"] | {"modes": tuple(fields["shape"]["modes"])})) for fields in read]
+        cases = [Case(**(fields | {"shape": shape})) for fields, shape in zip(read, shapes, strict=True)]
+        _peak_rows(options.peers.split(","), cases, options.backend, options.threads, options.seconds)
+        return
     for cell in options.cells.split(","):
         for name in options.peers.split(","):
             print(json.dumps(growth_row(name, options.backend, cell, options.threads)), flush=True)

@@ -18,7 +18,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.cases import CELLS
-from benchmarks.goals import by_case, ratio
+from benchmarks.goals import by_case, goal_rows, ratio
 from benchmarks.peers import OURS
 from benchmarks.report import machine, summary, times
 from benchmarks.results import ResultsError
@@ -52,6 +52,7 @@ def speedups(results: Mapping[str, Any], folder: Path, name: str = "speedup") ->
     Raises:
         ResultsError: if there is nothing to draw, or the folder cannot be written.
     """
+    results = {**results, "rows": goal_rows(results)}
     modes = [mode for mode in _TITLES if any(_ratios(results, mode, cell) for cell in CELLS)]
     if not modes:
         raise ResultsError("these results hold no speed-up over torch.nn: nothing to draw")

@@ -11,12 +11,15 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.cases import CELLS, MODES
-from benchmarks.goals import by_case, evaluate, figure, ratio
-from benchmarks.peers import OURS, peers
+from benchmarks.cases import CELLS, MODES, Case
+from benchmarks.goals import by_case, evaluate, figure, goal_rows, ratio
+from benchmarks.peers import OURS, Peer, peers
 from benchmarks.results import ResultsError
 
 BEGIN, END = "<!-- speedup:begin -->", "<!-- speedup:end -->"
+
+# A table with more peers than this shows time and ratio in one column.
+_APART = 3
 
 # A load average above this, before anything is measured, is worth a warning.
 LOAD = 0.5
@@ -86,9 +89,14 @@ def terminal(results: Results) -> RenderableType:
     for mode, meaning in MODES.items():
         if any(row["mode"] == mode for row in results["rows"]):
             parts.append(_mode_table(results, mode, meaning))
+    memory = _memory_table(results)
+    if memory is not None:
+        parts.append(memory)
     if results["growth"]:
         parts.append(_growth_table(results))
-    parts.append(_goals_table(results))
+    judged = evaluate(results)
+    if any(goal["count"] for goal in judged):
+        parts.append(_goals_table(judged))
     parts.append(_notes(results))
     return Group(*parts)
 
@@ -102,38 +110,86 @@ def _mode_table(results: Results, mode: str, meaning: str) -> Table:
     present = {row["provider"] for row in results["rows"] if row["mode"] == mode and row["status"] != "missing"}
     others = [name for name in compared(results) if name in present]
     table = _table(f"{mode.capitalize()}: {meaning}")
-    table.add_column("cell")
-    table.add_column("B×T×H")
-    table.add_column("ms ours")
-    for name in others:
+    for name in ("cell", "B×T×H", "ms ours"):
+        table.add_column(name, no_wrap=True)
+    # Of many peers, time and ratio share a column.
+    together = len(others) > _APART
+    for name in () if together else others:
         table.add_column(f"ms {title(name)}")
     for name in others:
-        table.add_column(f"{title(name)}/ours")
+        table.add_column(f"{title(name)}, ms (/ours)" if together else f"{title(name)}/ours")
     if mode != "streaming":
         table.add_column("× floor")
-    if mode == "training":
-        table.add_column("held ours")
-        table.add_column("held torch.nn")
+        table.add_column("% GEMM FMA bus")
     for column in table.columns[2:]:
         column.justify = "right"
     for cell, (class_name, _) in CELLS.items():
         cases = by_case(results["rows"], mode, cell)
         for rows in cases:
             ours = rows.get(OURS)
-            shown: list[RenderableType] = [class_name, next(iter(rows.values()))["shape"]["name"].replace("x", "×")]
-            shown += [_shown_ms(rows.get(name)) for name in (OURS, *others)]
-            shown += [_shown_ratio(rows.get(name), ours) for name in others]
+            shown: list[RenderableType] = [class_name, case_label(next(iter(rows.values()))), _shown_ms(ours)]
+            if together:
+                shown += [_shown_both(rows.get(name), ours) for name in others]
+            else:
+                shown += [_shown_ms(rows.get(name)) for name in others]
+                shown += [_shown_ratio(rows.get(name), ours) for name in others]
             if mode != "streaming":
-                shown.append(times(figure(ours, "x_floor")))
-            if mode == "training":
-                shown += [size(figure(rows.get(name), "held_bytes")) for name in (OURS, "torch")]
+                shown += [times(figure(ours, "x_floor")), _shown_reach(ours)]
             table.add_row(*shown)
         if len(cases) > 1:
             for name, values in (("geomean", statistics.geometric_mean), ("min", min)):
-                line: list[RenderableType] = [f"{class_name} {name}", "", *[""] * (1 + len(others))]
+                line: list[RenderableType] = [f"{class_name} {name}", "", *[""] * (1 + (0 if together else len(others)))]
                 line += [times(summary(results, mode, cell, other, values)) for other in others]
                 table.add_row(*line, style="bold" if name == "geomean" else "", end_section=name == "min")
     return table
+
+
+_MEMORY = {"held_bytes": "held for the backward", "peak_bytes": "peak of a call"}
+
+
+def _memory_table(results: Results) -> Table | None:
+    """Bytes of every provider that has a figure, or None where nothing was measured."""
+    columns = [
+        (quantity, name)
+        for quantity in _MEMORY
+        for name in results["run"]["providers"]
+        if any(row["provider"] == name and figure(row, quantity) is not None for row in results["rows"])
+    ]
+    if not columns:
+        return None
+    table = _table("Memory: " + ", ".join(f"{quantity.removesuffix('_bytes')}: {text}" for quantity, text in _MEMORY.items()))
+    for name in ("mode", "cell", "B×T×H"):
+        table.add_column(name, no_wrap=True)
+    for quantity, name in columns:
+        table.add_column(f"{quantity.removesuffix('_bytes')} {title(name)}", justify="right")
+    for mode in MODES:
+        for cell, (class_name, _) in CELLS.items():
+            for rows in by_case(results["rows"], mode, cell):
+                shown = [size(figure(rows.get(name), quantity)) for quantity, name in columns]
+                table.add_row(mode, class_name, case_label(next(iter(rows.values()))), *shown)
+    return table
+
+
+def case_label(row: Mapping[str, Any]) -> str:
+    """The shape, and what sets the case apart: dtype, options, threads."""
+    dtype = row.get("dtype", "float32")
+    extra = [dtype] if dtype != "float32" else []
+    extra += [part for part in row["case"].split("/")[4:] if part]
+    return " ".join((row["shape"]["name"].replace("x", "×"), *extra))
+
+
+def _shown_both(row: Mapping[str, Any] | None, ours: Mapping[str, Any] | None) -> Text:
+    if row is not None and row["status"] == "wrong":
+        return Text("WRONG", style="bold red")
+    if figure(row, "ms") is None:
+        return Text("–", style="dim")
+    return Text.assemble(_ms(figure(row, "ms")), " (", _shown_ratio(row, ours), ")")
+
+
+def _shown_reach(row: Mapping[str, Any] | None) -> str:
+    if row is None or row["status"] != "ok" or "reaches" not in row:
+        return "–"
+    return " ".join(f"{row['reaches'][name] * 100:3.0f}" for name in ("gemm", "fma", "bandwidth"))
 
 
 def summary(results: Results, mode: str, cell: str, other: str, statistic: Any) -> float | None:
@@ -165,11 +221,11 @@ def _growth_table(results: Results) -> Table:
 _VERDICT_STYLE = {"pass": "bold green", "fail": "bold red", "part": "yellow", "not measured": "dim"}
 
 
-def _goals_table(results: Results) -> Table:
+def _goals_table(judged: Sequence[Mapping[str, Any]]) -> Table:
     table = _table("Goals (set for two cores)")
     for name in ("mode", "cell", "figure", "goal", "reached", "shapes", "verdict"):
         table.add_column(name, justify="right" if name in ("goal", "reached", "shapes") else "left")
-    for goal in evaluate(results):
+    for goal in judged:
         in_bytes = "bytes" in goal["goal"] and goal["mode"] == "growth"
         shown = size if in_bytes else times
         value = goal["value"]
@@ -194,6 +250,13 @@ def _notes(results: Results) -> Text:
         rate = run["gemm_gflops"]
         text.append(f"sgemm 2048³: {rate['median']:.0f} GFLOP/s (p20 {rate['p20']:.0f}, p80 {rate['p80']:.0f}). ")
         text.append("× floor: time over that of the same products at this rate.\n")
+    if "fma_gflops" in run and "bandwidth_gbs" in run:
+        text.append(f"Multiply-adds in registers: {run['fma_gflops']['median']:.0f} GFLOP/s. ")
+        text.append(f"Memory: {run['bandwidth_gbs']['median']:.1f} GB/s. ")
+        text.append(
+            "% GEMM FMA bus: the share of ours' time that its products would take at the two rates, and its inputs and "
+        )
+        text.append("results at memory's.\n")
     text.append("ms are medians over rounds. ~: p20 and p80 of that ratio lie too far apart, or too few rounds.\n")
     load = run.get("load", 0.0)
     if load > LOAD:
@@ -202,6 +265,8 @@ def _notes(results: Results) -> Text:
     for row in [*results["rows"], *results["growth"]]:
         if row["status"] == "missing":
             reasons.setdefault(row["provider"], set()).add(row["reason"])
+        elif row.get("note"):
+            reasons.setdefault(row["provider"], set()).add(row["note"])
     for name, found in reasons.items():
         text.append(f"{title(name)}: {'; '.join(sorted(found))}\n")
     for row in results["rows"]:
@@ -210,6 +275,24 @@ def _notes(results: Results) -> Text:
     if not run["complete"]:
         text.append("Stopped early: this is what was measured so far.\n", style="bold yellow")
     return text
+
+
+def print_cases(cases: Sequence[Case], known: Mapping[str, Peer], console: Console) -> None:
+    """Print what would be measured, and who could be."""
+    table = _table("Cases")
+    for name in ("mode", "cell", "B×T×H", "dtype", "options", "origin"):
+        table.add_column(name)
+    for case in cases:
+        options = " ".join(case.options)
+        name = case.shape.name.replace("x", "×")
+        table.add_row(case.mode, case.class_name, name, case.dtype, options, case.shape.origin)
+    console.print(table)
+    table = _table("Peers (--peers)")
+    for name in ("name", "who", "here"):
+        table.add_column(name)
+    for name, peer in known.items():
+        table.add_row(name, peer.title, peer.unavailable() or peer.version())
+    console.print(table)
 
 
 def print_results(results: Results, console: Console) -> None:
@@ -223,6 +306,7 @@ def readme_table(results: Results, picture: str | None = None) -> str:
     Args:
         picture: address of the picture, relative to the README.
     """
+    results = {**results, "rows": goal_rows(results)}
     modes = [mode for mode in ("training", "inference") if any(row["mode"] == mode for row in results["rows"])]
     columns = [(mode, cell) for mode in modes for cell in CELLS if by_case(results["rows"], mode, cell)]
     if not columns:
@@ -302,7 +386,7 @@ def rows_line(case_rows: Sequence[Mapping[str, Any]]) -> Text:
     rows = {row["provider"]: row for row in case_rows}
     first = next(iter(rows.values()))
     ours = rows.get(OURS)
-    line = Text(f"{first['mode']:<10}{CELLS[first['cell']][0]:<5}{first['shape']['name']:<12}")
+    line = Text(f"{first['mode']:<10}{CELLS[first['cell']][0]:<5}{case_label(first):<12}")
     for name, row in rows.items():
         shown = "WRONG" if row["status"] == "wrong" else _ms(figure(row, "ms"))
         line.append(f" {title(name)} {shown}", style="bold red" if row["status"] == "wrong" else "")

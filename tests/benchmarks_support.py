@@ -9,7 +9,7 @@ from rich.console import Console
 
 from benchmarks import report, results, timing
 from benchmarks.cases import CELLS, Case, Shape
-from benchmarks.floors import GemmRate
+from benchmarks.floors import Floors
 from benchmarks.peers import onnx_runtime, torch_nn
 from benchmarks.suite import Listener, Plan, Suite
 
@@ -50,7 +50,7 @@ def run_info(**more):
 
 def run(cases, table=None, plan=ONE_ROUND, listener=None):
     table = table or {"ours": OURS, "torch": torch_nn.PEER, "onnxruntime": onnx_runtime.PEER}
-    suite = Suite(table, 1, run_info(), plan, listener or Listener(), GemmRate(size=32))
+    suite = Suite(table, 1, run_info(), plan, listener or Listener(), Floors(size=32, elements=64))
     return suite.run(cases)
 
 

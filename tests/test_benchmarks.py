@@ -12,11 +12,12 @@ import torch
 from benchmarks_support import ONE_ROUND, OURS, TINY, no_pause, rendered, run, tiny_cases  # noqa: F401, a fixture for every test
 
 from benchmarks import goals, memory, timing
-from benchmarks.cases import CELLS, MODES, Case, Shape, select
+from benchmarks.cases import CELLS, MODES, Case, Shape
 from benchmarks.gate import Gate
 from benchmarks.peers import onnx_runtime, peers, torch_nn
 from benchmarks.peers.base import Provider
 from benchmarks.problem import Problem
+from benchmarks.sets import select
 from benchmarks.suite import Listener
 
 
@@ -142,7 +143,8 @@ def test_a_missing_peer_is_a_row_that_says_so(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["out", "d_input", "d_h_0", "d_weight_hh_l0"])
-def test_a_wrong_result_is_not_timed_and_shows_no_speed_up(name):
+def test_a_wrong_result_is_not_timed_and_shows_no_speed_up(monkeypatch, name):
+    monkeypatch.setattr(goals, "SHAPES", (TINY,))
     table = {"ours": wrong_at(name), "torch": torch_nn.PEER}
     found = run([Case("gru", TINY, "training")], table)
     ours, torch_row = found["rows"]
@@ -317,8 +319,11 @@ def test_growth_of_inference_memory_sees_the_input_projection():
 
 def test_memory_rows_of_a_run(monkeypatch):
     monkeypatch.setattr(memory, "growth", lambda names, cells, backend, threads: [(tuple(names), tuple(cells))])
+    key = tiny_cases()[0].key
+    monkeypatch.setattr(memory, "peaks", lambda names, cases, *rest: {(key, "torch"): {"peak_bytes": 5}})
     plan = dataclasses.replace(ONE_ROUND, measure_memory=True)
     found = run(tiny_cases(), {"ours": OURS, "torch": torch_nn.PEER}, plan)
     assert found["growth"] == [(("ours", "torch"), tuple(CELLS))]
     for row in found["rows"]:
         assert ("held_bytes" in row) == (row["mode"] == "training")
+        assert row.get("peak_bytes") == (5 if (row["case"], row["provider"]) == (key, "torch") else None)

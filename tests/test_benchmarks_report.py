@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks import __main__ as command
 from benchmarks import goals, memory, plots, report, results
 from benchmarks.cases import CELLS, SHAPES
-from benchmarks.floors import GemmRate
+from benchmarks.floors import Floors
 from benchmarks.peers import fused, peers, torch_nn
 
 
@@ -219,7 +219,11 @@ def assert_one_line(capsys, part):
         (["--seconds", "-1"], "--seconds: expected a number of seconds above 0"),
         (["--seconds", "nan"], "got 'nan'"),
         (["--cells", "lstm,foo"], "--cells: expected some of lstm,gru,rnn, got 'foo'"),
-        (["--shapes", "1x2x3"], "got '1x2x3'"),
+        (["--shapes", "1x2"], "--shapes: expected BxTxH or BxTxIxH, got '1x2'"),
+        (["--shapes", "1x0x3"], "got '1x0x3'"),
+        (["--sets", "goals,mine"], "--sets: expected some of goals,published"),
+        (["--dtypes", "int8"], "--dtypes: expected some of float32"),
+        (["--dtypes", "float64"], "leave no case"),
         (["--modes", "sleep"], "got 'sleep'"),
         (["--modes", "streaming", "--shapes", "16x64x128"], "leave no case"),
         (["--peers", "nobody"], "--peers: expected some of torch,onnxruntime"),
@@ -245,7 +249,7 @@ def test_backend_of_the_environment_is_checked(monkeypatch, capsys):
 
 def test_command_measures_prints_and_writes(stand_in, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("benchmarks.cases.SHAPES", (TINY,))
-    monkeypatch.setattr("benchmarks.suite.GemmRate", lambda: GemmRate(size=32))
+    monkeypatch.setattr("benchmarks.suite.Floors", lambda: Floors(size=32, elements=64))
     path = tmp_path / "deep" / "r.json"
     options = "--quick --seconds 0.01 --no-memory --peers torch --threads 1 --shapes".split()
     code = command.main([*options, TINY.name, "--json", str(path)])

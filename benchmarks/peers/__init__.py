@@ -5,7 +5,7 @@ A peer that cannot run, or cannot run a case, gives the reason, and the results 
 
 from __future__ import annotations
 
-from benchmarks.peers import fused, onnx_runtime, torch_nn
+from benchmarks.peers import cell_loop, fused, jax_scan, onnx_runtime, torch_nn
 from benchmarks.peers.base import Peer, Provider
 
 OURS = "ours"
@@ -25,6 +25,11 @@ def peers(backend: str | None = None) -> dict[str, Peer]:
         fused.peer("numba", "numba"),
         fused.peer("cpp", "cpp"),
         fused.peer("reference", "reference"),
+        fused.peer("triton", "triton"),
+        torch_nn.COMPILED,
+        cell_loop.PEER,
+        cell_loop.COMPILED,
+        jax_scan.PEER,
     )
     return {peer.name: peer for peer in table}
 

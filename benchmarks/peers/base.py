@@ -22,12 +22,14 @@ class Provider:
         forward: the forward alone, its graph kept by what it returns; None where there is no graph. For the memory held.
         tensors: turns what ``step`` returns into torch's results, in the order of ``Problem.result_names``.
         scope: entered once around a block of calls, outside the timing.
+        note: what a reader of the figure has to know.
     """
 
     step: Callable[[], Any]
     forward: Callable[[], Any] | None = None
     tensors: Callable[[Any], tuple[Tensor, ...]] = tuple
     scope: Callable[[], AbstractContextManager[Any]] = nullcontext
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,9 @@ class Peer:
         title: what tables call it.
         unavailable: why it cannot run here, or None.
         version: of the library; asked only where it is available.
-        refuses: why it cannot run a case, or None.
+        refuses: why it cannot run a case, or None; ``Case.threads`` is set when it is asked.
         prepare: ``(problem, case, threads) -> Provider``, with the problem's weights.
+        compiles: whether the first call may take minutes; that time is not the case's.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Peer:
     version: Callable[[], str]
     refuses: Callable[[Case], str | None]
     prepare: Callable[[Problem, Case, int], Provider]
+    compiles: bool = False
 
     def reason(self, case: Case) -> str | None:
         """Why there is no figure for this case, or None."""

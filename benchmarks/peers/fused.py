@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from contextlib import nullcontext
 from typing import Any
 
+from torch import Tensor
+
 from benchmarks.cases import Case
 from benchmarks.peers.base import Peer, Provider
-from benchmarks.problem import Problem, module_forward, module_step
+from benchmarks.problem import Problem, call_module, module_forward, module_step
 
 
 def peer(name: str, backend: str | None) -> Peer:
@@ -23,7 +26,7 @@ def peer(name: str, backend: str | None) -> Peer:
         name=name,
         title="ours" if name == "ours" else f"ours, {backend}",
         unavailable=functools.partial(_unavailable, backend),
-        version=lambda: str(package().__version__),
+        version=functools.partial(_version, backend),
         refuses=lambda case: None,
         prepare=functools.partial(_prepare, backend),
     )
@@ -46,17 +49,46 @@ def _unavailable(backend: str | None) -> str | None:
     return None if status.available else str(status.detail)
 
 
+def _version(backend: str | None) -> str:
+    version = str(package().__version__)
+    return version if backend is None else f"{version} ({package().backends()[backend].detail})"
+
+
+def _call(module: Any, problem: Problem, input_: Tensor, hx: Any) -> tuple[Tensor, Any]:
+    if problem.reset is None:
+        return call_module(module, problem, input_, hx)
+    out, states = module(input_, hx, reset=problem.reset)
+    return out, states
+
+
+def _call_layer(module: Any, problem: Problem, input_: Tensor, hx: Any) -> tuple[Tensor, Any]:
+    """One layer with resets, of a fused_rnn whose modules take none."""
+    assert problem.reset is not None
+    layer = importlib.import_module("fused_rnn.autograd").layer
+    cells, steps = importlib.import_module("fused_rnn.cells"), importlib.import_module("fused_rnn.steps")
+    cell = {"lstm": cells.LSTM, "gru": cells.GRU, "rnn": cells.RNN_TANH}[problem.case.cell]
+    T, B, I = input_.shape  # noqa: E741
+    states = hx if isinstance(hx, tuple) else (hx,)
+    weights = cells.Weights(*module.parameters())
+    rows = input_.reshape(T * B, I)
+    out, ends = layer(cell, rows, steps.Steps(T, B), states, (weights,), (False,), problem.reset.reshape(-1))
+    return out.view(T, B, -1), ends if len(ends) > 1 else ends[0]
+
+
 def _prepare(backend: str | None, problem: Problem, case: Case, threads: int) -> Provider:
     module = getattr(package(), case.class_name)(
         case.shape.I,
         case.shape.H,
         num_layers=case.num_layers,
         bidirectional=case.bidirectional,
+        dropout=case.dropout,
         dtype=problem.input.dtype,
     )
     module.load_state_dict(problem.module.state_dict())
+    resettable = "reset" in inspect.signature(module.forward).parameters
+    call = _call if resettable or not case.resets else _call_layer
     return Provider(
-        step=module_step(module, problem, case.training),
-        forward=module_forward(module, problem, case.training)[0],
+        step=module_step(module, problem, case.training, call=call),
+        forward=module_forward(module, problem, case.training, call=call)[0],
         scope=functools.partial(package().backend, backend) if backend else nullcontext,
     )

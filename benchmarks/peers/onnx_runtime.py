@@ -38,8 +38,8 @@ def _refuses(case: Case) -> str | None:
         return "inference only"
     if case.cell not in _OPERATORS:
         return f"compared for {' and '.join(CELLS[cell][0] for cell in _OPERATORS)} only"
-    if case.dtype != "float32" or case.num_layers > 1 or case.bidirectional:
-        return "compared for one float32 layer of one direction only"
+    if case.dtype != "float32" or not case.plain:
+        return "compared for one dense float32 layer of one direction only"
     return None
 
 
