@@ -12,11 +12,13 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from benchmarks import compare as comparison
 from benchmarks import peers as peers_module
 from benchmarks.cases import CELLS, ITEM_BYTES, MODES, Case
+from benchmarks.compare import THRESHOLD
 from benchmarks.peers import DEFAULT, OURS, fused
 from benchmarks.report import LOAD, print_cases, print_results, readme_table, rows_line, write_between_markers
-from benchmarks.results import ResultsError, check_writable, default_path, describe_run, load, save
+from benchmarks.results import ResultsError, check_writable, default_path, describe_run, lines, load, merge, save
 from benchmarks.sets import ALL, SETS, select
 from benchmarks.suite import Listener, Plan, Suite
 
@@ -53,6 +55,16 @@ def _seconds(text: str) -> float:
         value = 0.0
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+    return value
+
+
+def _factor(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of 1 or more, got {text!r}")
     return value
 
 
@@ -213,15 +225,64 @@ def show(arguments: Sequence[str]) -> int:
     """The command that prints a results file's tables again."""
     parser = _Parser(prog="python -m benchmarks show", description="Print the tables of a results file.")
     parser.add_argument("results", type=Path, help="a file that python -m benchmarks wrote")
+    parser.add_argument(
+        "--rows", action="store_true", help="one row a line as JSON, with machine and versions, instead of tables"
+    )
     options = parser.parse_args(arguments)
     try:
-        print_results(load(options.results), _console())
+        results = load(options.results)
+        if options.rows:
+            for line in lines(results):
+                print(line)
+        else:
+            print_results(results, _console())
     except ResultsError as error:
         parser.error(str(error))
     return 0
 
 
-COMMANDS = {"readme": readme, "show": show}
+def report(arguments: Sequence[str]) -> int:
+    """The command that makes the pictures and the page."""
+    parser = _Parser(prog="python -m benchmarks report", description="Make pictures and one self-contained page from results.")
+    parser.add_argument("results", type=Path, nargs="+", help="files that python -m benchmarks wrote on one machine")
+    parser.add_argument("--out", type=Path, default=_ROOT / "benchmarks" / "out" / "report", help="folder that they go to")
+    options = parser.parse_args(arguments)
+    # Imported here: measuring needs no matplotlib.
+    from benchmarks import page
+
+    try:
+        results = merge([load(path) for path in options.results])
+        written = page.write(results, options.out)
+    except ResultsError as error:
+        parser.error(str(error))
+    print(f"{len(written) // 2} pictures, as PNG and SVG, and {written[-1]}")
+    return 0
+
+
+def compare(arguments: Sequence[str]) -> int:
+    """The command that judges two results files. Returns 1 where something is slower or has become wrong."""
+    parser = _Parser(
+        prog="python -m benchmarks compare",
+        description="Say what got faster or slower beyond the noise. Ends with 1 on a regression.",
+    )
+    parser.add_argument("old", metavar="OLD", type=Path, help="a results file")
+    parser.add_argument("new", metavar="NEW", type=Path, help="a later one")
+    parser.add_argument("--providers", type=_names, default=[OURS], help=f"whose times (default {OURS})")
+    parser.add_argument(
+        "--threshold", type=_factor, default=THRESHOLD, help=f"smallest change that counts (default {THRESHOLD})"
+    )
+    parser.add_argument("--all", action="store_true", help="print what stayed the same too")
+    options = parser.parse_args(arguments)
+    try:
+        old, new = load(options.old), load(options.new)
+        changes = comparison.compare(old, new, options.providers, options.threshold)
+    except ResultsError as error:
+        parser.error(str(error))
+    comparison.print_changes(old, new, changes, _console(), options.all)
+    return 1 if any(change.regression for change in changes) else 0
+
+
+COMMANDS = {"readme": readme, "show": show, "report": report, "compare": compare}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

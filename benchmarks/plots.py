@@ -24,8 +24,8 @@ from benchmarks.report import machine, summary, times
 from benchmarks.results import ResultsError
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
-_COLOURS = {"lstm": "#0072B2", "gru": "#E69F00", "rnn": "#009E73"}
-_INK, _FAINT = "#222222", "#d9d9d9"
+COLOURS = {"lstm": "#0072B2", "gru": "#E69F00", "rnn": "#009E73"}
+INK, FAINT = "#222222", "#d9d9d9"
 _BESIDE: dict[str, Any] = {
     "xytext": (0, 2),
     "textcoords": "offset points",
@@ -56,7 +56,7 @@ def speedups(results: Mapping[str, Any], folder: Path, name: str = "speedup") ->
     modes = [mode for mode in _TITLES if any(_ratios(results, mode, cell) for cell in CELLS)]
     if not modes:
         raise ResultsError("these results hold no speed-up over torch.nn: nothing to draw")
-    with plt.rc_context({"font.family": "DejaVu Sans", "font.size": 10, "text.color": _INK, "svg.fonttype": "none"}):
+    with plt.rc_context({"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "svg.fonttype": "none"}):
         layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.08)
         figure, axes = plt.subplots(len(modes), 1, figsize=(11, 1.4 + 3.4 * len(modes)), squeeze=False, layout=layout)
         for axis, mode in zip(axes[:, 0], modes, strict=True):
@@ -101,8 +101,8 @@ def _panel(axis: Axes, results: Mapping[str, Any], mode: str) -> None:
                 continue
             value, low, high = found[name]
             # In logarithms of base 2, so that a bar's length is proportional to them.
-            axis.bar(i + offset, math.log2(value), width * 0.92, color=_COLOURS[cell], zorder=2)
-            axis.plot([i + offset] * 2, [math.log2(low), math.log2(high)], color=_INK, linewidth=1, alpha=0.55, zorder=3)
+            axis.bar(i + offset, math.log2(value), width * 0.92, color=COLOURS[cell], zorder=2)
+            axis.plot([i + offset] * 2, [math.log2(low), math.log2(high)], color=INK, linewidth=1, alpha=0.55, zorder=3)
             end = max(math.log2(value), math.log2(high)) if value >= 1 else min(math.log2(value), math.log2(low))
             axis.annotate(
                 times(value)[:4].rstrip("."),
@@ -114,7 +114,7 @@ def _panel(axis: Axes, results: Mapping[str, Any], mode: str) -> None:
                 fontsize=7.5,
             )
         label = CELLS[cell][0]
-        axis.bar([0], [0], color=_COLOURS[cell], label=label)
+        axis.bar([0], [0], color=COLOURS[cell], label=label)
         if mean is not None and len(found) > 1:
             axis.text(
                 1.0 - (len(ratios) - 1 - place) * 0.105,
@@ -122,19 +122,19 @@ def _panel(axis: Axes, results: Mapping[str, Any], mode: str) -> None:
                 f"{label} {times(mean)}×",
                 transform=axis.transAxes,
                 ha="right",
-                color=_COLOURS[cell],
+                color=COLOURS[cell],
                 fontweight="bold",
                 fontsize=10,
             )
     axis.text(1.0 - len(ratios) * 0.105, 1.02, "geometric mean:", transform=axis.transAxes, ha="right", fontsize=9)
     axis.set_title(_TITLES[mode], loc="left", fontsize=11, fontweight="bold")
-    axis.axhline(0, color=_INK, linewidth=1.2, zorder=4)
+    axis.axhline(0, color=INK, linewidth=1.2, zorder=4)
     axis.annotate("torch.nn", (1.0, 0.0), xycoords=axis.get_yaxis_transform(), **_BESIDE)
     _scale(axis, [v for found in ratios.values() for triple in found.values() for v in triple])
     axis.set_xticks(range(len(names)), [_label(name) for name in names], fontsize=9)
     axis.set_xlim(-0.55, len(names) - 0.1)
     axis.tick_params(length=0)
-    axis.grid(axis="y", color=_FAINT, linewidth=0.8, zorder=0)
+    axis.grid(axis="y", color=FAINT, linewidth=0.8, zorder=0)
     axis.spines[["top", "right", "left", "bottom"]].set_visible(False)
 
 

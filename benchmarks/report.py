@@ -54,7 +54,8 @@ def title(provider: str) -> str:
     return known[provider].title if provider in known else provider
 
 
-def _ms(value: float | None) -> str:
+def format_ms(value: float | None) -> str:
+    """Milliseconds for people: three digits."""
     if value is None:
         return "–"
     return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
@@ -183,7 +184,7 @@ def _shown_both(row: Mapping[str, Any] | None, ours: Mapping[str, Any] | None) -
         return Text("WRONG", style="bold red")
     if figure(row, "ms") is None:
         return Text("–", style="dim")
-    return Text.assemble(_ms(figure(row, "ms")), " (", _shown_ratio(row, ours), ")")
+    return Text.assemble(format_ms(figure(row, "ms")), " (", _shown_ratio(row, ours), ")")
 
 
 def _shown_reach(row: Mapping[str, Any] | None) -> str:
@@ -202,7 +203,7 @@ def summary(results: Results, mode: str, cell: str, other: str, statistic: Any) 
 def _shown_ms(row: Mapping[str, Any] | None) -> RenderableType:
     if row is not None and row["status"] == "wrong":
         return Text("WRONG", style="bold red")
-    return _ms(figure(row, "ms"))
+    return format_ms(figure(row, "ms"))
 
 
 def _growth_table(results: Results) -> Table:
@@ -388,7 +389,7 @@ def rows_line(case_rows: Sequence[Mapping[str, Any]]) -> Text:
     ours = rows.get(OURS)
     line = Text(f"{first['mode']:<10}{CELLS[first['cell']][0]:<5}{case_label(first):<12}")
     for name, row in rows.items():
-        shown = "WRONG" if row["status"] == "wrong" else _ms(figure(row, "ms"))
+        shown = "WRONG" if row["status"] == "wrong" else format_ms(figure(row, "ms"))
         line.append(f" {title(name)} {shown}", style="bold red" if row["status"] == "wrong" else "")
         if name != OURS and ratio(row, ours) is not None:
             line.append(" (")

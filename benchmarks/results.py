@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,41 @@ def save(results: Mapping[str, Any], path: Path) -> None:
         part.replace(path)
     except OSError as error:
         raise ResultsError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def merge(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One set of results from several runs on one machine. A case of a later run replaces that of an earlier one as a whole.
+
+    Raises:
+        ResultsError: if they are of different machines or numbers of threads: their times say nothing about one another.
+    """
+    runs = [part["run"] for part in parts]
+    for name in ("device", "cpu", "threads"):
+        values = dict.fromkeys(str(run.get(name)) for run in runs)
+        if len(values) > 1:
+            raise ResultsError(f"results of different machines cannot be put together: {name} is {' and '.join(values)}")
+    cases: dict[str, list[Any]] = {}
+    growth: dict[tuple[str, str], Any] = {}
+    for part in parts:
+        fresh: dict[str, list[Any]] = {}
+        for row in part["rows"]:
+            fresh.setdefault(row["case"], []).append(row)
+        cases |= fresh
+        growth |= {(row["cell"], row["provider"]): row for row in part["growth"]}
+    run = dict(runs[-1])
+    run["providers"] = list(dict.fromkeys(name for each in runs for name in each["providers"]))
+    run["versions"] = {name: version for each in runs for name, version in each["versions"].items()}
+    run["complete"] = all(each["complete"] for each in runs)
+    return {"run": run, "rows": [row for rows in cases.values() for row in rows], "growth": list(growth.values())}
+
+
+def lines(results: Mapping[str, Any]) -> Iterator[str]:
+    """The rows as JSON, one a line, each with all that is known of its run: for pandas and the like."""
+    run = results["run"]
+    isa = run.get("backends", {}).get(run.get("backend"), {}).get("detail", "")
+    about = {name: run.get(name) for name in ("device", "cpu", "torch_isa", "threads", "date", "commit", "versions")}
+    for row in results["rows"]:
+        yield json.dumps({**about, "isa": isa, **row})
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -46,6 +46,8 @@ def _unavailable(backend: str | None) -> str | None:
         return None
     if status is None:
         return f"unknown backend {backend!r}"
+    if "cpu" not in status.devices:
+        return f"runs on {' and '.join(status.devices)}, this measures the CPU"
     return None if status.available else str(status.detail)
 
 

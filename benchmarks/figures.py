@@ -1,0 +1,255 @@
+"""The report's pictures, only from results: each as wide as a phone, so that it is read without turning or zooming."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from benchmarks.cases import CELLS, MODES
+from benchmarks.goals import by_case, figure, ratio
+from benchmarks.peers import OURS
+from benchmarks.plots import COLOURS, FAINT, INK
+from benchmarks.report import case_label, size, times, title
+from benchmarks.scaling import Sweep, sweeps
+
+Results = Mapping[str, Any]
+
+# Inches: on a phone, 360 CSS pixels wide, 9 points are 11 pixels.
+WIDTH = 4.0
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "fused_rnn",
+}
+
+# A chart of more rows than this is not read.
+MOST_ROWS = 24
+
+_SLOWER_FASTER = LinearSegmentedColormap.from_list("speed", ["#B2182B", "#FDDBC7", "#F7F7F7", "#D1E5F0", "#2166AC"])
+# Providers in line and bar charts; those of the palette are the cells'.
+_PROVIDERS = {OURS: "#0072B2", "torch": "#D55E00"}
+_OTHERS = ("#CC79A7", "#56B4E9", "#999999", "#F0E442", "#009E73")
+_FLOORS = {
+    "gemm": ("GEMM floor", "#555555", "|"),
+    "fma": ("FMA peak", "#009E73", "|"),
+    "bandwidth": ("memory bus", "#E69F00", "|"),
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn figure.
+
+    Attributes:
+        name: of its files.
+        section: of the report.
+        caption: what it shows, in one sentence.
+        figure: matplotlib's.
+    """
+
+    name: str
+    section: str
+    caption: str
+    figure: Figure
+
+
+@contextmanager
+def _drawing(rows: float, heading: str) -> Iterator[tuple[Figure, Axes]]:
+    """A figure that is ``rows`` text lines high, its heading above it."""
+    # Without pyplot: it keeps every figure and draws for a screen.
+    with rc_context(STYLE):
+        drawn = Figure(figsize=(WIDTH, 0.95 + 0.24 * rows), layout="constrained")
+        axis = drawn.subplots()
+        drawn.suptitle(heading, x=0.02, ha="left", fontsize=10.5, fontweight="bold")
+        axis.spines[["top", "right", "left", "bottom"]].set_visible(False)
+        axis.tick_params(length=0)
+        yield drawn, axis
+
+
+def pictures(results: Results) -> list[Picture]:
+    """Every picture that the results have the figures for."""
+    drawers: Sequence[Callable[[Results], Iterator[Picture]]] = (_heat_maps, _floors, _scaling, _memory)
+    return [picture for draw in drawers for picture in draw(results)]
+
+
+# Heat maps
+
+
+def _grid(cases: Sequence[Mapping[str, Mapping[str, Any]]]) -> tuple[int, dict[tuple[int, int], tuple[float, bool]]]:
+    """T, and (B, H) -> (torch.nn / ours, noisy) of plain float32 cases at the T where most were measured."""
+    by_length: dict[int, dict[tuple[int, int], tuple[float, bool]]] = {}
+    for rows in cases:
+        value = ratio(rows.get("torch"), rows.get(OURS))
+        first = next(iter(rows.values()))
+        shape = first["shape"]
+        plain = first.get("dtype", "float32") == "float32" and len([p for p in first["case"].split("/")[4:] if p]) == 0
+        if value is not None and plain and shape["I"] == shape["H"]:
+            place = shape["B"], shape["H"]
+            by_length.setdefault(shape["T"], {})[place] = value, bool(rows["torch"].get("noisy"))
+    return max(by_length.items(), key=lambda item: len(item[1]), default=(0, {}))
+
+
+def _heat_maps(results: Results) -> Iterator[Picture]:
+    for mode in ("training", "inference", "streaming"):
+        for cell, (class_name, _) in CELLS.items():
+            T, found = _grid(by_case(results["rows"], mode, cell))
+            batches, widths = sorted({B for B, _ in found}), sorted({H for _, H in found})
+            if len(batches) < 2 or len(widths) < 2 or len(found) < 2 * max(len(batches), len(widths)):
+                continue
+            heading = f"{class_name} {mode}, T = {T}"
+            with _drawing(1.1 + 1.5 * len(batches), heading) as (drawn, axis):
+                cells = [[math.log2(found[B, H][0]) if (B, H) in found else math.nan for H in widths] for B in batches]
+                # The same colours in every map: four times as slow to four times as fast.
+                norm = TwoSlopeNorm(0.0, -2.0, 2.0)
+                axis.imshow(cells, cmap=_SLOWER_FASTER, norm=norm, aspect="auto")
+                for (B, H), (value, noisy) in found.items():
+                    red, green, blue, _ = _SLOWER_FASTER(norm(math.log2(value)))
+                    dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.55
+                    text = times(value) + ("~" if noisy else "")
+                    place = widths.index(H), batches.index(B)
+                    axis.text(*place, text, ha="center", va="center", color="white" if dark else INK, fontsize=10)
+                axis.set_xticks(range(len(widths)), [str(H) for H in widths])
+                axis.set_yticks(range(len(batches)), [str(B) for B in batches])
+                axis.set_xlabel("H")
+                axis.set_ylabel("B")
+                caption = f"Times as fast as torch.nn: {class_name}, {mode}, T = {T}. Blue is faster, red slower."
+                yield Picture(f"heatmap-{mode}-{cell}", "Speed-up over B × H", caption, drawn)
+
+
+# Time per step against the floors
+
+
+def _floors(results: Results) -> Iterator[Picture]:
+    for mode in ("training", "inference"):
+        for cell, (class_name, _) in CELLS.items():
+            cases = [
+                rows for rows in by_case(results["rows"], mode, cell) if figure(rows.get(OURS), "ms") and "floors" in rows[OURS]
+            ]
+            if not cases:
+                continue
+            cases, left_out = cases[:MOST_ROWS], max(0, len(cases) - MOST_ROWS)
+            with _drawing(2.2 + len(cases), f"{class_name} {mode}: time per step") as (drawn, axis):
+                for y, rows in enumerate(cases):
+                    T = rows[OURS]["shape"]["T"]
+                    floors = {name: value * 1e3 / T for name, value in rows[OURS]["floors"].items()}
+                    ours = rows[OURS]["ms"]["median"] * 1e3 / T
+                    axis.plot([max(floors.values()), ours], [y, y], color=FAINT, linewidth=2, zorder=1)
+                    for name, (label, colour, marker) in _FLOORS.items():
+                        axis.plot(floors[name], y, marker, color=colour, markersize=11, markeredgewidth=2.4, label=label)
+                    for provider in (OURS, "torch"):
+                        ms = figure(rows.get(provider), "ms")
+                        if ms is not None:
+                            axis.plot(
+                                ms * 1e3 / T, y, "o", color=_PROVIDERS[provider], markersize=6, label=title(provider), zorder=3
+                            )
+                _rows(axis, [case_label(rows[OURS]) for rows in cases])
+                axis.set_xscale("log")
+                axis.set_xlabel("µs per step (logarithmic)")
+                axis.grid(axis="x", color=FAINT, linewidth=0.8, zorder=0)
+                _legend(drawn, axis, 3)
+                caption = f"{class_name} {mode}: dots are measured, marks what the machine could do at best. B×T×H on the left."
+                caption += f" {left_out} more cases are in the tables." if left_out else ""
+                yield Picture(f"floors-{mode}-{cell}", "Time per step against the floors", caption, drawn)
+
+
+def _rows(axis: Axes, labels: Sequence[str]) -> None:
+    axis.set_yticks(range(len(labels)), labels, fontsize=8.5)
+    axis.set_ylim(len(labels) - 0.4, -0.6)
+
+
+def _legend(drawn: Figure, axis: Axes, columns: int) -> None:
+    """One entry per label, below the chart."""
+    handles, labels = axis.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    drawn.legend(
+        unique.values(), unique, loc="outside lower left", ncols=columns, frameon=False, fontsize=8.5, handlelength=1.4
+    )
+
+
+# Scaling
+
+
+def _scaling(results: Results) -> Iterator[Picture]:
+    groups: dict[tuple[str, str], list[Sweep]] = {}
+    for sweep in sweeps(results):
+        if sweep.provider in (OURS, "torch"):
+            groups.setdefault((sweep.axis, sweep.mode), []).append(sweep)
+    for (axis_name, mode), found in groups.items():
+        with _drawing(11 + 0.9 * len(found) / 2, f"{mode.capitalize()}: time over {axis_name}") as (drawn, axis):
+            for sweep in found:
+                xs, ys = zip(*sweep.points, strict=True)
+                label = f"{CELLS[sweep.cell][0]} {title(sweep.provider)}: {sweep.slope:.2f} ± {sweep.error:.2f}"
+                style = "-" if sweep.provider == OURS else "--"
+                axis.plot(xs, ys, style, marker="o", markersize=4, color=COLOURS[sweep.cell], label=label)
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.xaxis.set_major_locator(FixedLocator(sorted({x for sweep in found for x, _ in sweep.points})))
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
+            axis.set_xlabel(axis_name)
+            axis.set_ylabel("ms")
+            axis.grid(color=FAINT, linewidth=0.8)
+            _legend(drawn, axis, 2)
+            rest = " / ".join(dict.fromkeys(sweep.fixed for sweep in found))
+            caption = (
+                f"{mode.capitalize()}, {rest}. Numbers: time ∝ {axis_name} to this power, ± the standard error of the fit."
+            )
+            yield Picture(f"scaling-{axis_name}-{mode}", "Scaling", caption, drawn)
+
+
+# Memory
+
+
+def _memory(results: Results) -> Iterator[Picture]:
+    words = {"held_bytes": "held for the backward", "peak_bytes": "peak of a call"}
+    for quantity, text in words.items():
+        for mode in MODES:
+            for cell, (class_name, _) in CELLS.items():
+                cases = [r for r in by_case(results["rows"], mode, cell) if any(figure(row, quantity) for row in r.values())]
+                providers = [p for p in results["run"]["providers"] if any(figure(rows.get(p), quantity) for rows in cases)]
+                if len(cases) < 2 or not providers:
+                    continue
+                cases, left_out = cases[:MOST_ROWS], max(0, len(cases) - MOST_ROWS)
+                height = 0.8 / len(providers)
+                heading = f"{class_name} {mode}: {text}"
+                with _drawing(2.2 + len(cases) * max(1.0, 0.6 * len(providers)), heading) as (drawn, axis):
+                    for i, provider in enumerate(providers):
+                        colour = _PROVIDERS.get(provider, _OTHERS[i % len(_OTHERS)])
+                        for y, rows in enumerate(cases):
+                            value = figure(rows.get(provider), quantity)
+                            if value:
+                                place = y + (i - (len(providers) - 1) / 2) * height
+                                axis.barh(place, value / (1 << 20), height * 0.9, color=colour, label=title(provider), zorder=2)
+                                axis.annotate(
+                                    size(value),
+                                    (value / (1 << 20), place),
+                                    xytext=(3, 0),
+                                    textcoords="offset points",
+                                    va="center",
+                                    fontsize=7,
+                                )
+                    _rows(axis, [case_label(next(iter(rows.values()))) for rows in cases])
+                    axis.set_xscale("log")
+                    # Room for the figures at the ends of the bars.
+                    low, high = axis.get_xlim()
+                    axis.set_xlim(low, high * (high / low) ** 0.18)
+                    axis.set_xlabel("MiB (logarithmic)")
+                    axis.grid(axis="x", color=FAINT, linewidth=0.8, zorder=0)
+                    _legend(drawn, axis, 3)
+                    caption = f"{class_name} {mode}: bytes {text}, per provider."
+                    caption += f" {left_out} more cases are in the tables." if left_out else ""
+                    yield Picture(f"{quantity.removesuffix('_bytes')}-{mode}-{cell}", "Memory", caption, drawn)
