@@ -12,7 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from benchmarks.cases import CELLS, MODES
 from benchmarks.goals import by_case, figure, ratio
@@ -38,6 +38,9 @@ STYLE = {
 
 # A chart of more rows than this is not read.
 MOST_ROWS = 24
+
+# A bar that would be longer, relative to torch.nn's, is cut and has its length beside it.
+LONGEST_BAR = 3.0
 
 _SLOWER_FASTER = LinearSegmentedColormap.from_list("speed", ["#B2182B", "#FDDBC7", "#F7F7F7", "#D1E5F0", "#2166AC"])
 # Providers in line and bar charts; those of the palette are the cells'.
@@ -171,12 +174,12 @@ def _rows(axis: Axes, labels: Sequence[str]) -> None:
     axis.set_ylim(len(labels) - 0.4, -0.6)
 
 
-def _legend(drawn: Figure, axis: Axes, columns: int) -> None:
+def _legend(drawn: Figure, axis: Axes, columns: int, length: float = 1.4) -> None:
     """One entry per label, below the chart."""
     handles, labels = axis.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     drawn.legend(
-        unique.values(), unique, loc="outside lower left", ncols=columns, frameon=False, fontsize=8.5, handlelength=1.4
+        unique.values(), unique, loc="outside lower left", ncols=columns, frameon=False, fontsize=8.5, handlelength=length
     )
 
 
@@ -190,11 +193,13 @@ def _scaling(results: Results) -> Iterator[Picture]:
             groups.setdefault((sweep.axis, sweep.mode), []).append(sweep)
     for (axis_name, mode), found in groups.items():
         with _drawing(11 + 0.9 * len(found) / 2, f"{mode.capitalize()}: time over {axis_name}") as (drawn, axis):
-            for sweep in found:
+            # The legend fills its columns one after the other: ours, then torch.nn.
+            for sweep in sorted(found, key=lambda sweep: sweep.provider != OURS):
                 xs, ys = zip(*sweep.points, strict=True)
-                label = f"{CELLS[sweep.cell][0]} {title(sweep.provider)}: {sweep.slope:.2f} ± {sweep.error:.2f}"
+                who = "" if sweep.provider == OURS else f" {title(sweep.provider)}"
+                label = f"{CELLS[sweep.cell][0]}{who} {sweep.power}"
                 style = "-" if sweep.provider == OURS else "--"
-                axis.plot(xs, ys, style, marker="o", markersize=4, color=COLOURS[sweep.cell], label=label)
+                axis.plot(xs, ys, style, marker="o", markersize=3, color=COLOURS[sweep.cell], label=label)
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
             axis.xaxis.set_major_locator(FixedLocator(sorted({x for sweep in found for x, _ in sweep.points})))
@@ -203,10 +208,10 @@ def _scaling(results: Results) -> Iterator[Picture]:
             axis.set_xlabel(axis_name)
             axis.set_ylabel("ms")
             axis.grid(color=FAINT, linewidth=0.8)
-            _legend(drawn, axis, 2)
+            _legend(drawn, axis, 2, 2.4)
             rest = " / ".join(dict.fromkeys(sweep.fixed for sweep in found))
             caption = (
-                f"{mode.capitalize()}, {rest}. Numbers: time ∝ {axis_name} to this power, ± the standard error of the fit."
+                f"{mode.capitalize()}, {rest}. Dashed: torch.nn. Numbers: time ∝ {axis_name} to this power, ± standard error."
             )
             yield Picture(f"scaling-{axis_name}-{mode}", "Scaling", caption, drawn)
 
@@ -219,37 +224,39 @@ def _memory(results: Results) -> Iterator[Picture]:
     for quantity, text in words.items():
         for mode in MODES:
             for cell, (class_name, _) in CELLS.items():
-                cases = [r for r in by_case(results["rows"], mode, cell) if any(figure(row, quantity) for row in r.values())]
+                cases = [rows for rows in by_case(results["rows"], mode, cell) if figure(rows.get("torch"), quantity)]
                 providers = [p for p in results["run"]["providers"] if any(figure(rows.get(p), quantity) for rows in cases)]
-                if len(cases) < 2 or not providers:
+                if not cases or providers == ["torch"]:
                     continue
                 cases, left_out = cases[:MOST_ROWS], max(0, len(cases) - MOST_ROWS)
-                height = 0.8 / len(providers)
                 heading = f"{class_name} {mode}: {text}"
                 with _drawing(2.2 + len(cases) * max(1.0, 0.6 * len(providers)), heading) as (drawn, axis):
-                    for i, provider in enumerate(providers):
-                        colour = _PROVIDERS.get(provider, _OTHERS[i % len(_OTHERS)])
-                        for y, rows in enumerate(cases):
-                            value = figure(rows.get(provider), quantity)
-                            if value:
-                                place = y + (i - (len(providers) - 1) / 2) * height
-                                axis.barh(place, value / (1 << 20), height * 0.9, color=colour, label=title(provider), zorder=2)
-                                axis.annotate(
-                                    size(value),
-                                    (value / (1 << 20), place),
-                                    xytext=(3, 0),
-                                    textcoords="offset points",
-                                    va="center",
-                                    fontsize=7,
-                                )
-                    _rows(axis, [case_label(next(iter(rows.values()))) for rows in cases])
-                    axis.set_xscale("log")
-                    # Room for the figures at the ends of the bars.
-                    low, high = axis.get_xlim()
-                    axis.set_xlim(low, high * (high / low) ** 0.18)
-                    axis.set_xlabel("MiB (logarithmic)")
-                    axis.grid(axis="x", color=FAINT, linewidth=0.8, zorder=0)
+                    _bars(axis, cases, providers, quantity)
                     _legend(drawn, axis, 3)
-                    caption = f"{class_name} {mode}: bytes {text}, per provider."
+                    caption = f"{class_name} {mode}: memory, {text}, as a share of torch.nn's."
                     caption += f" {left_out} more cases are in the tables." if left_out else ""
                     yield Picture(f"{quantity.removesuffix('_bytes')}-{mode}-{cell}", "Memory", caption, drawn)
+
+
+def _bars(axis: Axes, cases: Sequence[Mapping[str, Any]], providers: Sequence[str], quantity: str) -> None:
+    height = 0.8 / len(providers)
+    longest = 1.0
+    for i, provider in enumerate(providers):
+        colour = _PROVIDERS.get(provider, _OTHERS[i % len(_OTHERS)])
+        for y, rows in enumerate(cases):
+            value, reference = figure(rows.get(provider), quantity), figure(rows["torch"], quantity)
+            if not value or not reference:
+                continue
+            share = value / reference
+            longest = max(longest, share)
+            place = y + (i - (len(providers) - 1) / 2) * height
+            axis.barh(place, min(share, LONGEST_BAR), height * 0.9, color=colour, label=title(provider), zorder=2)
+            note = size(value) + (f" ({times(share)}×)" if share > LONGEST_BAR else "")
+            end = (min(share, LONGEST_BAR), place)
+            axis.annotate(note, end, xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
+    _rows(axis, [case_label(next(iter(rows.values()))) for rows in cases])
+    # Room for the figures at the ends of the bars.
+    axis.set_xlim(0, min(longest, LONGEST_BAR) * 1.3)
+    axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x * 100:.0f} %"))
+    axis.grid(axis="x", color=FAINT, linewidth=0.8, zorder=0)

@@ -144,7 +144,7 @@ def _slope(sweep: Any) -> dict[str, str]:
         "axis": sweep.axis,
         "fixed": sweep.fixed,
         "provider": title(sweep.provider),
-        "slope": f"{sweep.slope:.2f} ± {sweep.error:.2f}",
+        "slope": sweep.power,
         "points": " ".join(f"{x:.0f}" for x, _ in sweep.points),
     }
 

@@ -12,8 +12,8 @@ from benchmarks.goals import figure
 # What is swept; I goes with H where the two are equal.
 AXES = ("T", "B", "H", "threads")
 
-# Fewer points are no line.
-LEAST_POINTS = 3
+# Fewer points are no line; a machine of two cores has no more numbers of threads.
+LEAST_POINTS = {"T": 3, "B": 3, "H": 3, "threads": 2}
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,13 @@ class Sweep:
 
     @property
     def error(self) -> float:
-        """The standard error of ``slope``: large where the points are no line."""
+        """The standard error of ``slope``: large where the points are no line, infinite where there are two."""
         return _fit(self.points)[1]
+
+    @property
+    def power(self) -> str:
+        """The slope and its error for people."""
+        return f"{self.slope:.2f}" + (f" ± {self.error:.2f}" if math.isfinite(self.error) else "")
 
 
 def _fit(points: tuple[tuple[float, float], ...]) -> tuple[float, float]:
@@ -57,7 +62,10 @@ def _fit(points: tuple[tuple[float, float], ...]) -> tuple[float, float]:
 
 
 def sweeps(results: Mapping[str, Any]) -> list[Sweep]:
-    """For each axis, mode, cell and provider the sweep with the most points: the other sizes are the same for all providers."""
+    """For each axis, mode, cell and provider the sweep with the most points.
+
+    The other sizes of a sweep are the same for all providers.
+    """
     groups: dict[tuple[Any, ...], dict[str, dict[float, float]]] = {}
     for row in results["rows"]:
         ms = figure(row, "ms")
@@ -74,16 +82,18 @@ def sweeps(results: Mapping[str, Any]) -> list[Sweep]:
             rest = tuple((name, value) for name, value in sizes.items() if name != axis)
             group = groups.setdefault((axis, row["mode"], row["cell"], rest, width, extra), {})
             group.setdefault(row["provider"], {})[float(sizes[axis])] = ms
-    best: dict[tuple[str, str, str], list[Sweep]] = {}
+    best: dict[tuple[str, str, str], tuple[tuple[int, int], list[Sweep]]] = {}
     for (axis, mode, cell, rest, width, extra), providers in groups.items():
         words = [f"{name} {value}" for name, value in rest]
         fixed = ", ".join((*words, width, *(word for word in extra if word != "float32")))
         found = [
             Sweep(axis, mode, cell, provider, fixed, tuple(sorted(points.items())))
             for provider, points in providers.items()
-            if len(points) >= LEAST_POINTS
+            if len(points) >= LEAST_POINTS[axis]
         ]
-        if sum(len(s.points) for s in found) > sum(len(s.points) for s in best.get((axis, mode, cell), ())):
-            best[axis, mode, cell] = found
+        # Among equals the one with the most work.
+        rank = sum(len(sweep.points) for sweep in found), math.prod(value for _, value in rest)
+        if found and rank > best.get((axis, mode, cell), ((0, 0), []))[0]:
+            best[axis, mode, cell] = rank, found
     order = sorted(best, key=lambda key: AXES.index(key[0]))
-    return [sweep for key in order for sweep in best[key]]
+    return [sweep for key in order for sweep in best[key][1]]
