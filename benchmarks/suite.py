@@ -21,7 +21,7 @@ from benchmarks.timing import Samples, interleave, quantiles
 GEMM_SHARE = 0.15
 
 # The measurement of the peaks ends after this share of the run.
-PEAKS_SHARE = 0.2
+PEAKS_SHARE = 0.1
 
 # A ratio whose p80 is this many times its p20 says little: the row is marked.
 NOISY_SPREAD = 1.3

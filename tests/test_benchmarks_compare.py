@@ -151,6 +151,12 @@ def test_slopes_of_powers():
     assert found["threads", "ours"].error > 0.1, "no line"
 
 
+def test_two_numbers_of_threads_are_a_sweep_without_an_error():
+    rows = [row(f"training/gru/32x16x64/float32/threads={n}", ms=8 / n, threads=n) for n in (1, 2)]
+    (sweep,) = scaling.sweeps(file(*rows))
+    assert (sweep.axis, sweep.power) == ("threads", "-1.00")
+
+
 def test_sweeps_keep_options_and_widths_apart():
     rows = [row(f"training/gru/32x{T}x64/float32", ms=T) for T in (8, 16)]
     rows += [row(f"training/gru/32x{T}x64/float32/ragged", ms=T, options=["ragged"]) for T in (32, 64)]
