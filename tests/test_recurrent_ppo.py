@@ -1,4 +1,4 @@
-"""The recurrent-PPO program and the benchmark of resets: what they say is so."""
+"""The recurrent-PPO program: what it says is so."""
 
 from __future__ import annotations
 
@@ -66,11 +66,3 @@ def test_it_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     monkeypatch.setattr(sys, "argv", ["recurrent_ppo", "--updates", "2"])
     recurrent_ppo.main()
     assert capsys.readouterr().out.count("right (guessing: 50%)") == 2
-
-
-def test_benchmark_of_resets_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its own comparison of the two ways is part of it."""
-    from benchmarks import resets
-
-    resets.main(["--batch", "3", "--steps", "5", "--hidden", "17", "--rounds", "1"])
-    assert "B=3, T=5, H=17" in capsys.readouterr().out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 from contextlib import nullcontext
 from typing import Any
 
@@ -63,20 +62,6 @@ def _call(module: Any, problem: Problem, input_: Tensor, hx: Any) -> tuple[Tenso
     return out, states
 
 
-def _call_layer(module: Any, problem: Problem, input_: Tensor, hx: Any) -> tuple[Tensor, Any]:
-    """One layer with resets, of a fused_rnn whose modules take none."""
-    assert problem.reset is not None
-    layer = importlib.import_module("fused_rnn.autograd").layer
-    cells, steps = importlib.import_module("fused_rnn.cells"), importlib.import_module("fused_rnn.steps")
-    cell = {"lstm": cells.LSTM, "gru": cells.GRU, "rnn": cells.RNN_TANH}[problem.case.cell]
-    T, B, I = input_.shape  # noqa: E741
-    states = hx if isinstance(hx, tuple) else (hx,)
-    weights = cells.Weights(*module.parameters())
-    rows = input_.reshape(T * B, I)
-    out, ends = layer(cell, rows, steps.Steps(T, B), states, (weights,), (False,), problem.reset.reshape(-1))
-    return out.view(T, B, -1), ends if len(ends) > 1 else ends[0]
-
-
 def _prepare(backend: str | None, problem: Problem, case: Case, threads: int) -> Provider:
     module = getattr(package(), case.class_name)(
         case.shape.I,
@@ -87,10 +72,8 @@ def _prepare(backend: str | None, problem: Problem, case: Case, threads: int) ->
         dtype=problem.input.dtype,
     )
     module.load_state_dict(problem.module.state_dict())
-    resettable = "reset" in inspect.signature(module.forward).parameters
-    call = _call if resettable or not case.resets else _call_layer
     return Provider(
-        step=module_step(module, problem, case.training, call=call),
-        forward=module_forward(module, problem, case.training, call=call)[0],
+        step=module_step(module, problem, case.training, call=_call),
+        forward=module_forward(module, problem, case.training, call=_call)[0],
         scope=functools.partial(package().backend, backend) if backend else nullcontext,
     )
