@@ -278,7 +278,7 @@ def check_packed_reset(reset: object, input: PackedSequence) -> Tensor:
     if not torch.equal(sizes, other):
         raise ValueError(f"reset: expected the batch_sizes of the input, {other.tolist()}, got {sizes.tolist()}")
     order, expected = (
-        torch.arange(int(other[0])) if packed.sorted_indices is None else packed.sorted_indices.cpu()
+        torch.arange(int(other[0]), device="cpu") if packed.sorted_indices is None else packed.sorted_indices.cpu()
         for packed in (reset, input)
     )
     if not torch.equal(order, expected):

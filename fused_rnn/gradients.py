@@ -35,18 +35,19 @@ class Gradients:
 def _previous_rows(steps: Steps, reverse: bool, device: torch.device) -> Tensor:
     """For each row, the row of the same sequence one step earlier in the walk, or R + j where sequence j starts there: (R,)."""
     if steps.batch_sizes is None or steps.offsets is None:
-        batch_sizes = torch.full((steps.length,), steps.batch, dtype=torch.int64)
-        offsets = torch.arange(steps.length) * steps.batch
+        # On the CPU by name, here and below: the default device may be another.
+        batch_sizes = torch.full((steps.length,), steps.batch, dtype=torch.int64, device="cpu")
+        offsets = torch.arange(steps.length, device="cpu") * steps.batch
     else:
         batch_sizes, offsets = steps.batch_sizes, steps.offsets
     total = steps.rows(0, steps.length).stop
-    t = torch.repeat_interleave(torch.arange(steps.length), batch_sizes)
-    j = torch.arange(len(t)) - torch.repeat_interleave(torch.cumsum(batch_sizes, 0) - batch_sizes, batch_sizes)
+    t = torch.repeat_interleave(torch.arange(steps.length, device="cpu"), batch_sizes)
+    j = torch.arange(len(t), device="cpu") - torch.repeat_interleave(torch.cumsum(batch_sizes, 0) - batch_sizes, batch_sizes)
     before = t + 1 if reverse else t - 1
     inside = (before >= 0) & (before < steps.length)
     before = before.clamp(0, steps.length - 1)
     has = inside & (j < batch_sizes[before])
-    previous = torch.zeros(total, dtype=torch.int64)
+    previous = torch.zeros(total, dtype=torch.int64, device="cpu")
     previous[offsets[t] + j] = torch.where(has, offsets[before] + j, total + j)
     return previous.to(device)
 

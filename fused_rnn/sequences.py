@@ -53,10 +53,11 @@ class Ragged:
         batch_sizes = batch - torch.bincount(lengths, minlength=longest + 1).cumsum(0)[:longest]
         steps = Steps.packed(batch_sizes, batch)
         assert steps.offsets is not None
-        t = torch.repeat_interleave(torch.arange(longest), batch_sizes)
-        n = order[torch.arange(len(t)) - torch.repeat_interleave(steps.offsets, batch_sizes)]
+        # On the CPU by name: the default device may be another.
+        t = torch.repeat_interleave(torch.arange(longest, device="cpu"), batch_sizes)
+        n = order[torch.arange(len(t), device="cpu") - torch.repeat_interleave(steps.offsets, batch_sizes)]
         positions = n * length + t if batch_first else t * batch + n
-        places = torch.empty_like(order).index_copy_(0, order, torch.arange(batch))
+        places = torch.empty_like(order).index_copy_(0, order, torch.arange(batch, device="cpu"))
         return Ragged(steps, positions.to(device), order.to(device), places.to(device))
 
     def gather(self, padded: Tensor) -> Tensor:
@@ -97,5 +98,5 @@ def resets_by_direction(reset: Tensor, steps: Steps, directions: int) -> tuple[T
     sizes = steps.batch_sizes
     first = int(sizes[0])
     # The same sequence one step earlier lies as many rows before as that step has.
-    earlier = torch.arange(first, len(reset)) - torch.repeat_interleave(sizes[:-1], sizes[1:])
+    earlier = torch.arange(first, len(reset), device="cpu") - torch.repeat_interleave(sizes[:-1], sizes[1:])
     return reset, torch.zeros_like(reset).index_copy_(0, earlier.to(reset.device), reset[first:])

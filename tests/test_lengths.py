@@ -191,6 +191,25 @@ def test_results_may_be_changed_in_place(backend: str) -> None:
     out.sum().backward()
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_another_default_device(bidirectional: bool) -> None:
+    """Lengths and resets of a batch on the CPU, whatever torch.set_default_device says."""
+    problem, reset = make("LSTM", bidirectional=bidirectional), torch.rand(6, 5) < 0.3
+    lengths, whole = torch.tensor(LENGTHS["mixed"]), torch.full((5,), 6)
+    lengths_of_all = torch.tensor([6, 5, 3, 2, 1])
+    packed, packed_reset = (pack_padded_sequence(tensor, lengths_of_all) for tensor in (problem.x, reset))
+    calls = [(problem.x, lengths, reset), (problem.x, whole, reset), (packed, None, packed_reset)]
+    expected = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            for input, some, where in calls:
+                out, (h, _) = problem.ours(input, given(problem.hx), lengths=some, reset=where)
+                grads = torch.autograd.grad(h.sum(), list(problem.ours.parameters()))
+                expected.append([out if isinstance(out, Tensor) else out.data, *grads])
+    for before, after in zip(expected[:3], expected[3:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 def test_meta() -> None:
     module = fused_rnn.LSTM(3, 17, batch_first=True, device="meta")
     x = torch.empty(5, 6, 3, device="meta")

@@ -21,7 +21,8 @@ proj_size), R rows (all steps' active rows). *Blocks* are H columns; ``fused_rnn
         b_in, then b_hn. The kernel adds it, because a matrix product that does costs one more pass over its result.
     reverse: D booleans: walk the steps from the last to the first.
     keep: whether a backward follows. Without it the tape's contents are undefined afterwards.
-    reset: (R,) bool, contiguous, or None. Where set, that row's states before that step are zero, and no gradient crosses.
+    reset: (R,) bool, contiguous, or None. Where set, that row's states before that step of the walk are zero, and no gradient
+        crosses. One mask for all recurrences: a caller whose recurrences differ in it makes a call for each.
 
 ``<cell>_backward(d_gates, d_states, d_out, d_cells, tape, out, states_0, packed, steps, t_begin, t_end, reverse, reset)``
     → None
