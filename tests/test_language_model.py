@@ -9,7 +9,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from benchmarks.training import language_model, trainer
+from benchmarks.training import breakdown, language_model, trainer
 from benchmarks.training.model import CELLS, CharacterModel, evaluate, generate, sample
 from benchmarks.training.plots import moving_mean, plot_race
 from benchmarks.training.text import Streams, Vocabulary
@@ -43,7 +43,8 @@ def run(text, tmp_path, capsys):
         except SystemExit as error:
             code = error.code
         printed = capsys.readouterr()
-        path = tmp_path / "out" / "language_model.json"
+        # An interrupted run writes beside the files of a whole one.
+        path = tmp_path / "out" / f"language_model{'.partial' if code == 130 else ''}.json"
         rows = {row["provider"]: row for row in json.loads(path.read_text())} if path.exists() else {}
         return code, printed, rows
 
@@ -173,6 +174,45 @@ def test_one_held_up_step_does_not_change_the_speed_up():
     assert trainer.disturbed(base, ours)
 
 
+@pytest.mark.parametrize("wanted", [True, False], ids=["embedded", "plain"])
+@pytest.mark.parametrize("kind", [torch.nn.GRU, torch.nn.LSTM])
+def test_recurrent_clock_counts_the_layers_alone(kind, wanted, monkeypatch):
+    """With a clock that only moves where the test says: what is before and after the layer does not count."""
+    now = [0.0]
+    monkeypatch.setattr(breakdown.time, "perf_counter", lambda: now[0])
+
+    class Taking(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, forward, backward):
+            now[0] += forward
+            ctx.backward = backward
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, d_x):
+            now[0] += ctx.backward
+            return d_x, None, None
+
+    class Layer(kind):
+        def forward(self, x):
+            out, state = super().forward(x)
+            return Taking.apply(out, 7.0, 3.0), state
+
+    layer = Layer(3, 4)
+    clock = breakdown.RecurrentClock(torch.nn.ModuleList([layer]))
+    x = torch.randn(5, 2, 3, requires_grad=wanted)
+    for _ in range(2):
+        with clock:
+            out, _ = layer(Taking.apply(x, 100.0, 200.0))
+            Taking.apply(out, 400.0, 800.0).sum().backward()
+        assert clock.seconds == 10.0
+    with clock:
+        layer(x)
+    assert clock.seconds == 7.0
+    assert not layer._forward_hooks
+    assert not layer._forward_pre_hooks
+
+
 def test_moving_mean():
     assert moving_mean([1, 2, 3, 6], 2) == [1.5, 2.5, 4.5]
     assert moving_mean([1, 2], 1) == [1, 2]
@@ -205,6 +245,9 @@ def test_both_trainings_coincide(run, tmp_path, arguments):
     assert ours["characters_per_second"] == pytest.approx(12 * 36 / sum(ours["seconds"]))
     assert ours["speed_up"] == pytest.approx(statistics.median(base["seconds"]) / statistics.median(ours["seconds"]))
     assert ours["total_speed_up"] == pytest.approx(sum(base["seconds"]) / sum(ours["seconds"]))
+    for row in (base, ours):
+        assert 0 < row["rnn_seconds"] < row["median_seconds"] == statistics.median(row["seconds"])
+        assert row["rnn_seconds"] + row["other_seconds"] == pytest.approx(row["median_seconds"])
     assert ours["backend"]
     assert {"python", "torch", "fused_rnn"} <= set(ours["versions"])
     assert ours["date"]
@@ -274,6 +317,23 @@ def test_ctrl_c_prints_the_table_so_far(run, monkeypatch, tmp_path):
     assert len(rows["torch.nn"]["losses"]) == 6
     assert rows["torch.nn"]["held_out_loss"] is None
     assert rows["torch.nn"]["outcome"] == "interrupted"
+
+
+def test_ctrl_c_keeps_the_files_of_an_earlier_run(run, monkeypatch, tmp_path):
+    run()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(language_model, "evaluate", interrupted)
+    code, printed, _ = run("--seed", "1")
+    assert code == 130
+    after = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert set(before) == {"language_model.json", "language_model.png"}
+    assert before.items() <= after.items()
+    assert set(after) - set(before) == {"language_model.partial.json", "language_model.partial.png"}
+    assert "language_model.partial.json" in printed.out
 
 
 def test_ctrl_c_after_the_training_keeps_the_figures(run, monkeypatch):

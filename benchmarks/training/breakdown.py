@@ -2,60 +2,90 @@
 
 from __future__ import annotations
 
-import copy
-import statistics
 import time
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from benchmarks.training.model import CharacterModel, cross_entropy
-from benchmarks.training.trainer import Settings
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 
-def breakdown(
-    models: Sequence[CharacterModel], inputs: Tensor, targets: Tensor, settings: Settings, rounds: int = 7
-) -> list[tuple[float, float]]:
-    """Time the recurrent layers and the rest of one training step, model by model, round by round.
+@dataclass
+class _Call:
+    """When one call of a layer began and ended; None is what has not happened."""
 
-    Works on copies: the models stay as they are.
+    forward_begin: float
+    forward_end: float | None = None
+    backward_begin: float | None = None
+    backward_end: float | None = None
 
-    Returns:
-        per model (seconds in the recurrent layers, seconds elsewhere), medians over the rounds.
+
+class RecurrentClock:
+    """Time a model's recurrent layers, forward and backward, within the training step that happens anyway.
+
+    The backward of a layer begins when the first gradient of its results is there, and ends when its input's gradient is
+    whole, or, where the input wants none, with the block. Four clock readings a layer and step; the model is left as it was.
+
+    >>> import torch
+    >>> model, clock = nn.Sequential(nn.GRU(3, 4)), RecurrentClock(nn.Sequential())
+    >>> with clock:
+    ...     model(torch.randn(5, 2, 3))[0].sum().backward()
+    >>> clock.seconds  # the clock of a model without a recurrent layer
+    0.0
     """
-    copies = [copy.deepcopy(model) for model in models]
-    optimizers = [torch.optim.Adam(model.parameters(), lr=settings.lr) for model in copies]
-    samples: list[list[tuple[float, float]]] = [[] for _ in copies]
-    for _ in range(rounds):
-        for model, optimizer, taken in zip(copies, optimizers, samples, strict=True):
-            time.sleep(0.03)
-            # The first call after a change of provider is not timed.
-            _timed_step(model, optimizer, inputs, targets, settings)
-            taken.append(_timed_step(model, optimizer, inputs, targets, settings))
-    return [(statistics.median(r for r, _ in taken), statistics.median(o for _, o in taken)) for taken in samples]
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+        self._calls: list[_Call] = []
+        self._hooks = ExitStack()
+        self.seconds = 0.0
+
+    def __enter__(self) -> RecurrentClock:
+        self._calls.clear()
+        for layer in self._layers:
+            for handle in (layer.register_forward_pre_hook(self._before), layer.register_forward_hook(self._after)):
+                self._hooks.callback(handle.remove)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        end = time.perf_counter()
+        self._hooks.close()
+        self.seconds = 0.0
+        for call in self._calls:
+            if call.forward_end is not None:
+                self.seconds += call.forward_end - call.forward_begin
+            if call.backward_begin is not None:
+                self.seconds += (end if call.backward_end is None else call.backward_end) - call.backward_begin
+
+    def _before(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._calls.append(_Call(time.perf_counter()))
+
+    def _after(self, layer: nn.Module, inputs: tuple[Any, ...], results: Any) -> None:
+        call = self._calls[-1]
+
+        def begins(gradient: Tensor) -> None:
+            if call.backward_begin is None:
+                call.backward_begin = time.perf_counter()
+
+        def ends(gradient: Tensor) -> None:
+            call.backward_end = time.perf_counter()
+
+        for tensor in _tensors(results):
+            if tensor.requires_grad:
+                tensor.register_hook(begins)
+        for tensor in _tensors(inputs[0]):
+            if tensor.requires_grad:
+                tensor.register_hook(ends)
+        call.forward_end = time.perf_counter()
 
 
-def _timed_step(
-    model: CharacterModel, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor, settings: Settings
-) -> tuple[float, float]:
-    """Take a training step with the graph cut before and after the recurrent layers, so that its parts can be timed."""
-    times = [time.perf_counter()]
-    optimizer.zero_grad()
-    embedded = model.embed(inputs)
-    rnn_input = embedded.detach().requires_grad_()
-    times.append(time.perf_counter())
-    out, _ = model.rnn(rnn_input)
-    times.append(time.perf_counter())
-    rnn_output = out.detach().requires_grad_()
-    cross_entropy(model.predict(rnn_output), targets).backward()
-    times.append(time.perf_counter())
-    out.backward(rnn_output.grad)
-    times.append(time.perf_counter())
-    embedded.backward(rnn_input.grad)
-    settings.clip(list(model.parameters()))
-    optimizer.step()
-    times.append(time.perf_counter())
-    before, forward, head, backward, after = (end - start for start, end in pairwise(times))
-    return forward + backward, before + head + after
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, PackedSequence):
+        yield value.data
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)

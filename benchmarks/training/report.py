@@ -19,9 +19,27 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.results import cpu_model
+from benchmarks.training.trainer import Contender, speed_up, total_speed_up
 
 # Single steps are noisy: the training loss is the mean of the last ones.
 _LAST_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure of a job's quality.
+
+    Attributes:
+        key: its name in ``Row.measures`` and in the JSON.
+        label: its line in the table.
+        form: how it is written, a format specification.
+        agrees: how far apart the two trainings' figures may be for the job to call them the same; None: not compared.
+    """
+
+    key: str
+    label: str
+    form: str = ".4f"
+    agrees: float | None = None
 
 
 @dataclass
@@ -31,31 +49,31 @@ class Row:
     Attributes:
         provider: torch.nn, fused_rnn, or the yardstick.
         seconds: wall time of every training step.
-        losses: training loss of every step, nats per character.
-        characters_per_step: of training text.
+        losses: training loss of every step.
+        items_per_step: how many items a training step sees.
         speed_up: median step time of torch.nn over this one's.
         total_speed_up: time of all steps of torch.nn over this one's.
-        rnn_seconds: of one step, spent in the recurrent layers.
-        other_seconds: of one step, spent elsewhere (embedding, linear, loss, clipping, Adam).
-        held_out_loss: nats per character.
-        sampling_rate: characters generated per second, one step each.
+        rnn_seconds: of the median step, spent in the recurrent layers.
+        other_seconds: of the median step, spent elsewhere (embedding, linear, loss, clipping, Adam).
+        measures: the figures of quality, by key.
+        items: what is counted, in the plural.
     """
 
     provider: str
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    characters_per_step: int = 0
+    items_per_step: int = 0
     speed_up: float | None = None
     total_speed_up: float | None = None
     rnn_seconds: float | None = None
     other_seconds: float | None = None
-    held_out_loss: float | None = None
-    sampling_rate: float | None = None
+    measures: dict[str, float] = field(default_factory=dict)
+    items: str = "characters"
 
     @property
     def rate(self) -> float | None:
-        """Characters per second of training."""
-        return len(self.seconds) * self.characters_per_step / sum(self.seconds) if self.seconds else None
+        """Items per second of training."""
+        return len(self.seconds) * self.items_per_step / sum(self.seconds) if self.seconds else None
 
     @property
     def median_seconds(self) -> float | None:
@@ -68,28 +86,39 @@ class Row:
         last = self.losses[-_LAST_STEPS:]
         return sum(last) / len(last) if last else None
 
-    @property
-    def perplexity(self) -> float | None:
-        """Held-out perplexity, per character."""
-        # A diverged model's loss has an infinite exponential, which is no reason to lose the table.
-        return None if self.held_out_loss is None else math.exp(min(self.held_out_loss, 700.0))
+
+def contender_row(contender: Contender, base: Contender, items_per_step: int, items: str = "characters") -> Row:
+    """Say what a training took; its quality is filled in later."""
+    row = Row(
+        contender.name,
+        contender.seconds,
+        contender.losses,
+        items_per_step,
+        speed_up(base, contender),
+        total_speed_up(base, contender),
+        items=items,
+    )
+    if row.median_seconds is not None:
+        row.rnn_seconds = statistics.median(contender.rnn_seconds)
+        # A difference, so that the two parts add up to the median step in the table.
+        row.other_seconds = row.median_seconds - row.rnn_seconds
+    return row
 
 
-def print_table(rows: Sequence[Row], title: str) -> None:
-    """Print the rows as columns, one line per figure."""
+def print_table(rows: Sequence[Row], title: str, measures: Sequence[Measure] = ()) -> None:
+    """Print the rows as columns, one line per figure; a figure that no row has is left out."""
+    items = rows[0].items
     lines: list[tuple[str, list[str]]] = [
         ("training steps", [f"{len(row.losses):,}" if row.losses else "–" for row in rows]),
         ("time in training steps, s", [_number(sum(row.seconds) or None, ".1f") for row in rows]),
-        ("characters per second", [_number(row.rate, ",.0f") for row in rows]),
+        (f"{items} per second", [_number(row.rate, ",.0f") for row in rows]),
         ("median step, ms", [_milliseconds(row.median_seconds) for row in rows]),
+        ("  in the recurrent layers", [_milliseconds(row.rnn_seconds) for row in rows]),
+        ("  everything else", [_milliseconds(row.other_seconds) for row in rows]),
         ("speed-up, median step", [_number(row.speed_up, ".2f", "×") for row in rows]),
         ("speed-up, total time", [_number(row.total_speed_up, ".2f", "×") for row in rows]),
-        ("of one step, ms: recurrent layers", [_milliseconds(row.rnn_seconds) for row in rows]),
-        ("of one step, ms: everything else", [_milliseconds(row.other_seconds) for row in rows]),
         (f"training loss, last {_LAST_STEPS} steps", [_number(row.training_loss, ".4f") for row in rows]),
-        ("held-out loss", [_number(row.held_out_loss, ".4f") for row in rows]),
-        ("held-out perplexity", [_number(row.perplexity, ".3f") for row in rows]),
-        ("characters per second, sampling", [_number(row.sampling_rate, ",.0f") for row in rows]),
+        *((measure.label, [_number(row.measures.get(measure.key), measure.form) for row in rows]) for measure in measures),
     ]
     table = Table()
     table.add_column("")
@@ -114,21 +143,31 @@ def _milliseconds(seconds: float | None) -> str:
     return _number(None if seconds is None else seconds * 1e3, ".1f")
 
 
-def write_json(path: Path, rows: Sequence[Row], common: dict[str, Any]) -> None:
-    """Write one JSON object per row, each with the derived figures and everything in ``common``."""
-    written = [
-        {
-            **asdict(row),
-            "characters_per_second": row.rate,
-            "median_seconds": row.median_seconds,
-            "training_loss": row.training_loss,
-            "perplexity": row.perplexity,
-            **common,
-        }
-        for row in rows
-    ]
+def json_rows(rows: Sequence[Row], measures: Sequence[Measure], common: dict[str, Any]) -> list[dict[str, Any]]:
+    """Make one JSON object per row, each with the derived figures and everything in ``common``."""
+    made = []
+    for row in rows:
+        known = asdict(row)
+        figures = known.pop("measures")
+        made.append(
+            {
+                **known,
+                f"{row.items}_per_second": row.rate,
+                "median_seconds": row.median_seconds,
+                "training_loss": row.training_loss,
+                **{measure.key: figures.get(measure.key) for measure in measures},
+                **common,
+            }
+        )
+    return made
+
+
+def write_json(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the file whole or not at all."""
+    part = path.with_name(path.name + ".part")
     # NaN is no JSON: a diverged loss is written as null.
-    path.write_text(json.dumps(_finite(written), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(_finite(rows), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def _finite(value: Any) -> Any:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.training.breakdown import RecurrentClock
+
 # (model, batch, what the last step carried over) → (loss, what to carry to the next step). None is carried at first.
 LossOf = Callable[[Any, Any, Any], tuple[Tensor, Any]]
 BatchAt = Callable[[int], Any]
@@ -76,6 +78,7 @@ class Contender:
         name: whose layers it runs.
         losses: training loss of every finished step.
         seconds: wall time of every finished step, forward to optimiser, without fetching the batch.
+        rnn_seconds: of that, spent in the recurrent layers, forward and backward.
     """
 
     def __init__(self, name: str, model: nn.Module, loss_of: LossOf, settings: Settings) -> None:
@@ -83,6 +86,8 @@ class Contender:
         self.model = model
         self.losses: list[float] = []
         self.seconds: list[float] = []
+        self.rnn_seconds: list[float] = []
+        self._clock = RecurrentClock(model)
         self._loss_of = loss_of
         self._settings = settings
         self._parameters = list(model.parameters())
@@ -101,27 +106,29 @@ class Contender:
         for group in self._optimizer.param_groups:
             group["lr"] = self._settings.lr_at(number)
         self._optimizer.zero_grad()
-        loss, carry = self._loss_of(self.model, batch, self._carry)
-        loss.backward()
+        with self._clock:
+            loss, carry = self._loss_of(self.model, batch, self._carry)
+            loss.backward()
         self._settings.clip(self._parameters)
         self._optimizer.step()
         value = loss.item()
         elapsed = time.perf_counter() - start
-        # Recorded together and last: an interrupt leaves losses and seconds of whole steps only.
+        # Recorded together and last: an interrupt leaves the losses and times of whole steps only.
         self._carry = carry
         self.losses.append(value)
         self.seconds.append(elapsed)
+        self.rnn_seconds.append(self._clock.seconds)
         return value
 
 
-def race(contenders: Sequence[Contender], batch_at: BatchAt, settings: Settings) -> Outcome:
+def race(contenders: Sequence[Contender], batch_at: BatchAt, settings: Settings, title: str = "training") -> Outcome:
     """Train the contenders in alternating blocks of steps, so that a slow spell of the machine hits all of them.
 
     Every contender gets the same batches in the same order. Who begins changes from block to block. A progress bar with the
-    losses and the time left goes to standard error. Ctrl-C ends the race, it does not raise.
+    losses and the time left goes to standard error, under ``title``. Ctrl-C ends the race, it does not raise.
     """
     begin = time.perf_counter()
-    bar = tqdm(total=settings.steps * len(contenders), unit="step", desc="training", mininterval=0.2, dynamic_ncols=True)
+    bar = tqdm(total=settings.steps * len(contenders), unit="step", desc=title, mininterval=0.2, dynamic_ncols=True)
     try:
         with bar:
             for contender in contenders:
