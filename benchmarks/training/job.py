@@ -87,12 +87,36 @@ def print_remarks(outcome: Outcome, contenders: Sequence[Contender]) -> None:
         print(f"largest difference between the two training losses, over {common:,} steps: {apart(contenders):.1e}")
 
 
-def out_file(options: argparse.Namespace, name: str, outcome: Outcome) -> Path:
-    """The path of a file of results. Those of an interrupted run do not replace those of an earlier, whole one."""
-    stem, _, suffix = name.rpartition(".")
-    partial = ".partial" if outcome is Outcome.INTERRUPTED else ""
-    path: Path = options.out / f"{stem}{partial}.{suffix}"
-    return path
+class Outputs:
+    """The files of one run. They have names of their own until it is whole, so that a run that was stopped replaces nothing.
+
+    Args:
+        folder: where they go.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._names: list[str] = []
+        self._whole = False
+
+    def path(self, name: str) -> Path:
+        """Where to write the file ``name`` now."""
+        if name not in self._names:
+            self._names.append(name)
+        return self._path(name)
+
+    def complete(self) -> None:
+        """The run is whole: give the files their names."""
+        for name in self._names:
+            self._path(name).replace(self._folder / name)
+        self._whole = True
+
+    def __str__(self) -> str:
+        return ", ".join(str(self._path(name)) for name in self._names)
+
+    def _path(self, name: str) -> Path:
+        path = self._folder / name
+        return path if self._whole else path.with_name(f"{path.stem}.partial{path.suffix}")
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, object]:

@@ -170,17 +170,19 @@ def _report(
         "sample": written,
         **environment(),
     }
-    files = [job.out_file(options, "language_model.json", outcome)]
-    write_json(files[0], json_rows(rows, _MEASURES, facts))
+    files = job.Outputs(options.out)
+    write_json(files.path("language_model.json"), json_rows(rows, _MEASURES, facts))
     if base.losses and ours.losses:
         levels = {
             f"held-out, {row.provider}: {loss:.2f}": loss
             for row in rows[1:]
             if math.isfinite(loss := row.measures.get("held_out_loss", math.nan))
         }
-        files.append(job.out_file(options, "language_model.png", outcome))
-        plot_race(files[-1], f"{layers}: {ours.name} against {base.name}", base, ours, levels)
-    print("wrote " + ", ".join(str(file) for file in files))
+        picture = files.path("language_model.png")
+        plot_race(picture, f"{layers}: {ours.name} against {base.name}", base, ours, levels)
+    if outcome is not Outcome.INTERRUPTED:
+        files.complete()
+    print(f"wrote {files}")
 
 
 if __name__ == "__main__":

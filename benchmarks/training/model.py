@@ -21,6 +21,14 @@ _LAYERS: dict[str, tuple[type[nn.Module], dict[str, str]]] = {
 CELLS = tuple(_LAYERS)
 
 
+def recurrent(cell: str, input_size: int, hidden_size: int, layers: int = 1, **options: Any) -> nn.Module:
+    """Make torch.nn's layers of a cell, one of ``CELLS``; ``options`` as dropout, bidirectional."""
+    if cell not in _LAYERS:
+        raise ValueError(f"cell: expected one of {', '.join(_LAYERS)}, got {cell!r}")
+    kind, own = _LAYERS[cell]
+    return kind(input_size, hidden_size, layers, **own, **options)
+
+
 class CharacterModel(nn.Module):
     """Embedding → recurrent layers → linear, one prediction of the next symbol per character.
 
@@ -37,14 +45,10 @@ class CharacterModel(nn.Module):
         self, cell: str, size: int, embedding: int, hidden: int, layers: int, dropout: float, *, tie_weights: bool
     ) -> None:
         super().__init__()
-        if cell not in _LAYERS:
-            raise ValueError(f"cell: expected one of {', '.join(_LAYERS)}, got {cell!r}")
         if tie_weights and embedding != hidden:
             raise ValueError(f"tie_weights: expected embedding == hidden, got {embedding} and {hidden}")
-        layer, options = _LAYERS[cell]
         self.embedding = nn.Embedding(size, embedding)
-        between = dropout if layers > 1 else 0.0
-        self.rnn = layer(embedding, hidden, layers, dropout=between, **options)
+        self.rnn = recurrent(cell, embedding, hidden, layers, dropout=dropout if layers > 1 else 0.0)
         self.linear = nn.Linear(hidden, size)
         self.dropout = nn.Dropout(dropout)
         if tie_weights:

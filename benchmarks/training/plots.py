@@ -16,7 +16,9 @@ _OURS_COLOR = "#1f5fa8"
 _TEXT_COLOR = "#333333"
 
 
-def plot_race(path: Path, title: str, base: Contender, ours: Contender, levels: Mapping[str, float]) -> None:
+def plot_race(
+    path: Path, title: str, base: Contender, ours: Contender, levels: Mapping[str, float], unit: str = "nats"
+) -> None:
     """Draw loss against steps, the difference of the two curves, and loss against the wall time of each one's steps.
 
     Args:
@@ -25,6 +27,7 @@ def plot_race(path: Path, title: str, base: Contender, ours: Contender, levels: 
         base: whom to compare with; a wide line.
         ours: a narrow line on top, so that both are seen where they coincide.
         levels: name → loss, drawn as horizontal lines.
+        unit: of the loss.
     """
     figure = Figure(figsize=(12, 5.4), dpi=130, layout="constrained")
     figure.suptitle(title, color=_TEXT_COLOR, fontsize=12)
@@ -49,10 +52,10 @@ def plot_race(path: Path, title: str, base: Contender, ours: Contender, levels: 
         difference.set_yscale("log")
     difference.set(xlabel="step", ylabel="|difference|")
     smoothing = f", mean of {window} steps" if window > 1 else ""
-    steps.set(title="Loss against steps", ylabel=f"training loss, nats{smoothing}")
+    steps.set(title="Loss against steps", ylabel=f"training loss, {unit}{smoothing}")
     steps.tick_params(labelbottom=False)
     clock.set(
-        title="Loss against wall time", xlabel="seconds spent in training steps", ylabel=f"training loss, nats{smoothing}"
+        title="Loss against wall time", xlabel="seconds spent in training steps", ylabel=f"training loss, {unit}{smoothing}"
     )
     for axes in (steps, clock):
         _draw_levels(axes, levels)
