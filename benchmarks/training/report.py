@@ -127,12 +127,17 @@ def print_table(rows: Sequence[Row], title: str, measures: Sequence[Measure] = (
     for name, cells in lines:
         if any(cell != "–" for cell in cells):
             table.add_row(name, *cells)
+    print_wide(title, style="bold")
+    print_wide(table)
+
+
+def print_wide(what: Any, style: str | None = None) -> None:
+    """Print something of rich's to standard output."""
     console = Console(file=sys.stdout, highlight=False)
     # Into a pipe or a file, a narrow default would cut the figures.
     if not console.is_terminal:
         console = Console(file=sys.stdout, highlight=False, width=100)
-    console.print(title, style="bold")
-    console.print(table)
+    console.print(what, style=style)
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

@@ -118,7 +118,7 @@ class Session:
         )
         outcome = race([base, ours], task.batch, settings, task.name or "training")
         rows = [contender_row(contender, base, task.items_per_step, task.items) for contender in (base, ours)]
-        if outcome in (Outcome.FINISHED, Outcome.TIME_LIMIT):
+        if outcome in (Outcome.FINISHED, Outcome.TIME_LIMIT) and base.losses:
             try:
                 for contender, row in zip((base, ours), rows, strict=True):
                     row.measures = _judged(task, contender.model)
@@ -128,7 +128,8 @@ class Session:
         # The last outcome that was not the best one; after an interrupt or a divergence there is no next task.
         if outcome is not Outcome.FINISHED:
             self.outcome = outcome
-        print_table(rows, task.title, task.measures)
+        if base.losses:
+            print_table(rows, task.title, task.measures)
         job.print_remarks(outcome, (base, ours))
         self._compare(task.measures, rows)
         facts = {"task": task.name, "title": task.title, "backend": backend, "parameters": parameters}
@@ -149,6 +150,10 @@ class Session:
         self._written += [{**row, **common} for row in rows]
         with self.writing(f"{self.name}.json") as path:
             write_json(path, self._written)
+
+    def disagree(self) -> None:
+        """The two implementations differ in something that the job has said: it will not end with exit code 0."""
+        self._agree = False
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:

@@ -1,0 +1,256 @@
+"""How the norm of the gradient changes on its way back through time: vanishing, exploding, clipped.
+
+Sources: Hochreiter 1991; Bengio, Simard & Frasconi 1994; Pascanu, Mikolov & Bengio 2013 (clipping by norm).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+import fused_rnn
+from benchmarks.training.gradient_plots import plot_curves, plot_exploding
+from benchmarks.training.report import print_wide
+from benchmarks.training.session import Session
+from benchmarks.training.trainer import Outcome
+
+# Points of a curve; between them the layer runs in one call.
+_POINTS = 100
+_SEQUENCES = 32
+# The number of the step whose sequences no training sees.
+_UNSEEN = -2
+
+NAMES = {"rnn_tanh": "RNN", "gru": "GRU", "lstm": "LSTM"}
+# Cells, and whether their initial biases are the job's or torch.nn's.
+_STARTS = (("rnn_tanh", False), ("gru", False), ("gru", True), ("lstm", False), ("lstm", True))
+# Spectral radii of the recurrent matrix; torch.nn's initial one has 1/√3.
+RADII = (0.6, 1.0, 1.5, 2.0, 3.0)
+_EXPLODING = 2.0
+_DESCENT_LR = 0.1
+
+# The two implementations round differently in float64, over a thousand steps; a wrong gradient is off by far more.
+_SAME = 1e-6
+# Below, a norm has lost its digits to the smallest numbers of float64.
+_TINY = 1e-290
+
+
+@dataclass
+class Curve:
+    """The gradient's norm at some steps of one length.
+
+    Attributes:
+        cell: of the recurrent layer.
+        length: T.
+        stage: "start", "clipped" or "not clipped" (after training), "radius" (at the start, the recurrent matrix scaled).
+        initial: "torch.nn", "chrono", or the spectral radius as text.
+        steps: t, ascending, 0 to T.
+        norms: of d loss / d state after t steps, mean over the sequences.
+    """
+
+    cell: str
+    length: int
+    stage: str
+    initial: str
+    steps: list[int] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Descent:
+    """A training with plain gradient descent.
+
+    Attributes:
+        clip: the norm that gradients are scaled down to, or 0.
+        losses: of every step, not finite where the training broke down.
+        norms: of all parameters' gradients together, before clipping.
+    """
+
+    length: int
+    radius: float
+    clip: float
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+
+
+def norms_through_time(model: Any, inputs: Tensor, wanted: Tensor) -> tuple[list[int], list[float]]:
+    """Measure d loss / d state on the way back, for the squared error of each sequence.
+
+    The layer runs piece by piece, so that the states between the pieces, h and for an LSTM c, receive their gradients: those of
+    the whole recurrence after them, as in one call.
+
+    Args:
+        model: has ``rnn`` and ``linear``, as ``AddingModel``.
+        inputs: (T, B, 2).
+        wanted: (B,).
+
+    Returns:
+        steps, 0 to T, ascending, and the norms there: of the gradient of h and c together, mean over the sequences.
+    """
+    length, piece = len(inputs), math.ceil(len(inputs) / _POINTS)
+    layers, hidden = model.rnn.num_layers, model.rnn.hidden_size
+    parts = 2 if isinstance(model.rnn, (nn.LSTM, fused_rnn.LSTM)) else 1
+    zeros = tuple(inputs.new_zeros(layers, inputs.shape[1], hidden).requires_grad_() for _ in range(parts))
+    states, steps = [zeros], [0]
+    for begin in range(0, length, piece):
+        _, state = model.rnn(inputs[begin : begin + piece], states[-1] if parts == 2 else states[-1][0])
+        states.append(state if parts == 2 else (state,))
+        steps.append(min(begin + piece, length))
+    # The top layer's h after the last step is its last output; from the state, so that this state has a gradient, too.
+    loss = (model.linear(states[-1][0][-1]).squeeze(1) - wanted).square().sum()
+    gradients = torch.autograd.grad(loss, [tensor for state in states for tensor in state], allow_unused=True)
+    # The loss does not look at the last c.
+    flat = [torch.zeros_like(zeros[0]) if gradient is None else gradient for gradient in gradients]
+    return steps, [_mean_norm(flat[i : i + parts]) for i in range(0, len(flat), parts)]
+
+
+def _mean_norm(gradients: Sequence[Tensor]) -> float:
+    """Mean over the sequences of the joint 2-norm of (layers, B, H) tensors, of numbers whose squares are too small, too."""
+    rows = torch.cat([gradient.transpose(0, 1).flatten(1) for gradient in gradients], 1)
+    largest = rows.abs().amax()
+    return 0.0 if largest == 0 else (largest * (rows / largest).norm(dim=1).mean()).item()
+
+
+def scale_recurrent(model: Any, radius: float) -> None:
+    """Scale the first layer's recurrent matrix to a spectral radius, in place; for a simple recurrence."""
+    with torch.no_grad():
+        matrix = model.rnn.weight_hh_l0
+        matrix *= radius / torch.linalg.eigvals(matrix.double()).abs().max().item()
+
+
+class GradientFlow:
+    """The gradient part of the adding job.
+
+    Args:
+        session: takes the rows and the pictures.
+        options: of the job.
+        lengths: T of the curves.
+        make: (cell, length, chrono) → a model with torch.nn's layers.
+        draw: (length, batch, seed) → inputs and sums.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        options: argparse.Namespace,
+        lengths: Sequence[int],
+        make: Callable[[str, int, bool], nn.Module],
+        draw: Callable[[int, int, int], tuple[Tensor, Tensor]],
+    ) -> None:
+        self.curves: list[Curve] = []
+        self.descents: list[Descent] = []
+        self.worst = 0.0
+        self._session, self._options, self._lengths = session, options, lengths
+        self._make, self._draw = make, draw
+
+    def run(self) -> None:
+        """Measure, draw, write. Ctrl-C ends it, and what was measured is drawn."""
+        options = self._options
+        print(
+            f"\nGradients through time: {options.hidden} units, {_SEQUENCES} sequences, "
+            f"{options.gradient_steps} steps of training"
+        )
+        short = self._lengths[0]
+        work = [partial(self._cell, length, cell, chrono) for length in self._lengths for cell, chrono in _STARTS]
+        work += [partial(self._radius, short, radius) for radius in RADII]
+        work += [partial(self._descend, short, clip) for clip in (0.0, options.clip_norm or 1.0)]
+        try:
+            for piece in tqdm(work, desc="gradients", dynamic_ncols=True):
+                piece()
+        except KeyboardInterrupt:
+            self._session.outcome = Outcome.INTERRUPTED
+            print("stopped by Ctrl-C, the curves are those so far")
+        if self.curves:
+            print(
+                f"largest difference between torch.nn's and fused_rnn's gradients at any step, in float64: "
+                f"{self.worst:.1e} of the gradient's norm"
+            )
+            if not self.worst < _SAME:
+                self._session.disagree()
+            self._summary()
+        rows = [{"task": "gradients", **asdict(each)} for each in (*self.curves, *self.descents)]
+        self._session.add(rows)
+        if self.curves:
+            with self._session.writing("adding_gradients.png") as path:
+                plot_curves(path, self.curves, options.gradient_steps)
+        if self.descents:
+            with self._session.writing("adding_exploding.png") as path:
+                plot_exploding(path, self.curves, self.descents)
+
+    def _new(self, cell: str, length: int, chrono: bool) -> Any:
+        torch.manual_seed(self._options.seed)
+        return self._make(cell, length, chrono)
+
+    def _look(self, model: Any, curve: Curve, *, check: bool = False) -> None:
+        """Measure a curve in float64, in which what float32 would round to zero can be seen, and keep it."""
+        inputs, wanted = (x.double() for x in self._draw(curve.length, _SEQUENCES, _UNSEEN))
+        theirs = copy.deepcopy(model).double()
+        ours = fused_rnn.convert(copy.deepcopy(theirs))
+        curve.steps, curve.norms = norms_through_time(ours, inputs, wanted)
+        if check:
+            _, expected = norms_through_time(theirs, inputs, wanted)
+            gaps = [abs(a - b) / b if b > _TINY else abs(a - b) for a, b in zip(curve.norms, expected, strict=True)]
+            self.worst = max(self.worst, *gaps)
+        self.curves.append(curve)
+
+    def _cell(self, length: int, cell: str, chrono: bool) -> None:
+        start = self._new(cell, length, chrono)
+        initial = "chrono" if chrono else "torch.nn"
+        self._look(start, Curve(cell, length, "start", initial), check=True)
+        if cell != "rnn_tanh" and not chrono:
+            return
+        for stage, clip in (("clipped", self._options.clip_norm or 1.0), ("not clipped", 0.0)):
+            model = fused_rnn.convert(copy.deepcopy(start))
+            optimizer = torch.optim.Adam(model.parameters(), lr=self._options.lr)
+            for number in range(self._options.gradient_steps):
+                _step(model, optimizer, *self._draw(length, self._options.batch, number), clip)
+            self._look(fused_rnn.revert(model), Curve(cell, length, stage, initial))
+
+    def _radius(self, length: int, radius: float) -> None:
+        model = self._new("rnn_tanh", length, False)
+        scale_recurrent(model, radius)
+        self._look(model, Curve("rnn_tanh", length, "radius", f"{radius:g}"), check=True)
+
+    def _descend(self, length: int, clip: float) -> None:
+        """Train an exploding recurrence with plain gradient descent, whose steps are as long as the gradients."""
+        descent = Descent(length, _EXPLODING, clip)
+        self.descents.append(descent)
+        model = self._new("rnn_tanh", length, False)
+        scale_recurrent(model, descent.radius)
+        model = fused_rnn.convert(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=_DESCENT_LR)
+        for number in range(2 * self._options.gradient_steps):
+            loss, norm = _step(model, optimizer, *self._draw(length, self._options.batch, number), clip)
+            descent.losses.append(loss)
+            descent.norms.append(norm)
+            if not math.isfinite(loss):
+                break
+
+    def _summary(self) -> None:
+        table = Table("T", "cell", "initial weights", "stage", "norm at t = 0", "norm at t = T")
+        for curve in self.curves:
+            ends = [f"{norm:.1e}" for norm in (curve.norms[0], curve.norms[-1])]
+            initial = f"spectral radius {curve.initial}" if curve.stage == "radius" else curve.initial
+            stage = "start" if curve.stage == "radius" else curve.stage
+            table.add_row(f"{curve.length:,}", NAMES[curve.cell], initial, stage, *ends)
+        print_wide(table)
+
+
+def _step(model: Any, optimizer: torch.optim.Optimizer, inputs: Tensor, wanted: Tensor, clip: float) -> tuple[float, float]:
+    """Take a training step; return the loss and the norm of all gradients together before clipping."""
+    optimizer.zero_grad()
+    loss = functional.mse_loss(model(inputs), wanted)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    optimizer.step()
+    return loss.item(), norm.item()
