@@ -187,11 +187,9 @@ def _run(parser: Parser, options: argparse.Namespace) -> int:
         f"images: scikit-learn's digits; {len(digits.training[1]):,} to train on, {len(digits.held_out[1]):,} held out, "
         f"{len(digits.training[0])} pixels each"
     )
-    poolings = list(dict.fromkeys(options.pooling))
-    session = Session("classifier", parser, options, len(poolings))
-    for pooling in poolings:
-        if not session.stopped:
-            session.train(Classifier(options, pooling, digits))
+    tasks = [Classifier(options, pooling, digits) for pooling in dict.fromkeys(options.pooling)]
+    session = Session("classifier", parser, options, tasks)
+    session.train()
     return session.finish()
 
 

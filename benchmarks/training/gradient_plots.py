@@ -21,7 +21,6 @@ _SHADES = ("#56B4E9", "#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7")
 _INK = "#333333"
 # What is smaller is as good as gone; the axis ends there.
 _FLOOR = 1e-30
-_FLOAT32 = 1.4e-45
 
 
 def plot_curves(path: Path, curves: Sequence[Curve], steps: int) -> None:
@@ -71,16 +70,26 @@ def plot_exploding(path: Path, curves: Sequence[Curve], descents: Sequence[Desce
         curves: those of stage "radius" are drawn.
         descents: one clipped, one not, or the first of them alone.
     """
-    figure = Figure(figsize=(14, 4.8), dpi=130, layout="constrained")
-    figure.suptitle("Exploding gradients: RNN (tanh), recurrent matrix scaled", color=_INK, fontsize=13)
-    through, norms, losses = figure.subplots(1, 3)
-    radii = [curve for curve in curves if curve.stage == "radius"]
-    for curve, colour in zip(radii, _SHADES, strict=False):
-        _line(through, curve, f"spectral radius {curve.initial}", colour, "-")
-    _dress(through)
-    through.set(xlabel="step t (the error enters at the right)", ylabel="‖∂ loss / ∂ state after step t‖")
-    through.set_title(f"Before training, T = {descents[0].length:,}", fontsize=10, loc="left")
-    through.legend(frameon=False, fontsize=8.5)
+    figure = Figure(figsize=(13, 8.6), dpi=130, layout="constrained")
+    figure.suptitle("Exploding gradients: the recurrent matrices scaled", color=_INK, fontsize=13)
+    grid = figure.add_gridspec(2, 6)
+    first: Axes | None = None
+    for place, (cell, name) in enumerate(_NAMES.items()):
+        axes = figure.add_subplot(grid[0, 2 * place : 2 * place + 2], sharey=first)
+        radii = [curve for curve in curves if (curve.stage, curve.cell) == ("radius", cell)]
+        for curve, colour in zip(radii, _SHADES, strict=False):
+            _line(axes, curve, f"spectral radius {curve.initial}", colour, "-")
+        _dress(axes)
+        axes.set(xlabel="step t (the error enters at the right)")
+        axes.set_title(f"{name}, before training, T = {descents[0].length:,}", fontsize=10, loc="left")
+        if first is None:
+            first = axes
+            axes.set_ylabel("‖∂ loss / ∂ state after step t‖")
+            if radii:
+                axes.legend(frameon=False, fontsize=8.5)
+        else:
+            axes.tick_params(labelleft=False)
+    norms, losses = figure.add_subplot(grid[1, :3]), figure.add_subplot(grid[1, 3:])
     for descent in descents:
         name = f"clipped to {descent.clip:g}" if descent.clip else "not clipped"
         colour, style = ("#0072B2", "-") if descent.clip else ("#D55E00", (0, (4, 2)))
@@ -90,7 +99,7 @@ def plot_exploding(path: Path, curves: Sequence[Curve], descents: Sequence[Desce
         if descent.clip:
             norms.axhline(descent.clip, color=_INK, linewidth=1, linestyle=":", label=f"clipping threshold {descent.clip:g}")
     losses.axhline(1 / 6, color=_INK, linewidth=1, linestyle=":", label="always 1: 1/6")
-    title = f"Gradient descent, spectral radius {descents[0].radius:g}"
+    title = f"RNN, plain gradient descent, spectral radius {descents[0].radius:g}, T = {descents[0].length:,}"
     for axes, label in ((norms, "‖gradient of all weights‖, before clipping"), (losses, "training loss, squared error")):
         _dress(axes)
         axes.set(xlabel="training step", ylabel=label)

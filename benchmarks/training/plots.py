@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from benchmarks.training.trainer import Contender, disturbed, speed_up, total_speed_up
 
@@ -17,7 +19,14 @@ _TEXT_COLOR = "#333333"
 
 
 def plot_race(
-    path: Path, title: str, base: Contender, ours: Contender, levels: Mapping[str, float], unit: str = "nats"
+    path: Path,
+    title: str,
+    base: Contender,
+    ours: Contender,
+    levels: Mapping[str, float],
+    unit: str = "nats",
+    *,
+    log: bool = False,
 ) -> None:
     """Draw loss against steps, the difference of the two curves, and loss against the wall time of each one's steps.
 
@@ -28,6 +37,7 @@ def plot_race(
         ours: a narrow line on top, so that both are seen where they coincide.
         levels: name → loss, drawn as horizontal lines.
         unit: of the loss.
+        log: whether the axes of the loss are logarithmic.
     """
     figure = Figure(figsize=(12, 5.4), dpi=130, layout="constrained")
     figure.suptitle(title, color=_TEXT_COLOR, fontsize=12)
@@ -50,6 +60,10 @@ def plot_race(
     difference.plot(range(1, common + 1), gaps, ".", color="#777777", markersize=3)
     if any(gaps):
         difference.set_yscale("log")
+        # Whole decades, so that there are numbers at the axis, and none crowd it.
+        seen = [math.log10(gap) for gap in gaps if 0 < gap < math.inf]
+        difference.set_ylim(10.0 ** math.floor(min(seen, default=0)), 10.0 ** (math.floor(max(seen, default=0)) + 1))
+        difference.yaxis.set_minor_formatter(NullFormatter())
     difference.set(xlabel="step", ylabel="|difference|")
     smoothing = f", mean of {window} steps" if window > 1 else ""
     steps.set(title="Loss against steps", ylabel=f"training loss, {unit}{smoothing}")
@@ -61,8 +75,14 @@ def plot_race(
         _draw_levels(axes, levels)
         axes.legend(loc="upper right", frameon=False)
     # Room for the arrow, below everything that was drawn.
-    low, high = clock.get_ylim()
-    clock.set_ylim(low - 0.12 * (high - low), high)
+    if log:
+        for axes in (steps, clock):
+            axes.set_yscale("log")
+        low, high = clock.get_ylim()
+        clock.set_ylim(low * (low / high) ** 0.12, high)
+    else:
+        low, high = clock.get_ylim()
+        clock.set_ylim(low - 0.12 * (high - low), high)
     _mark_lead(clock, base, ours, window)
     for axes in (steps, difference, clock):
         axes.spines[["top", "right"]].set_visible(False)

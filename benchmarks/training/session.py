@@ -30,8 +30,9 @@ class Task(abc.ABC):
         title: the headline of the table and the picture.
         items: what a training step sees, in the plural.
         items_per_step: how many of them.
-        rows_per_step: steps of all sequences together that the recurrent layers take in a training step.
+        rows_per_step: steps of all sequences together that the recurrent layers take at most in one call.
         loss_unit: of the training loss.
+        log_loss: whether the picture's axis of the loss is logarithmic.
         measures: the figures of ``quality``. The first is in the training loss's unit.
     """
 
@@ -41,6 +42,7 @@ class Task(abc.ABC):
     items_per_step: int
     rows_per_step: int
     loss_unit: ClassVar[str] = "nats"
+    log_loss: ClassVar[bool] = False
     measures: ClassVar[Sequence[Measure]]
 
     @abc.abstractmethod
@@ -71,36 +73,41 @@ class Session:
         name: of the job, and of its files.
         parser: says what cannot go on.
         options: of the command line, with those of ``add_training``.
-        tasks: how many trainings there will be; they share the time limit.
+        tasks: what will be trained; they share the time limit. One that cannot fit into the machine ends the job here.
     """
 
-    def __init__(self, name: str, parser: Parser, options: argparse.Namespace, tasks: int = 1) -> None:
+    def __init__(self, name: str, parser: Parser, options: argparse.Namespace, tasks: Sequence[Task]) -> None:
         self.name = name
         self.outcome = Outcome.FINISHED
         self.files = job.Outputs(options.out)
         self._parser = parser
         self._options = options
-        self._tasks_left = tasks
+        self._tasks = tasks
         self._end = time.perf_counter() + options.time_limit if options.time_limit else None
         self._written: list[dict[str, Any]] = []
         self._agree = True
         if options.threads is not None:
             torch.set_num_threads(options.threads)
+        for task in tasks:
+            self._check_memory(task)
 
     @property
     def stopped(self) -> bool:
         """Whether nothing more is to be begun."""
         return self.outcome in (Outcome.INTERRUPTED, Outcome.DIVERGED)
 
-    def train(self, task: Task) -> None:
-        """Train a task with both implementations, judge them, print the table, write the rows and the picture."""
+    def train(self) -> None:
+        """Train each task with both implementations, judge them, print the table, write the rows and the picture."""
+        for number, task in enumerate(self._tasks):
+            if not self.stopped:
+                self._train(task, len(self._tasks) - number)
+
+    def _train(self, task: Task, left: int) -> None:
         settings = training_settings(self._options)
         if self._end is not None:
             # A task that needs less than its share leaves the rest to those after it. Zero would mean no limit.
-            left = max(self._end - time.perf_counter(), 1e-9)
-            settings = dataclasses.replace(settings, time_limit=left / max(self._tasks_left, 1))
-        self._tasks_left -= 1
-        self._check_memory(task)
+            seconds = max(self._end - time.perf_counter(), 1e-9)
+            settings = dataclasses.replace(settings, time_limit=seconds / left)
         torch.manual_seed(settings.seed)
         model = task.model()
         fused, backend = job.fused_copy(self._parser, model)
@@ -142,7 +149,8 @@ class Session:
                 if math.isfinite(level := row.measures.get(first.key, math.nan))
             }
             with self.writing(f"{self.name}_{task.name}.png" if task.name else f"{self.name}.png") as picture:
-                plot_race(picture, f"{task.title}: {ours.name} against {base.name}", base, ours, levels, task.loss_unit)
+                title = f"{task.title}: {ours.name} against {base.name}"
+                plot_race(picture, title, base, ours, levels, task.loss_unit, log=task.log_loss)
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write rows of the JSON, with those before them: even a kill leaves what was measured."""

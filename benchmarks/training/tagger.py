@@ -236,8 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(parser: Parser, options: argparse.Namespace) -> int:
     task = Tagger(options, standard_library() if options.text is None else from_file(options.text))
     print(task.data)
-    session = Session("tagger", parser, options)
-    session.train(task)
+    session = Session("tagger", parser, options, [task])
+    session.train()
     return session.finish()
 
 
