@@ -317,7 +317,8 @@ def test_two_trainings_of_different_quality_are_told(run, monkeypatch):
     monkeypatch.setattr(session.job, "fused_copy", lambda parser, model: (_other(model), "none"))
     code, printed, _ = run("tagger", "--steps", "40")
     assert code == 1
-    assert "DISAGREE" in printed.out
+    assert "held-out accuracy: the two trainings DISAGREE" in printed.out
+    assert "DISAGREE from the start" in printed.out
 
 
 def _other(model):

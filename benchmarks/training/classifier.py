@@ -3,7 +3,8 @@
     python -m benchmarks.training.classifier [--help]
 
 The images are scikit-learn's bundled ones: 1,797 of 8 × 8 pixels, read as 64 steps of one grey level each. Source: UCI, Optical
-Recognition of Handwritten Digits (Alpaydin & Kaynak 1998). Reading an image pixel by pixel: Le, Jaitly & Hinton 2015.
+Recognition of Handwritten Digits (Alpaydin & Kaynak 1998). Reading an image pixel by pixel: Le, Jaitly & Hinton 2015. A linear
+softmax, printed beside, has it far easier: it sees all pixels at once, each at its place, and 8 × 8 of them ask for no more.
 
 Exit codes: 0 done; 1 a loss was not finite, or the two trainings differ in quality; 2 a wrong option or no scikit-learn, said
 in one line; 130 stopped by Ctrl-C.
@@ -108,8 +109,9 @@ class Classifier(Task):
     items = "images"
     measures = (
         Measure("held_out_loss", "held-out loss"),
-        # Of 360 images, 7 may fall on the other side: the two trainings part like any two that round differently.
-        Measure("accuracy", "held-out accuracy", ".2%", agrees=0.02),
+        # Two and a half standard deviations of the difference of two accuracies around 92 % on 360 images. With other roundings
+        # in a single weight, torch.nn's own training comes out as far from itself.
+        Measure("accuracy", "held-out accuracy", ".2%", agrees=0.05),
     )
 
     def __init__(self, options: argparse.Namespace, pooling: str, digits: Digits) -> None:

@@ -19,7 +19,10 @@ from benchmarks.training import job
 from benchmarks.training.command import Parser, training_settings
 from benchmarks.training.plots import plot_race
 from benchmarks.training.report import Measure, Row, contender_row, environment, json_rows, print_table, write_json
-from benchmarks.training.trainer import Contender, Outcome, race
+from benchmarks.training.trainer import Contender, Outcome, apart, race
+
+# How far apart the losses of the first steps may be, relative to the first; 1e-6 is what rounding does.
+_SAME = 1e-3
 
 
 class Task(abc.ABC):
@@ -138,7 +141,7 @@ class Session:
         if base.losses:
             print_table(rows, task.title, task.measures)
         job.print_remarks(outcome, (base, ours))
-        self._compare(task.measures, rows)
+        self._compare((base, ours), task.measures, rows)
         facts = {"task": task.name, "title": task.title, "backend": backend, "parameters": parameters}
         self.add(json_rows(rows, task.measures, facts | {"outcome": outcome.value}))
         if base.losses and ours.losses:
@@ -191,14 +194,19 @@ class Session:
         weights = sum(parameter.numel() for parameter in model.parameters())
         job.check_memory(self._parser, weights, kept, "--hidden, --layers or --batch")
 
-    def _compare(self, measures: Sequence[Measure], rows: Sequence[Row]) -> None:
-        """Say whether the two trainings came out equally good."""
+    def _compare(self, contenders: Sequence[Contender], measures: Sequence[Measure], rows: Sequence[Row]) -> None:
+        """Say whether the two trainings are the same at their start and come out equally good at their end."""
         base, ours = rows[:2]
+        if base.losses and ours.losses:
+            early = apart(contenders, job.EARLY)
+            # Not "early > …": what is no number agrees with nothing. A loss that is not finite has been reported as such.
+            if not early <= _SAME * max(1.0, abs(base.losses[0])) and math.isfinite(base.losses[-1] + ours.losses[-1]):
+                self._agree = False
+                print(f"the two trainings DISAGREE from the start: their first losses are {early:.1e} apart")
         for measure in measures:
             if measure.agrees is None or measure.key not in ours.measures:
                 continue
             gap = abs(base.measures[measure.key] - ours.measures[measure.key])
-            # Not "gap > agrees": a figure that is no number agrees with nothing.
             agree = gap <= measure.agrees
             self._agree &= agree
             print(

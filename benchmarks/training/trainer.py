@@ -154,9 +154,10 @@ def _losses(contenders: Sequence[Contender]) -> str:
     return ", ".join(f"{contender.name} {contender.losses[-1]:.3f}" for contender in contenders if contender.losses)
 
 
-def apart(contenders: Sequence[Contender]) -> float:
-    """The largest difference between the contenders' losses at one step, over the steps that all of them took."""
-    return max((max(losses) - min(losses) for losses in zip(*(c.losses for c in contenders), strict=False)), default=0.0)
+def apart(contenders: Sequence[Contender], steps: int | None = None) -> float:
+    """The largest difference between the contenders' losses at one of the first ``steps``, or of all that all of them took."""
+    common = zip(*(contender.losses[:steps] for contender in contenders), strict=False)
+    return max((max(losses) - min(losses) for losses in common), default=0.0)
 
 
 def speed_up(base: Contender, other: Contender) -> float | None:
