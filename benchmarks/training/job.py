@@ -24,7 +24,7 @@ from benchmarks.training.trainer import Contender, Outcome, apart, disturbed
 CODES = {Outcome.FINISHED: 0, Outcome.TIME_LIMIT: 0, Outcome.DIVERGED: 1, Outcome.INTERRUPTED: 130}
 
 # Steps at the start of a training, before roundings have grown.
-EARLY = 20
+EARLY = 10
 
 Model = TypeVar("Model", bound=nn.Module)
 
