@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fused_rnn import kernels
 from fused_rnn.cells import Weights
+from fused_rnn.kernels.cpp.borrowed import borrowed
 from fused_rnn.steps import Steps
 
 _ENVIRONMENT = "FUSED_RNN_ISA"
@@ -109,7 +110,7 @@ def project(input: Tensor, weight: Tensor, out: Tensor) -> None:
 
         if input.stride(1) != 1:
             input = input.contiguous()
-        _C.project(input.detach().numpy(), weight.detach().numpy(), out.numpy(), torch.get_num_threads())
+        _C.project(input.detach().numpy(), borrowed(weight), out.numpy(), torch.get_num_threads())
 
 
 def step(cell: str, input: Tensor, states: tuple[Tensor, ...], weight: Weights) -> tuple[Tensor, tuple[Tensor, ...]] | None:
@@ -127,10 +128,10 @@ def step(cell: str, input: Tensor, states: tuple[Tensor, ...], weight: Weights) 
         [state[0].detach().numpy() for state in states],
         [state[0].numpy() for state in after],
         out.numpy(),
-        weight.ih.detach().numpy(),
-        weight.hh.detach().numpy(),
-        None if weight.bias_ih is None else weight.bias_ih.detach().numpy(),
-        None if weight.bias_hh is None else weight.bias_hh.detach().numpy(),
+        borrowed(weight.ih),
+        borrowed(weight.hh),
+        None if weight.bias_ih is None else borrowed(weight.bias_ih),
+        None if weight.bias_hh is None else borrowed(weight.bias_hh),
         torch.get_num_threads(),
     )
     return out, after

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn import _C
+from fused_rnn.kernels.cpp.borrowed import borrowed
 from fused_rnn.steps import Steps
 
 # Up to this many rows, weights are read as torch stores them: a dot product per unit. Packing them first costs about as much as
@@ -44,7 +45,7 @@ def kernels_of(cell: str) -> tuple[Callable[..., Packed], Callable[..., None], C
         def packed(weights: Sequence[Tensor] | None, product: str) -> Any:
             if weights is None:
                 return None
-            arrays = [_array(weight if weight.stride(1) == 1 else weight.contiguous()) for weight in weights]
+            arrays = [borrowed(weight if weight.stride(1) == 1 else weight.contiguous()) for weight in weights]
             return _C.Packed(cell, arrays, backward, product, as_columns, threads)
 
         return Packed(packed(weight_hh, "hidden"), packed(weight_hr, "projection"), packed(weight_ih, "input"))

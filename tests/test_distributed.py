@@ -1,0 +1,162 @@
+"""Scale-out on torch's own engine: two processes compute what one does with the whole batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tolerances import assert_close_to_reference
+from torch import Tensor
+
+import fused_rnn
+
+if not dist.is_available() or not dist.is_gloo_available():
+    pytest.skip("this torch has no gloo", allow_module_level=True)
+
+from distributed_workers import Job, Pair, call_a_part, train, what_is_seen
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+cells = pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+
+
+@pytest.fixture(scope="module")
+def _pairs() -> Iterator[list[Pair]]:
+    pairs: list[Pair] = []
+    yield pairs
+    for pair in pairs:
+        pair.close()
+
+
+@pytest.fixture
+def pair(_pairs: list[Pair]) -> Pair:
+    """Two processes; new ones where a test has left the last ones unusable."""
+    if not _pairs or not _pairs[-1].alive:
+        _pairs.append(Pair())
+    return _pairs[-1]
+
+
+@functools.cache
+def _alone(cell: str, dtype: torch.dtype, **changes: Any) -> dict[str, Tensor]:
+    """One process, the whole batch, torch.nn."""
+    threads = torch.get_num_threads()
+    result = train(Job(cell, dtype, convert="no", **changes))
+    assert torch.get_num_threads() == threads
+    return result
+
+
+def _check(pair: Pair, job: Job, **changes: Any) -> None:
+    """Train with two processes; judge losses, gradients and parameters, the numbers rule with torch.nn in one process."""
+    results = pair.run(train, job)
+    expected, reference = (_alone(job.cell, dtype, norm=job.norm, **changes) for dtype in (job.dtype, torch.float64))
+    for result in results:
+        assert result.keys() == expected.keys()
+        for name, value in result.items():
+            assert_close_to_reference(value, expected[name], reference[name], name)
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), f"{name} differs between the processes"
+
+
+@pytest.mark.parametrize("convert", ["before", "after"])
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+@cells
+def test_gradients_equal_those_of_one_process(pair: Pair, cell: str, wrap: str, convert: str) -> None:
+    """Converted before or after the model is wrapped and sharded."""
+    _check(pair, Job(cell, torch.float32, wrap, convert=convert))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": torch.float64},
+        {"norm": True},
+        {"norm": True, "convert": "after"},
+        {"checkpointed": True},
+        {"accumulate": 2},
+    ],
+    ids=lambda changes: " ".join(map(str, changes)),
+)
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_with_other_features(pair: Pair, wrap: str, changes: dict[str, Any]) -> None:
+    _check(pair, Job("GRU", wrap=wrap, **changes))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "options"),
+    [
+        ("ddp", {"bucket_cap_mb": 0.001, "gradient_as_bucket_view": True}),
+        ("ddp", {"static_graph": True}),
+        ("ddp", {"find_unused_parameters": True}),
+        ("fsdp", {"reshard_after_forward": False}),
+        ("fsdp", {"reshard_after_forward": True}),
+    ],
+    ids=str,
+)
+def test_options_of_the_wrapper(pair: Pair, wrap: str, options: dict[str, Any]) -> None:
+    _check(pair, Job("LSTM", wrap=wrap, options=options))
+
+
+@cells
+def test_mixed_precision(pair: Pair, cell: str) -> None:
+    """Weights in bfloat16, reduction in float32: all in all as near to the reference as torch.nn under the same policy."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    job = Job(cell, wrap="fsdp", options={"mp_policy": policy}, steps=1)
+    actual, expected = (pair.run(train, dataclasses.replace(job, convert=convert))[0] for convert in ("before", "no"))
+    reference = _alone(cell, torch.float64, steps=1)
+    names = [name for name in actual if name.startswith("gradient")]
+    together = (torch.cat([each[name].flatten() for name in names]) for each in (actual, expected, reference))
+    assert_close_to_reference(*together, "all gradients")
+    assert actual["loss 0"].item() == pytest.approx(reference["loss 0"].item(), rel=2**-8)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_modules_see_gathered_weights(pair: Pair, dtype: torch.dtype | None) -> None:
+    job = Job("LSTM", wrap="fsdp", options={"mp_policy": MixedPrecisionPolicy(param_dtype=dtype)})
+    for seen in pair.run(what_is_seen, job):
+        for name, module in (("encoder", fused_rnn.LSTM(6, 5, 2, bidirectional=True)), ("decoder", fused_rnn.LSTM(10, 7))):
+            weights = [(torch.nn.Parameter, dtype or torch.float32, tuple(weight.shape)) for weight in module._flat_weights]
+            assert seen[name] == weights * 2
+            assert {kind.__name__ for kind in seen[f"{name} outside"]} == {"DTensor"}
+
+
+@cells
+def test_a_sharded_module_on_its_own_says_so(pair: Pair, cell: str) -> None:
+    """Its weights are not there; no kernel may read what is."""
+    for messages in pair.run(call_a_part, Job(cell)):
+        assert len(messages) == 6
+        assert all("DTensor" in message for message in messages)
+
+
+@pytest.mark.parametrize("save", ["ddp", "fsdp"])
+def test_checkpoints_of_two_processes_load_in_one(pair: Pair, tmp_path: Path, save: str) -> None:
+    """Sharded or not, with the optimizer's state: the training goes on as if it had never stopped, converted or not."""
+    pair.run(train, Job("LSTM", wrap=save, save=str(tmp_path)))
+    whole, reference = (_alone("LSTM", dtype, steps=5) for dtype in (torch.float32, torch.float64))
+    for convert in ("before", "no"):
+        rest = train(Job("LSTM", convert=convert, load=str(tmp_path), first=3, steps=2))
+        for name, value in rest.items():
+            assert_close_to_reference(value, whole[name], reference[name], name)
+
+
+def test_a_checkpoint_of_one_process_loads_in_two(pair: Pair, tmp_path: Path) -> None:
+    train(Job("GRU", convert="no", save=str(tmp_path)))
+    whole, reference = (_alone("GRU", dtype, steps=5) for dtype in (torch.float32, torch.float64))
+    for rest in pair.run(train, Job("GRU", wrap="fsdp", load=str(tmp_path), first=3, steps=2)):
+        for name, value in rest.items():
+            assert_close_to_reference(value, whole[name], reference[name], name)
+
+
+@pytest.mark.parametrize("make", [lambda: fused_rnn.LSTM(6, 5), lambda: fused_rnn.GRUCell(6, 5)])
+def test_no_call_ties_down_the_memory_of_a_weight(make: Callable[[], torch.nn.Module]) -> None:
+    """Sharding frees a gathered weight by resizing its storage to nothing, which ``Tensor.numpy`` would forbid for good."""
+    module = make()
+    for input in (torch.randn(4, 6), torch.randn(1, 6)):
+        module(input)[0].sum().backward()
+        with torch.no_grad():
+            module(input)
+    assert all(parameter.untyped_storage().resizable() for parameter in module.parameters())
