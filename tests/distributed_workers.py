@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fused_rnn
+from benchmarks.training.parallel import Processes
 
 SIZE = 2
 # A collective that lasts longer, and then a whole call, is a failure: the tests must end.
@@ -266,3 +267,17 @@ def what_is_seen(job: Job) -> dict[str, Any]:
     symbols, lengths, _ = batch(0)
     called(symbols, lengths)
     return seen
+
+
+def data_parallel() -> tuple[bool, float, float, list[int]]:
+    """What the training jobs' processes agree on: a flag, a loss, its gradient; and each one's share of the streams."""
+    group = Processes(dist.get_rank(), SIZE, SIZE)
+    model = group.wrap(nn.Linear(1, 1, bias=False))
+    input = torch.tensor([[1.0 + group.rank]])
+    with torch.no_grad():
+        model.module.weight.fill_(1.0)
+    loss, _ = group.mean(lambda model, batch, carry: (model(batch).sum(), carry))(model, input, None)
+    loss.backward()
+    segment = torch.arange(6).expand(3, 6)
+    mine, *_ = group.share(lambda step: (segment, segment, True), 6)(0)
+    return group.agree(group.rank == 1), loss.item(), model.module.weight.grad.item(), mine[0].tolist()

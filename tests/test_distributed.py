@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +19,12 @@ from tolerances import assert_close_to_reference
 from torch import Tensor
 
 import fused_rnn
+from benchmarks.training import language_model
 
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
-from distributed_workers import Job, Pair, call_a_part, train, what_is_seen
+from distributed_workers import SIZE, Job, Pair, call_a_part, data_parallel, train, what_is_seen
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 cells = pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
@@ -160,3 +165,82 @@ def test_no_call_ties_down_the_memory_of_a_weight(make: Callable[[], torch.nn.Mo
         with torch.no_grad():
             module(input)
     assert all(parameter.untyped_storage().resizable() for parameter in module.parameters())
+
+
+# torchrun on the language model
+
+
+def _torchrun(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    """Run the job with two processes; return the exit code and what was printed."""
+    text = folder / "text.txt"
+    text.write_text("".join(f"def name_{i % 7}(x): return {i % 11} + x\n" for i in range(120)), encoding="utf-8")
+    command = f"-m torch.distributed.run --standalone --nproc_per_node {SIZE} -m benchmarks.training.language_model".split()
+    run = subprocess.Popen(
+        [sys.executable, *command, "--text", str(text), "--out", str(folder / "two"), *TINY, *arguments],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        out, err = run.communicate(timeout=120)
+    finally:
+        if run.poll() is None:
+            # It ends its processes when it is asked to, and cannot when it is killed.
+            run.terminate()
+            run.wait(60)
+    return run.returncode, out, err
+
+
+def _rows(folder: Path) -> dict[str, dict[str, Any]]:
+    return {row["provider"]: row for row in json.loads((folder / "language_model.json").read_text(encoding="utf-8"))}
+
+
+TINY = "--hidden 12 --embedding 8 --batch 4 --bptt 9 --steps 12 --lr 0.03 --sample-length 30 --threads 1 --layers 1".split()
+
+
+def test_torchrun_trains_as_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half of the batch in each of two processes: the same losses, the same model, and one report."""
+    code, out, err = _torchrun(tmp_path)
+    assert code == 0, err
+    assert "2 processes × 1 threads" in out
+    assert out.count("Character-level language model") == out.count("wrote ") == 1
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    try:
+        code = language_model.main(["--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "one"), *TINY])
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_rng_state(state)
+    assert code == 0
+    assert " processes " not in capsys.readouterr().out
+    two, one = _rows(tmp_path / "two"), _rows(tmp_path / "one")
+    assert {row["processes"] for row in two.values()} == {2}
+    for provider in ("torch.nn", "fused_rnn"):
+        assert len(two[provider]["losses"]) == 12
+        assert two[provider]["losses"] == pytest.approx(one[provider]["losses"], rel=1e-4)
+        assert two[provider]["held_out_loss"] == pytest.approx(one[provider]["held_out_loss"], rel=1e-4)
+    assert two["trigram"]["held_out_loss"] == one["trigram"]["held_out_loss"]
+
+
+def test_torchrun_stops_all_processes_at_once(tmp_path: Path) -> None:
+    """A loss that is not finite ends the training in every process, and the first one still reports."""
+    code, out, _ = _torchrun(tmp_path, *"--lr 900 --clip-norm 0 --cell rnn_relu --steps 200".split())
+    assert code == 1
+    assert "is not finite at step" in out
+    assert out.count("wrote ") == 1
+
+
+def test_torchrun_wants_a_batch_that_can_be_split(tmp_path: Path) -> None:
+    code, _, err = _torchrun(tmp_path, "--batch", "5")
+    assert code == 1
+    assert "argument --batch: expected a multiple of the 2 processes, got 5" in err
+    assert not list((tmp_path / "two").iterdir())
+
+
+def test_the_first_process_decides_and_the_loss_is_that_of_all(pair: Pair) -> None:
+    results = pair.run(data_parallel)
+    assert [flag for flag, *_ in results] == [False, False]
+    assert [loss for _, loss, *_ in results] == [1.5, 1.5]
+    assert [gradient for *_, gradient, _ in results] == [1.5, 1.5]
+    assert results[0][-1] + results[1][-1] == list(range(6))

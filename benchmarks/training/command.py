@@ -99,7 +99,8 @@ def parse_job(made: Parser, name: str, arguments: Sequence[str], quick: Mapping[
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")
-        probe.unlink()
+        # Missing where another process of the job was here, too.
+        probe.unlink(missing_ok=True)
     except OSError as error:
         made.error(f"argument --out: cannot write to {options.out}: {error.strerror or error}")
     return options

@@ -1,6 +1,7 @@
 """Train a character-level language model with torch.nn and with fused_rnn, and compare.
 
     python -m benchmarks.training.language_model [--help]
+    torchrun --nproc_per_node 2 -m benchmarks.training.language_model  # data-parallel: --batch is split over the processes
 
 Exit codes: 0 done; 1 a training's loss was not finite; 2 a wrong option or text, said in one line; 130 stopped by Ctrl-C,
 after printing the table so far and writing it beside the files of an earlier run.
@@ -13,7 +14,6 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from benchmarks.training.command import training_settings
 from benchmarks.training.markov import Trigram
 from benchmarks.training.model import CharacterModel, State, cross_entropy, detach, evaluate, generate
 from benchmarks.training.options import Parser, parse
+from benchmarks.training.parallel import Processes, processes
 from benchmarks.training.plots import plot_race
 from benchmarks.training.report import Measure, Row, contender_row, environment, json_rows, print_table, write_json
 from benchmarks.training.text import Streams, Vocabulary, from_file, standard_library
@@ -38,10 +39,11 @@ _MEASURES = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job and return the exit code; wrong options and texts leave through SystemExit(2)."""
     parser, options = parse(arguments)
-    return job.guarded(parser, lambda: _run(parser, options))
+    with processes() as group:
+        return job.guarded(parser, lambda: _run(parser, options, group))
 
 
-def _run(parser: Parser, options: argparse.Namespace) -> int:
+def _run(parser: Parser, options: argparse.Namespace, group: Processes) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     text = standard_library() if options.text is None else from_file(options.text)
@@ -52,8 +54,12 @@ def _run(parser: Parser, options: argparse.Namespace) -> int:
     held_out_batch = max(1, min(options.batch, (len(held_out_symbols) - 1) // options.bptt))
     held_out = Streams(held_out_symbols, held_out_batch, options.bptt, ragged=True)
 
-    _check_memory(parser, options, len(vocabulary))
-    settings = training_settings(options)
+    _check_memory(parser, options, len(vocabulary), group)
+    try:
+        segment_at = group.share(training.segment, options.batch)
+    except ValueError as error:
+        parser.error(f"argument --batch: {error}")
+    settings = group.settings(training_settings(options))
     torch.manual_seed(options.seed)
     model = CharacterModel(
         options.cell,
@@ -64,26 +70,32 @@ def _run(parser: Parser, options: argparse.Namespace) -> int:
         options.dropout,
         tie_weights=options.tie_weights,
     )
-    base = Contender("torch.nn", model, _segment_loss, settings)
     fused, backend = job.fused_copy(parser, model)
-    ours = Contender("fused_rnn", fused, _segment_loss, settings)
+    base = Contender("torch.nn", group.wrap(model), group.mean(_segment_loss), settings)
+    ours = Contender("fused_rnn", group.wrap(fused), group.mean(_segment_loss), settings)
 
-    print(
+    threads = f"{group.size} processes × " * (group.size > 1) + f"{torch.get_num_threads()} threads"
+    facts = (
         f"text: {text.name}; {len(training_symbols):,} characters to train on, {held_out.characters:,} held out, "
         f"{len(vocabulary)} symbols\n"
         f"model: embedding {options.embedding} → {options.layers} × {options.cell} {options.hidden} → linear, "
         f"{sum(p.numel() for p in model.parameters()):,} parameters\n"
-        f"training: {options.steps:,} steps of {options.batch} × {options.bptt} characters, {torch.get_num_threads()} threads, "
+        f"training: {options.steps:,} steps of {options.batch} × {options.bptt} characters, {threads}, "
         f"fused_rnn on {backend}"
     )
-    outcome = race([base, ours], training.segment, settings)
+    if group.first:
+        print(facts)
+    outcome = race([base, ours], segment_at, settings, show=group.first, agree=group.agree)
+    if not group.first:
+        # The first one's exit code speaks for all: torchrun would end it in the middle of its report for another's failure.
+        return 0
 
     size = training.segment(0)[0].numel()
     rows = [contender_row(base, base, size), contender_row(ours, base, size), Row("trigram")]
     continued = ""
     if outcome in (Outcome.FINISHED, Outcome.TIME_LIMIT):
         try:
-            continued = _judge(options, vocabulary, held_out, [base, ours], rows)
+            continued = _judge(options, vocabulary, held_out, [model, fused], rows)
             # The trigram predicts the same characters from the same text as the two models do.
             predicted = held_out_symbols[: held_out.characters + 1]
             trigram = Trigram(training_symbols, len(vocabulary))
@@ -91,7 +103,7 @@ def _run(parser: Parser, options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             outcome = Outcome.INTERRUPTED
     try:
-        _report(options, outcome, [base, ours], rows, continued, backend)
+        _report(options, outcome, [base, ours], rows, continued, backend, group)
     except OSError as error:
         parser.error(f"cannot write the results to {options.out}: {error.strerror or error}")
     return job.CODES[outcome]
@@ -104,7 +116,7 @@ def _segment_loss(model: CharacterModel, batch: tuple[Tensor, Tensor, bool], sta
     return cross_entropy(logits, targets), detach(state)
 
 
-def _check_memory(parser: Parser, options: argparse.Namespace, symbols: int) -> None:
+def _check_memory(parser: Parser, options: argparse.Namespace, symbols: int, group: Processes) -> None:
     """Refuse a model that cannot fit: the system would rather kill the process than say no."""
     gates = {"lstm": 4, "gru": 3}.get(options.cell, 1)
     weights = 0
@@ -114,7 +126,7 @@ def _check_memory(parser: Parser, options: argparse.Namespace, symbols: int) -> 
     # One segment, kept for its backward: per layer the gates and the output, and at the end logits and their gradient.
     rows = options.batch * options.bptt
     kept = rows * (options.layers * (gates + 2) * options.hidden + options.embedding + 2 * symbols)
-    job.check_memory(parser, weights, kept, "--hidden, --layers, --embedding, --batch or --bptt")
+    job.check_memory(parser, weights * group.here, kept, "--hidden, --layers, --embedding, --batch or --bptt")
 
 
 def _likelihood(loss: float) -> dict[str, float]:
@@ -126,11 +138,10 @@ def _judge(
     options: argparse.Namespace,
     vocabulary: Vocabulary,
     held_out: Streams,
-    contenders: Sequence[Contender],
+    models: Sequence[CharacterModel],
     rows: Sequence[Row],
 ) -> str:
     """Fill in what is measured after the training; return the text that fused_rnn's model wrote."""
-    models: list[Any] = [contender.model for contender in contenders]
     for model, row in zip(models, rows, strict=False):
         row.measures |= _likelihood(evaluate(model, held_out))
     written = ""
@@ -151,6 +162,7 @@ def _report(
     rows: Sequence[Row],
     written: str,
     backend: str,
+    group: Processes,
 ) -> None:
     """Print the table and the sample, write JSON and PNG."""
     base, ours = contenders
@@ -167,6 +179,7 @@ def _report(
         "outcome": outcome.value,
         "settings": job.settings_of(options),
         "backend": backend,
+        "processes": group.size,
         "sample": written,
         **environment(),
     }

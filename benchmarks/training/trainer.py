@@ -121,20 +121,30 @@ class Contender:
         return value
 
 
-def race(contenders: Sequence[Contender], batch_at: BatchAt, settings: Settings, title: str = "training") -> Outcome:
+def race(
+    contenders: Sequence[Contender],
+    batch_at: BatchAt,
+    settings: Settings,
+    title: str = "training",
+    *,
+    show: bool = True,
+    agree: Callable[[bool], bool] = bool,
+) -> Outcome:
     """Train the contenders in alternating blocks of steps, so that a slow spell of the machine hits all of them.
 
     Every contender gets the same batches in the same order. Who begins changes from block to block. A progress bar with the
-    losses and the time left goes to standard error, under ``title``. Ctrl-C ends the race, it does not raise.
+    losses and the time left goes to standard error, under ``title``; unless ``show`` is false. Ctrl-C ends the race, it does
+    not raise. Processes that race together ``agree`` on whether the time is up.
     """
     begin = time.perf_counter()
-    bar = tqdm(total=settings.steps * len(contenders), unit="step", desc=title, mininterval=0.2, dynamic_ncols=True)
+    total = settings.steps * len(contenders)
+    bar = tqdm(total=total, unit="step", desc=title, mininterval=0.2, dynamic_ncols=True, disable=not show)
     try:
         with bar:
             for contender in contenders:
                 contender.warm_up(batch_at(0))
             for first in range(0, settings.steps, settings.block):
-                if settings.time_limit and time.perf_counter() - begin > settings.time_limit:
+                if settings.time_limit and agree(time.perf_counter() - begin > settings.time_limit):
                     return Outcome.TIME_LIMIT
                 turns = contenders if first // settings.block % 2 == 0 else contenders[::-1]
                 for contender in turns:
