@@ -22,7 +22,7 @@ PY    := fused_rnn tests benchmarks setup.py
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: demo test bench lint format sanitize setup clean help
+.PHONY: demo test test-extended bench lint format sanitize setup clean help
 
 demo: setup ## train the language model with torch.nn and with fused_rnn
 	$(RUN) -m benchmarks.training.language_model $(ARGS)
@@ -30,6 +30,9 @@ demo: setup ## train the language model with torch.nn and with fused_rnn
 # By file, so that what a file builds or Numba compiles for it is made once.
 test: setup ## run the tests
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+
+test-extended: setup ## draw some thousand mixtures of arguments and compare them with the reference (minutes)
+	$(RUN) -m pytest tests/test_properties.py --hypothesis-profile extended $(TESTS)
 
 bench: setup ## print the benchmark's table
 	$(RUN) -m benchmarks $(ARGS)

@@ -28,6 +28,7 @@ from fused_rnn.cell_modules import GRUCell, LSTMCell, RNNCell
 from fused_rnn.cells import Weights
 from fused_rnn.convert import Conversion, convert, revert
 from fused_rnn.dispatch import backend, backends
+from fused_rnn.initialisation import init_
 from fused_rnn.memory import empty_cache
 from fused_rnn.modules import GRU, LSTM, RNN
 
@@ -52,6 +53,7 @@ __all__ = [
     "convert",
     "empty_cache",
     "functional",
+    "init_",
     "reference",
     "revert",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn import dispatch, gradients, reference
+from fused_rnn import autocast, dispatch, gradients, reference
 from fused_rnn import layer as layers
 from fused_rnn.cells import Cell, Weights
 from fused_rnn.layer import Layer, States
@@ -86,6 +86,7 @@ class _Layer(torch.autograd.Function):
         ctx.save_for_backward(reset, output[0], tape, *tensors)
 
     @staticmethod
+    @autocast.without
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
         call: Layer = ctx.call
         reset, out, tape, *tensors = ctx.saved_tensors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_rnn import autograd, checks
+from fused_rnn import checks, entry
 from fused_rnn.cells import GRU, LSTM, RNN_RELU, RNN_TANH, Cell, Weights
 from fused_rnn.steps import Steps
 
@@ -85,7 +85,7 @@ def _cell(cell: Cell, input: Tensor, weights: Weights, states: States | None) ->
     checks.check_cell(cell, input, states, weights)
     checks.check_weights(cell, (weights,), 1)
     before = tuple(state.unsqueeze(0) for state in states)
-    out, after = autograd.layer(cell, input, Steps(1, batch), before, (weights,), (False,))
+    out, after = entry.layer(cell, input, Steps(1, batch), before, (weights,), (False,), single_step=True)
     # The output of the one step is h, without the dimension of the directions.
     after = (out, *(state.squeeze(0) for state in after[1:]))
     return after if batched else tuple(state.squeeze(0) for state in after)

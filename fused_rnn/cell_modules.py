@@ -9,11 +9,12 @@ from torch import Tensor
 
 from fused_rnn import functional
 from fused_rnn.cells import Weights
+from fused_rnn.initialisation import Initialised
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
 
-class _Cell(torch.nn.modules.rnn.RNNCellBase):
+class _Cell(Initialised, torch.nn.modules.rnn.RNNCellBase):
     """What the cells share."""
 
     def _weights(self) -> Weights:
@@ -29,6 +30,7 @@ class RNNCell(_Cell):
         bias: whether there are ``bias_ih`` and ``bias_hh``. Default: ``True``
         nonlinearity: ``'tanh'`` or ``'relu'``. Default: ``'tanh'``
         device, dtype: of the parameters.
+        recurrent_init: ``"orthogonal"`` draws each gate's block of ``weight_hh`` so. Default: ``None``, torch's values
 
     Inputs: input (N, I) or (I,); h (N, H) or (H,), default zero.
     Outputs: h after the step, (N, H) or (H,).
@@ -53,8 +55,11 @@ class RNNCell(_Cell):
         nonlinearity: str = "tanh",
         device: Any = None,
         dtype: Any = None,
+        *,
+        recurrent_init: str | None = None,
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        options = {"device": device, "dtype": dtype, "recurrent_init": recurrent_init}
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, **options)
         self.nonlinearity = nonlinearity
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
@@ -74,6 +79,7 @@ class GRUCell(_Cell):
         hidden_size: hidden units, H.
         bias: whether there are ``bias_ih`` and ``bias_hh``. Default: ``True``
         device, dtype: of the parameters.
+        recurrent_init: ``"orthogonal"`` draws each gate's block of ``weight_hh`` so. Default: ``None``, torch's values
 
     Inputs: input (N, I) or (I,); h (N, H) or (H,), default zero.
     Outputs: h after the step, (N, H) or (H,).
@@ -88,8 +94,18 @@ class GRUCell(_Cell):
     torch.Size([3, 20])
     """
 
-    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        recurrent_init: str | None = None,
+    ) -> None:
+        options = {"device": device, "dtype": dtype, "recurrent_init": recurrent_init}
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, **options)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; shapes and errors in the class docstring."""
@@ -104,6 +120,8 @@ class LSTMCell(_Cell):
         hidden_size: hidden units, H.
         bias: whether there are ``bias_ih`` and ``bias_hh``. Default: ``True``
         device, dtype: of the parameters.
+        forget_bias: what the forget gate's bias_ih + bias_hh start with: the value and zero. Default: ``None``, random
+        recurrent_init: ``"orthogonal"`` draws each gate's block of ``weight_hh`` so. Default: ``None``, torch's values
 
     Inputs: input (N, I) or (I,); the pair (h, c), each (N, H) or (H,), default zero.
     Outputs: the pair (h, c) after the step, each (N, H) or (H,).
@@ -119,8 +137,19 @@ class LSTMCell(_Cell):
     torch.Size([3, 20])
     """
 
-    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        forget_bias: float | None = None,
+        recurrent_init: str | None = None,
+    ) -> None:
+        options = {"device": device, "dtype": dtype, "forget_bias": forget_bias, "recurrent_init": recurrent_init}
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, **options)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Take one step; shapes and errors in the class docstring."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from fused_rnn import autocast
 from fused_rnn.cells import Cell, Weights
 
 DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
@@ -88,7 +89,10 @@ def check_state_sizes(states: Sequence[Tensor], expected: Sequence[tuple[int, ..
 
 
 def check_same(input: Tensor, what: str, tensors: Sequence[Tensor | None]) -> None:
-    """Raise RuntimeError unless ``tensors`` (called ``what``) are on the device of ``input`` and have its dtype."""
+    """Raise RuntimeError unless ``tensors`` (called ``what``) are on the device of ``input`` and have its dtype.
+
+    Under autocast they may have any that it converts.
+    """
     device, dtype = input.device, input.dtype
     for tensor in tensors:
         if tensor is None:
@@ -98,7 +102,7 @@ def check_same(input: Tensor, what: str, tensors: Sequence[Tensor | None]) -> No
                 f"Input and {what} tensors are not at the same device, "
                 f"found input tensor at {device} and {what} tensor at {tensor.device}"
             )
-        if tensor.dtype != dtype:
+        if tensor.dtype != dtype and not autocast.converts(input, tensor):
             raise RuntimeError(
                 f"Input and {what} tensors are not the same dtype, found input tensor with {_dtype_name(dtype)} "
                 f"and {what} tensor with {_dtype_name(tensor.dtype)}"
@@ -200,7 +204,7 @@ def check_cell(cell: Cell, input: Tensor, states: Sequence[Tensor], weights: Wei
             continue
         if tensor.device != weights.ih.device:
             raise RuntimeError(f"Tensor on device {weights.ih.device} is not on the expected device {tensor.device}!")
-        if tensor.dtype != weights.ih.dtype:
+        if tensor.dtype != weights.ih.dtype and not autocast.converts(weights.ih, tensor):
             raise RuntimeError(
                 "mat1 and mat2 must have the same dtype, "
                 f"but got {_dtype_name(tensor.dtype)} and {_dtype_name(weights.ih.dtype)}"

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_rnn import cell_modules, modules
 from fused_rnn.checks import DTYPES
+from fused_rnn.initialisation import OPTIONS, Initialised
 
 __all__ = ["Conversion", "convert", "revert"]
 
@@ -195,7 +196,11 @@ def _kinship(module: nn.Module, plain: type[nn.Module], classes: dict[type[nn.Mo
 
 def _change_class(module: nn.Module, target: type[nn.Module]) -> None:
     # torch.nn keeps this list, the fused modules compute it.
-    vars(module).pop("_flat_weights", None)
+    state: dict[str, Any] = vars(module)
+    state.pop("_flat_weights", None)
+    if not issubclass(target, Initialised):
+        for option in OPTIONS:
+            state.pop(option, None)
     module.__class__ = _wrapped(type(module), _plain(type(module)), target)
     if target in _FUSED and isinstance(module, nn.RNNBase):
         # It reads the weights. Reading a parametrized one in training may change it: a power iteration, a dropout mask.

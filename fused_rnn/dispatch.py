@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fused_rnn import processes
 from fused_rnn.cells import CELLS, Cell
 from fused_rnn.kernels import project, weight_gradient
 
@@ -170,6 +171,8 @@ def kernels(cell: Cell, device: torch.device) -> Kernels:
     """
     if cell.name not in CELLS:
         raise ValueError(f"unknown cell {cell.name!r}; known: {', '.join(CELLS)}")
+    if processes.threads_lost:
+        processes.use_one_thread()
     name = _asked_for.get()
     source = f"fused_rnn.backend({name!r})"
     if name is None:

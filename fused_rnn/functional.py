@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import autograd, checks, sequences
+from fused_rnn import checks, entry, sequences
 from fused_rnn.cell_functional import gru_cell, lstm_cell, pair, rnn_relu_cell, rnn_tanh_cell, single
 from fused_rnn.cells import GRU, LSTM, RNN_RELU, RNN_TANH, Cell, Weights
 from fused_rnn.steps import Steps
@@ -361,11 +361,11 @@ def _directions(
     reverse = (False, True)[: len(weights)]
     if resets is None or len(resets) == 1:
         reset = None if resets is None else resets[0]
-        return autograd.layer(cell, rows, steps, states, weights, reverse, reset, cell_states)
+        return entry.layer(cell, rows, steps, states, weights, reverse, reset, cell_states)
     outs, ends = [], []
     for d, (weight, backwards, reset) in enumerate(zip(weights, reverse, resets, strict=True)):
         before = tuple(state[d : d + 1] for state in states)
-        out, end = autograd.layer(cell, rows, steps, before, (weight,), (backwards,), reset, cell_states)
+        out, end = entry.layer(cell, rows, steps, before, (weight,), (backwards,), reset, cell_states)
         outs.append(out)
         ends.append(end)
     # States are stacked by direction; c of every step stands side by side, as the output does.

@@ -206,9 +206,9 @@ def backward(
     out = out.view(rows, recurrences, output)
     tape = out if tape is None else tape
     if d_out is not None:
-        d_out = d_out.contiguous().view(rows, recurrences, output)
+        d_out = d_out.resolve_neg().contiguous().view(rows, recurrences, output)
     if d_cells is not None:
-        d_cells = d_cells.contiguous().view(rows, recurrences, hidden)
+        d_cells = d_cells.resolve_neg().contiguous().view(rows, recurrences, hidden)
     d_input = empty(input.shape, compute, device) if input_wanted else None
     sums = [_WeightGradients(layer, w, wanted, storage) for w, wanted in zip(weights, weights_wanted, strict=True)]
 

@@ -14,13 +14,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import functional
 from fused_rnn.cells import Weights
+from fused_rnn.initialisation import Initialised
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
 Input = TypeVar("Input", Tensor, PackedSequence)
 
 
-class _Layers(torch.nn.RNNBase):
+class _Layers(Initialised, torch.nn.RNNBase):
     """What RNN, LSTM and GRU share: where the weights are found at each call."""
 
     def flatten_parameters(self) -> None:
@@ -79,6 +80,7 @@ class RNN(_Layers):
         dropout: the probability of zeroing an output of all layers but the last in training. Default: 0
         bidirectional: whether a second recurrence walks from the last step to the first (D = 2). Default: ``False``
         device, dtype: of the parameters.
+        recurrent_init: ``"orthogonal"`` draws each gate's block of ``weight_hh`` so. Default: ``None``, torch's values
 
     Inputs: input, h_0
         - **input**: (T, N, I), (N, T, I) with ``batch_first``, (T, I) unbatched, or a PackedSequence.
@@ -116,6 +118,8 @@ class RNN(_Layers):
         bidirectional: bool = False,
         device: Any = None,
         dtype: Any = None,
+        *,
+        recurrent_init: str | None = None,
     ) -> None: ...
 
     @overload
@@ -160,6 +164,7 @@ class GRU(_Layers):
         dropout: the probability of zeroing an output of all layers but the last in training. Default: 0
         bidirectional: whether a second recurrence walks from the last step to the first (D = 2). Default: ``False``
         device, dtype: of the parameters.
+        recurrent_init: ``"orthogonal"`` draws each gate's block of ``weight_hh`` so. Default: ``None``, torch's values
 
     Inputs: input, h_0
         - **input**: (T, N, I), (N, T, I) with ``batch_first``, (T, I) unbatched, or a PackedSequence.
@@ -196,6 +201,8 @@ class GRU(_Layers):
         bidirectional: bool = False,
         device: Any = None,
         dtype: Any = None,
+        *,
+        recurrent_init: str | None = None,
     ) -> None: ...
 
     @overload
@@ -237,6 +244,8 @@ class LSTM(_Layers):
         bidirectional: whether a second recurrence walks from the last step to the first (D = 2). Default: ``False``
         proj_size: features of a projected h, smaller than ``hidden_size``; 0 for none. Default: 0
         device, dtype: of the parameters.
+        forget_bias: what the forget gates' bias_ih + bias_hh start with: the value and zero. Default: ``None``, random
+        recurrent_init: ``"orthogonal"`` draws each gate's block of ``weight_hh`` so. Default: ``None``, torch's values
 
     Inputs: input, (h_0, c_0)
         - **input**: (T, N, I), (N, T, I) with ``batch_first``, (T, I) unbatched, or a PackedSequence.
@@ -290,6 +299,9 @@ class LSTM(_Layers):
         proj_size: int = 0,
         device: Any = None,
         dtype: Any = None,
+        *,
+        forget_bias: float | None = None,
+        recurrent_init: str | None = None,
     ) -> None: ...
 
     @overload

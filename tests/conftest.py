@@ -2,10 +2,16 @@
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
 import fused_rnn
+
+# `--hypothesis-profile extended`, which `make test-extended` gives, draws many examples and other ones each time.
+hypothesis.settings.register_profile("default", max_examples=40, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("extended", max_examples=2000, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("default")
 
 CPU_BACKENDS = [name for name, status in fused_rnn.backends().items() if status.available and "cpu" in status.devices]
 

@@ -86,7 +86,7 @@ def weight_gradient(
         return
     from fused_rnn import _C
 
-    parts = [part if part.stride(1) == 1 else part.contiguous() for part in inputs]
+    parts = [part if has_rows(part) else part.contiguous() for part in inputs]
     _C.weight_gradient(
         d_gates.numpy(),
         [part.detach().numpy() for part in parts],
@@ -101,21 +101,26 @@ def weight_gradient(
 _FEW_ROWS = 4
 
 
+def has_rows(matrix: Tensor) -> bool:
+    """Whether the extension can read a matrix as it is: contiguous columns, and rows that do not overlap (expanded ones do)."""
+    return matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+
+
 def project(input: Tensor, weight: Tensor, out: Tensor) -> None:
     """Write input · weightᵀ to ``out``; see ``fused_rnn.kernels``."""
-    if input.shape[0] > _FEW_ROWS or weight.stride(1) != 1:
+    if input.shape[0] > _FEW_ROWS or not has_rows(weight):
         kernels.project(input, weight, out)
     else:
         from fused_rnn import _C
 
-        if input.stride(1) != 1:
+        if not has_rows(input):
             input = input.contiguous()
         _C.project(input.detach().numpy(), borrowed(weight), out.numpy(), torch.get_num_threads())
 
 
 def step(cell: str, input: Tensor, states: tuple[Tensor, ...], weight: Weights) -> tuple[Tensor, tuple[Tensor, ...]] | None:
     """Take one step of a few rows; see ``fused_rnn.kernels``."""
-    if input.shape[0] > _FEW_ROWS or weight.hr is not None or not weight.ih.stride(1) == weight.hh.stride(1) == 1:
+    if input.shape[0] > _FEW_ROWS or weight.hr is not None or not (has_rows(weight.ih) and has_rows(weight.hh)):
         return None
     from fused_rnn import _C
 
@@ -130,8 +135,8 @@ def step(cell: str, input: Tensor, states: tuple[Tensor, ...], weight: Weights) 
         out.numpy(),
         borrowed(weight.ih),
         borrowed(weight.hh),
-        None if weight.bias_ih is None else borrowed(weight.bias_ih),
-        None if weight.bias_hh is None else borrowed(weight.bias_hh),
+        None if weight.bias_ih is None else borrowed(weight.bias_ih.contiguous()),
+        None if weight.bias_hh is None else borrowed(weight.bias_hh.contiguous()),
         torch.get_num_threads(),
     )
     return out, after

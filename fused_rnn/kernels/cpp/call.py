@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn import _C
+from fused_rnn.kernels.cpp import has_rows
 from fused_rnn.kernels.cpp.borrowed import borrowed
 from fused_rnn.steps import Steps
 
@@ -45,7 +46,7 @@ def kernels_of(cell: str) -> tuple[Callable[..., Packed], Callable[..., None], C
         def packed(weights: Sequence[Tensor] | None, product: str) -> Any:
             if weights is None:
                 return None
-            arrays = [borrowed(weight if weight.stride(1) == 1 else weight.contiguous()) for weight in weights]
+            arrays = [borrowed(weight if has_rows(weight) else weight.contiguous()) for weight in weights]
             return _C.Packed(cell, arrays, backward, product, as_columns, threads)
 
         return Packed(packed(weight_hh, "hidden"), packed(weight_hr, "projection"), packed(weight_ih, "input"))
@@ -62,7 +63,7 @@ def kernels_of(cell: str) -> tuple[Callable[..., Packed], Callable[..., None], C
         keep: bool,
         input: Tensor | None = None,
     ) -> None:
-        if input is not None and input.stride(1) != 1:
+        if input is not None and not has_rows(input):
             input = input.contiguous()
         _C.forward(
             cell,

@@ -35,10 +35,18 @@ _SUMS_BYTES = 32 * REGISTER_BYTES
 
 @dataclass(frozen=True)
 class Packed:
-    """The weights of a call: panels, or for a call too short to pay for packing the tensors as they are."""
+    """The weights of a call: panels, or for a call too short to pay for packing the tensors as they are.
+
+    Attributes:
+        shape: D, H and P.
+        backward: for which of the two walks.
+    """
 
     weights: Panels | list[Tensor]
     projection: Panels | None
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    backward: bool
 
 
 def _lanes(dtype: torch.dtype) -> int:
@@ -52,6 +60,43 @@ def _threads(steps: Steps, length: int, work: int) -> int:
     return team.num_threads()
 
 
+def _checked_rows(steps: Steps) -> int:
+    """How many rows all steps have; raises where a step's rows lie outside the buffers or over another step's."""
+    if steps.length < 0 or steps.batch < 0:
+        raise ValueError(f"steps: expected 0 or more steps and sequences, got {steps.length}, {steps.batch}")
+    if steps.batch_sizes is None or steps.offsets is None:
+        return steps.length * steps.batch
+    for name, tensor in (("batch_sizes", steps.batch_sizes), ("offsets", steps.offsets)):
+        if tensor.shape != (steps.length,) or tensor.dtype != torch.int64:
+            raise ValueError(f"{name}: expected shape ({steps.length},) of int64, got {tuple(tensor.shape)} of {tensor.dtype}")
+    most, end = steps.batch, 0
+    for size, offset in zip(steps.batch_sizes.tolist(), steps.offsets.tolist(), strict=True):
+        if not 0 <= size <= most:
+            raise ValueError(f"batch_sizes: expected 0 to {most}, got {size}")
+        if offset < end:
+            raise ValueError(f"offsets: expected {end} or more, got {offset}")
+        most, end = size, offset + size
+    return end
+
+
+def _check_weights(weight_hh: list[Tensor], weight_hr: list[Tensor] | None, gates: int, shape: tuple[int, int, int]) -> None:
+    number, units, size = shape
+    if weight_hr is None and units != size:
+        raise ValueError(f"weight_hr: expected weights, as P = {size} is not H = {units}, got None")
+    for name, tensors, expected in (("weight_hh", weight_hh, (gates * units, size)), ("weight_hr", weight_hr, (size, units))):
+        if tensors is None:
+            continue
+        if len(tensors) != number:
+            raise ValueError(f"{name}: expected {number} tensors, got {len(tensors)}")
+        for tensor in tensors:
+            if tensor.shape != expected or tensor.is_neg():
+                raise ValueError(f"{name}: expected plain tensors of shape {expected}, got {tuple(tensor.shape)}")
+            if tensor.dtype not in (torch.float32, torch.float64):
+                raise TypeError(f"expected float32 or float64 buffers, got {tensor.dtype}")
+            if tensor.dtype != weight_hh[0].dtype:
+                raise ValueError(f"{name}: expected {weight_hh[0].dtype}, got {tensor.dtype}")
+
+
 class _Arguments:
     """The block of arguments and all memory that it points to."""
 
@@ -62,6 +107,7 @@ class _Arguments:
         self._keep: list[Any] = []
         self.dtype = like.dtype
         self.units, self.size = units, size
+        self.count, self.state_count = _checked_rows(steps), len(cell.states)
         self.set(Arg.GIVE_WAY, team.give_way_address())
         self.set(Arg.LENGTH, steps.length)
         self.set(Arg.BATCH, steps.batch)
@@ -69,8 +115,11 @@ class _Arguments:
         if steps.batch_sizes is not None and steps.offsets is not None:
             self.set(Arg.SIZES, self.keep(steps.batch_sizes.contiguous()))
             self.set(Arg.OFFSETS, self.keep(steps.offsets.contiguous()))
+        if not reverse:
+            raise ValueError("reverse: expected one flag for each recurrence, got none")
         self.set(Arg.REVERSE, self.keep(np.array(reverse, np.uint8)))
         if reset is not None:
+            self._check(Arg.RESET, reset, (self.count,), torch.bool)
             self.set(Arg.RESET, self.keep(reset.contiguous()))
         self.set(Arg.GATES, cell.num_gates)
         self.set(Arg.UNITS, units)
@@ -88,23 +137,40 @@ class _Arguments:
         address: int = owner.data_ptr() if isinstance(owner, Tensor) else owner.ctypes.data
         return address
 
-    def rows(self, arg: Arg, buffer: Tensor, columns: int) -> None:
-        """Set the address and the strides of a row buffer (·, D, columns)."""
-        if buffer.dim() != 3 or buffer.shape[1] != self.values[Arg.DIRECTIONS] or buffer.shape[2] != columns:
-            raise ValueError(f"expected rows of shape (·, {self.values[Arg.DIRECTIONS]}, {columns}), got {tuple(buffer.shape)}")
-        if buffer.dtype != self.dtype or (columns > 1 and buffer.stride(2) != 1):
-            raise ValueError(f"expected contiguous columns of {self.dtype}, got {buffer.dtype} with strides {buffer.stride()}")
+    def rows(self, arg: Arg, buffer: Tensor, columns: int, count: int | None = None) -> None:
+        """Set the address and the strides of a row buffer (count, D, columns); count None for the rows of all steps."""
+        shape = (self.count if count is None else count, int(self.values[Arg.DIRECTIONS]), columns)
+        self._check(arg, buffer, shape)
+        row, direction, column = buffer.stride()
+        if buffer.numel() and columns > 1 and column != 1:
+            raise ValueError(f"{arg.name.lower()}: expected contiguous columns, got strides {buffer.stride()}")
+        if buffer.numel() and ((shape[0] > 1 and row < columns) or (shape[1] > 1 and direction < columns)):
+            raise ValueError(f"{arg.name.lower()}: expected rows that do not overlap, got strides {buffer.stride()}")
         self.set(arg, buffer.data_ptr())
-        self.set(Arg(arg + 1), buffer.stride(0) * buffer.itemsize)
-        self.set(Arg(arg + 2), buffer.stride(1) * buffer.itemsize)
+        self.set(Arg(arg + 1), row * buffer.itemsize)
+        self.set(Arg(arg + 2), direction * buffer.itemsize)
 
     def states(self, h: Arg, c: Arg, states: tuple[Tensor, ...]) -> None:
         """Set the addresses of the states."""
-        shape = (int(self.values[Arg.DIRECTIONS]), int(self.values[Arg.BATCH]))
+        if len(states) != self.state_count:
+            raise ValueError(f"{h.name.lower()}: expected {self.state_count} states, got {len(states)}")
+        first = (int(self.values[Arg.DIRECTIONS]), int(self.values[Arg.BATCH]))
         for arg, state, width in zip((h, c), states, (self.size, self.units), strict=False):
-            if state.shape != (*shape, width) or state.dtype != self.dtype or not state.is_contiguous():
-                raise ValueError(f"expected contiguous states of shape {(*shape, width)}, got {tuple(state.shape)}")
-            self.set(arg, state.data_ptr())
+            self.contiguous(arg, state, (*first, width))
+
+    def contiguous(self, arg: Arg, tensor: Tensor, shape: tuple[int, ...]) -> None:
+        """Set the address of a contiguous tensor."""
+        self._check(arg, tensor, shape)
+        if not tensor.is_contiguous():
+            raise ValueError(f"{arg.name.lower()}: expected a contiguous tensor, got strides {tensor.stride()}")
+        self.set(arg, tensor.data_ptr())
+
+    def _check(self, arg: Arg, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+        dtype = self.dtype if dtype is None else dtype
+        if tensor.dtype != dtype or tensor.device.type != "cpu" or tensor.is_neg():
+            raise ValueError(f"{arg.name.lower()}: expected plain {dtype} on the CPU, got {tensor.dtype} on {tensor.device}")
+        if tensor.shape != shape:
+            raise ValueError(f"{arg.name.lower()}: expected shape {shape}, got {tuple(tensor.shape)}")
 
     def run(self, kernel: Compiled, threads: int) -> None:
         """Run the kernel on a team and wait for it."""
@@ -141,8 +207,10 @@ def make_functions(
     order = [cell.gates.index("n" if name == "hn" else name) for name in cell.d_gates[:gates]]
 
     def pack(weight_hh: list[Tensor], weight_hr: list[Tensor] | None, steps: Steps, backward: bool) -> Packed:
+        shape = (len(weight_hh), weight_hh[0].shape[0] // gates, weight_hh[0].shape[1])
+        _check_weights(weight_hh, weight_hr, gates, shape)
         if not backward and weight_hr is None and steps.batch <= _MAX_STORED_BATCH and steps.length <= _MAX_STORED_STEPS:
-            return Packed([weight.contiguous() for weight in weight_hh], None)
+            return Packed([weight.contiguous() for weight in weight_hh], None, shape, weight_hh[0].dtype, backward)
         split = [weight.reshape(gates, -1, weight.shape[1]).unbind() for weight in weight_hh]
         if backward:
             weights = pack_panels([[blocks[index].T for index in order] for blocks in split], vectors, stacked=True)
@@ -151,9 +219,16 @@ def make_functions(
         projection = None
         if weight_hr is not None:
             projection = pack_panels([[weight.T if backward else weight] for weight in weight_hr], vectors, stacked=False)
-        return Packed(weights, projection)
+        return Packed(weights, projection, shape, weight_hh[0].dtype, backward)
 
-    def set_weights(arguments: _Arguments, packed: Packed, panel_vectors: int, columns: int) -> None:
+    def set_weights(arguments: _Arguments, packed: Packed, panel_vectors: int, columns: int, backward: bool) -> None:
+        shape = (int(arguments.values[Arg.DIRECTIONS]), arguments.units, arguments.size)
+        if packed.shape != shape:
+            raise ValueError(f"packed: expected weights of (D, H, P) = {shape}, got {packed.shape}")
+        if packed.dtype != arguments.dtype:
+            raise ValueError(f"packed: expected weights of {arguments.dtype}, got {packed.dtype}")
+        if packed.backward != backward:
+            raise ValueError(f"packed: expected weights packed with backward={backward}, got backward={packed.backward}")
         if isinstance(packed.weights, Panels):
             arguments.set(Arg.WEIGHTS, packed.weights.address)
             arguments.set(Arg.WEIGHTS_DIRECTION, packed.weights.stride)
@@ -186,11 +261,13 @@ def make_functions(
         arguments.rows(Arg.TAPE, tape, len(cell.tape) * units)
         arguments.rows(Arg.OUT, out, size)
         arguments.states(Arg.STATE_H, Arg.STATE_C, states)
-        set_weights(arguments, packed, forward_vectors, forward_vectors * gates)
+        set_weights(arguments, packed, forward_vectors, forward_vectors * gates, backward=False)
         if bias is None:
             arguments.set(Arg.BIAS, int(arguments.values[Arg.ZEROS]))
         else:
-            arguments.set(Arg.BIAS, arguments.keep(bias.contiguous()))
+            bias = bias.contiguous()
+            arguments.keep(bias)
+            arguments.contiguous(Arg.BIAS, bias, (len(reverse), len(cell.bias) * units))
             arguments.set(Arg.BIAS_DIRECTION, len(cell.bias) * units * tape.itemsize)
         if packed.projection is not None:
             arguments.set(Arg.HIDDEN, arguments.keep(tape.new_empty((len(reverse), steps.batch, units))))
@@ -212,13 +289,17 @@ def make_functions(
         reverse: Any,
         reset: Tensor | None,
     ) -> None:
+        if not 0 <= t_begin <= t_end <= steps.length:
+            raise ValueError(f"t_begin, t_end: expected 0 <= t_begin <= t_end <= {steps.length}, got {t_begin}, {t_end}")
         if steps.batch == 0 or t_begin == t_end:
             return
         units, size = tape.shape[2] // len(cell.tape), out.shape[2]
         arguments = _Arguments(tape, cell, units, size, steps, reverse, reset)
         arguments.rows(Arg.TAPE, tape, len(cell.tape) * units)
         arguments.rows(Arg.OUT, out, size)
-        arguments.rows(Arg.D_GATES, d_gates, len(cell.d_gates) * units + (0 if packed.projection is None else size))
+        walked = steps.rows(t_begin, t_end)
+        columns = len(cell.d_gates) * units + (0 if packed.projection is None else size)
+        arguments.rows(Arg.D_GATES, d_gates, columns, walked.stop - walked.start)
         if d_out is None:
             arguments.set(Arg.D_OUT, int(arguments.values[Arg.ZEROS]))
         else:
@@ -233,7 +314,7 @@ def make_functions(
         arguments.states(Arg.FIRST_H, Arg.FIRST_C, states_0)
         arguments.set(Arg.BEGIN, t_begin)
         arguments.set(Arg.END, t_end)
-        set_weights(arguments, packed, vectors, vectors)
+        set_weights(arguments, packed, vectors, vectors, backward=True)
         threads = _threads(steps, t_end - t_begin, len(reverse) * gates * units * size)
         arguments.run(compiled(backward_kernel, tape.dtype), threads)
 

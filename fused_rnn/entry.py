@@ -1,0 +1,49 @@
+"""The way from the functions to a layer: tensors whose memory holds the numbers themselves, in the dtypes of autocast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_rnn import autocast, autograd
+from fused_rnn.cells import Cell, Weights
+from fused_rnn.steps import Steps
+
+States = tuple[Tensor, ...]
+
+
+def layer(
+    cell: Cell,
+    rows: Tensor,
+    steps: Steps,
+    states: States,
+    weights: tuple[Weights, ...],
+    reverse: tuple[bool, ...],
+    *options: Any,
+    single_step: bool = False,
+) -> tuple[Tensor, States]:
+    """Compute one layer; arguments and results as of ``autograd.layer``.
+
+    Args:
+        options: further arguments of ``autograd.layer``; they and what they add to the states are passed on.
+        single_step: whether this is the step of a cell, which torch.nn computes in other dtypes than a sequence of one.
+    """
+    if _any_negated(rows, *states) or any(_any_negated(*weight) for weight in weights):
+        rows, states = rows.resolve_neg(), tuple(state.resolve_neg() for state in states)
+        weights = tuple(Weights._make(None if each is None else each.resolve_neg() for each in weight) for weight in weights)
+    dtypes = autocast.dtypes_of(cell, rows, states, weights, steps.dense and not single_step)
+    if dtypes is None:
+        return autograd.layer(cell, rows, steps, states, weights, reverse, *options)
+    wider = dtypes[-1]
+    rows, states, weights = rows.to(wider), tuple(state.to(wider) for state in states), autocast.cast(weights, wider)
+    with torch.autocast(rows.device.type, enabled=False):
+        out, ends = autograd.layer(cell, rows, steps, states, weights, reverse, *options)
+    # What comes after the states has their last one's dtype already.
+    return out.to(dtypes[0]), (*(end.to(dtype) for end, dtype in zip(ends, dtypes, strict=False)), *ends[len(dtypes) :])
+
+
+def _any_negated(*tensors: Tensor | None) -> bool:
+    """Whether there is a view such as z.conj().imag, whose memory holds the numbers with the other sign."""
+    return any(tensor is not None and tensor.is_neg() for tensor in tensors)
