@@ -22,17 +22,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fused_rnn
-from fused_rnn import autograd, functional
+from fused_rnn import functional
 from fused_rnn.cells import CELLS, Weights
 from fused_rnn.steps import Steps
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# What ``fused_rnn.functional`` takes besides torch.nn's arguments. A name in this table is drawn and passed on.
-FEATURES = ("reset", "lengths")
-
-# The forms of a batch, and what each needs of FEATURES.
-FORMS = {"dense": None, "batch_first": None, "unbatched": None, "packed": None, "packed_sorted": None, "lengths": "lengths"}
+FORMS = ("dense", "batch_first", "unbatched", "packed", "packed_sorted", "lengths")
 
 
 def _transposed(x: Tensor) -> Tensor:
@@ -116,8 +112,9 @@ class Case:
 def cases(draw: st.DrawFn) -> Case:
     """Any case that the arguments allow."""
     cell = draw(st.sampled_from(sorted(CELLS)))
-    form = draw(st.sampled_from([form for form, feature in FORMS.items() if feature is None or feature in FEATURES]))
-    batch = 1 if form == "unbatched" else draw(st.integers(1, 6))
+    form = draw(st.sampled_from(FORMS))
+    # From 8 rows a step on, the C++ kernels do the input's products on the walk.
+    batch = 1 if form == "unbatched" else draw(st.integers(1, 6) | st.sampled_from([9, 14]))
     if form in ("packed", "packed_sorted", "lengths"):
         lengths = draw(st.lists(st.integers(1, 9), min_size=batch, max_size=batch))
         lengths = sorted(lengths, reverse=True) if form == "packed_sorted" else lengths
@@ -141,8 +138,7 @@ def cases(draw: st.DrawFn) -> Case:
         bidirectional=draw(st.booleans()),
         bias=draw(st.booleans()),
         given_states=draw(st.booleans()),
-        # Without the feature, the layer below the functions takes resets: one layer, rows of a sorted batch.
-        reset=draw(st.booleans()) if "reset" in FEATURES or (layers == 1 and form in ("dense", "packed_sorted")) else False,
+        reset=draw(st.booleans()),
         dtype=dtype,
         input_layout=draw(st.sampled_from(list(LAYOUTS))),
         state_layout=draw(st.sampled_from(list(LAYOUTS))),
@@ -251,7 +247,7 @@ class Problem:
         if self.reset is None:
             return None
         reset = self.reset[:steps, n]
-        if direction and "reset" in FEATURES:
+        if direction:
             # A flag starts a new part of the sequence. Walking backwards, the state is dropped after that part's first step.
             return torch.cat((reset[1:], torch.zeros(1, dtype=torch.bool)))
         return reset
@@ -261,8 +257,6 @@ class Problem:
         case = self.case
         leaves, arguments = self.tensors(self.dtype, arranged=True)
         weights, states = self.weights(arguments), self.states(arguments)
-        if case.reset and "reset" not in FEATURES:
-            return self._layer(arguments, weights, states), leaves
         input: Any = arguments["input"]
         options: dict[str, Any] = {"bidirectional": case.bidirectional}
         if self.reset is not None:
@@ -295,30 +289,6 @@ class Problem:
         elif case.form == "unbatched":
             out, ends = out[:, None], [end[:, None] for end in ends]
         return [out, *ends], leaves
-
-    def _layer(self, arguments: dict[str, Tensor], weights: list[Weights], states: tuple[Tensor, ...] | None) -> list[Tensor]:
-        """One layer with resets, below the functions."""
-        case = self.case
-        weights = [Weights._make(None if each is None else each.resolve_neg() for each in weight) for weight in weights]
-        states = None if states is None else tuple(state.resolve_neg() for state in states)
-        length, batch = max(case.lengths), len(case.lengths)
-        sizes = torch.tensor([sum(steps > t for steps in case.lengths) for t in range(length)])
-        steps = Steps(length, batch) if case.form == "dense" else Steps.packed(sizes)
-        live = torch.arange(batch) < sizes[:, None]
-        if states is None:
-            widths = (case.projection or case.hidden, case.hidden)[: len(self.cell.states)]
-            states = tuple(torch.zeros(len(weights), batch, width, dtype=self.dtype) for width in widths)
-        assert self.reset is not None
-        out, ends = autograd.layer(
-            self.cell,
-            arguments["input"][live],
-            steps,
-            states,
-            tuple(weights),
-            (False, True)[: self.directions],
-            self.reset[live],
-        )
-        return [out.new_zeros(length, batch, out.shape[1]).masked_scatter(live[..., None], out), *ends]
 
     def gradients(self, results: list[Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of a fixed random combination of the results that the case wants graded, with respect to what is not frozen."""
