@@ -23,7 +23,8 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fused_rnn import functional, reference
+# The operators' gradients are registered by importing them.
+from fused_rnn import functional, onnx, operators_autograd, reference  # noqa: F401
 from fused_rnn.cell_modules import GRUCell, LSTMCell, RNNCell
 from fused_rnn.cells import Weights
 from fused_rnn.convert import Conversion, convert, revert
@@ -54,6 +55,7 @@ __all__ = [
     "empty_cache",
     "functional",
     "init_",
+    "onnx",
     "reference",
     "revert",
 ]

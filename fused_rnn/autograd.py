@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn import autocast, dispatch, gradients, reference
+from fused_rnn import autocast, dispatch, gradients, operators, reference
 from fused_rnn import layer as layers
 from fused_rnn.cells import Cell, Weights
 from fused_rnn.layer import Layer, States
@@ -28,7 +28,7 @@ def layer(
     reset: Tensor | None = None,
     cell_states: bool = False,
 ) -> tuple[Tensor, States]:
-    """Compute one layer with the fused kernels.
+    """Compute one layer with the fused kernels; by way of operators where torch traces the call (``fused_rnn.operators``).
 
     Args:
         cell: which cell.
@@ -47,6 +47,8 @@ def layer(
     Raises:
         RuntimeError, NotImplementedError: if no backend can run; see ``fused_rnn.dispatch.kernels``.
     """
+    if operators.traced(input, weights[0].hh):
+        return operators.layer(cell, input, steps, states, weights, reverse, reset, cell_states)
     if input.device.type == "meta" or input.numel() == 0 or weights[0].hh.numel() == 0:
         # Shapes alone, or no row, no feature, no hidden unit: nothing for a kernel, but a graph that gradients flow through.
         return reference.layer(cell, input, steps, states, weights, reverse, reset, cell_states)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fused_rnn import checks, entry
@@ -79,7 +78,7 @@ def _cell(cell: Cell, input: Tensor, weights: Weights, states: States | None) ->
     batch = input.shape[0]
     if states is None:
         size = (batch, weights.hh.shape[1])
-        states = tuple(torch.zeros(size, dtype=input.dtype, device=input.device) for _ in cell.states)
+        states = tuple(input.new_zeros(size) for _ in cell.states)
     elif not batched:
         states = tuple(state.unsqueeze(0) for state in states)
     checks.check_cell(cell, input, states, weights)

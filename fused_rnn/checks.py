@@ -158,8 +158,8 @@ def _raise_weight_shape(weight: Weights, expected: tuple[tuple[int, ...] | None,
             raise RuntimeError(f"{name} of layer {layer}, direction {direction}: expected shape {shape}, got {got}")
 
 
-def check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
-    """Raise RuntimeError unless ``batch_sizes`` are those of a PackedSequence with so many rows."""
+def check_batch_sizes_shape(batch_sizes: Tensor) -> None:
+    """Raise RuntimeError unless ``batch_sizes`` have the shape, dtype and device of a PackedSequence's."""
     if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
         raise RuntimeError(
             f"batch_sizes should be a 1D int64 tensor on the CPU, got {tuple(batch_sizes.shape)}, "
@@ -167,6 +167,11 @@ def check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
         )
     if batch_sizes.numel() == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+
+def check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
+    """Raise RuntimeError unless ``batch_sizes`` are those of a PackedSequence with so many rows."""
+    check_batch_sizes_shape(batch_sizes)
     if int(batch_sizes[-1]) < 0 or bool((batch_sizes[1:] > batch_sizes[:-1]).any()):
         raise RuntimeError("batch_sizes should be in decreasing order and not negative")
     if int(batch_sizes.sum()) != rows:

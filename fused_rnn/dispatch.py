@@ -106,7 +106,9 @@ def _check_available(name: str, source: str) -> None:
 def backend(name: str) -> Iterator[None]:
     """Run everything inside the ``with`` block, backward included, on one backend.
 
-    The choice follows the calling thread or task; a layer keeps the backend of its forward for its backward.
+    The choice follows the calling thread or task; a layer keeps the backend of its forward for its backward. A compiled or
+    exported program is not tied to one: it asks each time it runs. Put the ``with`` around its call. Inside of what
+    torch.compile traces, a ``with`` breaks the graph.
 
     Args:
         name: ``"cpp"``, ``"numba"``, ``"triton"`` or ``"reference"``.

@@ -46,4 +46,5 @@ def layer(
 
 def _any_negated(*tensors: Tensor | None) -> bool:
     """Whether there is a view such as z.conj().imag, whose memory holds the numbers with the other sign."""
-    return any(tensor is not None and tensor.is_neg() for tensor in tensors)
+    # Under torch.compile the dispatcher resolves them before the operators see them.
+    return not torch.compiler.is_compiling() and any(tensor is not None and tensor.is_neg() for tensor in tensors)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import checks, entry, sequences
+from fused_rnn import checks, entry, operators, sequences
 from fused_rnn.cell_functional import gru_cell, lstm_cell, pair, rnn_relu_cell, rnn_tanh_cell, single
 from fused_rnn.cells import GRU, LSTM, RNN_RELU, RNN_TANH, Cell, Weights
 from fused_rnn.steps import Steps
@@ -272,11 +272,14 @@ def _packed(
     """As ``_sequence``: the rows of a PackedSequence are ragged steps as they stand."""
     data, batch_sizes, sorted_indices, unsorted_indices = input
     checks.check_input(data, weights[0].ih, 2)
-    checks.check_batch_sizes(batch_sizes, data.shape[0])
     if options.lengths is not None:
         raise ValueError("lengths: expected None for a packed input, which has its own, got a tensor")
+    if operators.traced(data, weights[0].ih):
+        steps = operators.packed_steps(batch_sizes, data.shape[0], states, sorted_indices)
+    else:
+        checks.check_batch_sizes(batch_sizes, data.shape[0])
+        steps = Steps.packed(batch_sizes)
     reset = None if options.reset is None else checks.check_packed_reset(options.reset, input)
-    steps = Steps.packed(batch_sizes)
     if states is not None and sorted_indices is not None:
         # Sizes first: an index into a batch that is too small has a message that nobody understands.
         _states(cell, data, weights, states, steps.batch, options.directions)
@@ -299,7 +302,7 @@ def _states(cell: Cell, rows: Tensor, weights: Sequence[Weights], states: States
     hidden = weights[0].hh.shape[1] if weights[0].hr is None else weights[0].hr.shape[1]
     sizes = [(recurrences, batch, weights[0].hh.shape[1] if name == "h" else hidden) for name in cell.states]
     if states is None:
-        states = tuple(torch.zeros(size, dtype=rows.dtype, device=rows.device) for size in sizes)
+        states = tuple(rows.new_zeros(size) for size in sizes)
     else:
         checks.check_state_sizes(states, sizes)
         checks.check_same(rows, "hidden", states)

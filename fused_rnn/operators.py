@@ -1,0 +1,307 @@
+"""The layer as operators of torch's dispatcher: what torch.compile, torch.export and the like see in place of the kernels.
+
+Two operators take and give plain tensors: ``fused_rnn::layer_forward`` and ``fused_rnn::layer_backward``, which is the gradient
+of the first. A third, ``fused_rnn::check_batch_sizes``, looks at values that a trace does not have. Plain eager calls do not
+come here: ``fused_rnn.autograd`` calls the kernels itself, which costs less per call.
+
+The backend is chosen when an operator runs, by ``fused_rnn.dispatch``, so one compiled program obeys every
+``fused_rnn.backend`` and ``FUSED_RNN_BACKEND`` that it is called under. Legend as in ``fused_rnn.kernels``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fused_rnn import autocast, checks, dispatch, gradients
+from fused_rnn import layer as layers
+from fused_rnn.cells import CELLS, Cell, Weights
+from fused_rnn.dispatch import Kernels
+from fused_rnn.layer import Layer, States
+from fused_rnn.steps import Steps
+
+# No list holds an absent tensor, because torch drops or refuses such lists in places. What is there is said by 0 and 1 instead
+# (torch.jit.trace has no lists of bool): `present` in the places of the D `Weights`, `given` in those of the forward's results.
+library: Any = torch.library.Library("fused_rnn", "DEF")  # type: ignore[no-untyped-call]
+library.define(
+    "layer_forward(str cell, Tensor input, Tensor[] states, Tensor[] weights, int[] present, Tensor? batch_sizes, "
+    "Tensor? reset, int[] reverse, bool keep, bool cell_states) -> Tensor[]"
+)
+library.define(
+    "layer_backward(str cell, Tensor input, Tensor[] states, Tensor[] weights, int[] present, Tensor? batch_sizes, "
+    "Tensor? reset, int[] reverse, Tensor out, Tensor tape, Tensor[] d_outputs, int[] given, int[] wanted) -> Tensor[]"
+)
+library.define("check_batch_sizes(Tensor batch_sizes, SymInt rows, SymInt batch) -> Tensor")
+
+_T = TypeVar("_T")
+_plain = Tensor.__torch_dispatch__
+
+# torch.jit.trace warns of every comparison of sizes that it cannot record. Those here check arguments; what depends on a size
+# is recorded. torch does the same for its own files.
+warnings.filterwarnings("ignore", category=torch.jit._trace.TracerWarning, module=r"fused_rnn\.(checks|functional)")
+
+
+def traced(input: Tensor, weight: Tensor) -> bool:
+    """Whether a call must be an operator, because something other than the kernels is to see it.
+
+    That is so under torch.compile, torch.export and torch.jit.trace, under any TorchDispatchMode (make_fx, fake tensors, a
+    count of operations, selective checkpoints), and for tensors that have no memory of their own (fake tensors, DTensor).
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(input).__torch_dispatch__ is not _plain
+        or type(weight).__torch_dispatch__ is not _plain
+        or torch._C._is_tracing()
+    )
+
+
+def layer(
+    cell: Cell,
+    input: Tensor,
+    steps: Steps,
+    states: States,
+    weights: Sequence[Weights],
+    reverse: Sequence[int],
+    reset: Tensor | None = None,
+    cell_states: bool = False,
+) -> tuple[Tensor, States]:
+    """As ``fused_rnn.autograd.layer``, by way of the operators; of ``steps``, only ``batch_sizes`` is read."""
+    flat = [tensor for weight in weights for tensor in weight]
+    tensors = [tensor for tensor in flat if tensor is not None]
+    # What leaves Python is as a rule run without gradients, and should not compute a tape each time. It can be trained all the
+    # same: see `_backward`.
+    leaving = torch.compiler.is_exporting() or torch.jit._trace.is_tracing()  # type: ignore[no-untyped-call]
+    keep = not leaving and torch.is_grad_enabled() and any(t.requires_grad for t in (input, *states, *tensors))
+    outputs = torch.ops.fused_rnn.layer_forward(
+        cell.name,
+        input,
+        list(states),
+        tensors,
+        [int(tensor is not None) for tensor in flat],
+        steps.batch_sizes,
+        reset,
+        [int(backwards) for backwards in reverse],
+        keep,
+        cell_states,
+    )
+    return outputs[0], tuple(outputs[1:-1])
+
+
+def packed_steps(batch_sizes: Tensor, rows: int, states: States | None, sorted_indices: Tensor | None) -> Steps:
+    """The steps of a PackedSequence whose values a trace does not have: they are checked when the program runs.
+
+    Args:
+        batch_sizes: (T,) int64 on the CPU.
+        rows: R.
+        states: the initial states, (·, N, ·), or None.
+        sorted_indices: (N,), or None.
+
+    Raises:
+        RuntimeError: as ``fused_rnn.checks.check_batch_sizes``; of what only the values tell, when the program runs.
+    """
+    checks.check_batch_sizes_shape(batch_sizes)
+    if sorted_indices is not None:
+        batch = sorted_indices.shape[0]
+    elif states is not None:
+        batch = states[0].shape[1]
+    else:
+        batch = _first(batch_sizes)
+    checked = torch.ops.fused_rnn.check_batch_sizes(batch_sizes, rows, batch)
+    return Steps(checked.shape[0], batch, checked)
+
+
+def _first(batch_sizes: Tensor) -> int:
+    """N, which stands in no shape here but in the first value alone."""
+    with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
+        batch: Any = batch_sizes[0].item()
+    torch._check(batch >= 0)  # type: ignore[no-untyped-call]
+    # Not int(), which would ask for the value that a trace does not have.
+    return batch  # type: ignore[no-any-return]
+
+
+def _check_batch_sizes(batch_sizes: Tensor, rows: int, batch: int) -> Tensor:
+    checks.check_batch_sizes(batch_sizes, rows)
+    if int(batch_sizes[0]) != batch:
+        raise RuntimeError(f"Expected hidden states of {int(batch_sizes[0])} packed sequences, got {batch}")
+    return batch_sizes.clone()
+
+
+def _check_batch_sizes_fake(batch_sizes: Tensor, rows: int, batch: int) -> Tensor:
+    return torch.empty_like(batch_sizes)
+
+
+def _weights(tensors: Sequence[Any], present: Sequence[int]) -> tuple[Weights, ...]:
+    """The D ``Weights`` of a list without absent tensors."""
+    found = iter(tensors)
+    flat: list[Any] = [next(found) if there else None for there in present]
+    each = len(Weights._fields)
+    return tuple(Weights(*flat[first : first + each]) for first in range(0, len(flat), each))
+
+
+def steps_of(input: Tensor, states: Sequence[Tensor], batch_sizes: Tensor | None) -> Steps:
+    """The steps of an operator's arguments, whose values are there."""
+    batch = states[0].shape[1]
+    if batch_sizes is None:
+        return Steps(input.shape[0] // batch if batch else 0, batch)
+    return Steps.packed(batch_sizes, batch)
+
+
+# The backend of a forward is the backend of its backward, which may run in another thread and outside of the `with` that chose
+# it. The name travels on the memory that the backward reads, because an operator gives back tensors alone.
+_BACKEND = "_fused_rnn_backend"
+
+
+def _remember(kept: Tensor, kernels: Kernels) -> None:
+    setattr(kept.untyped_storage(), _BACKEND, kernels.backend)
+
+
+def _remembered(cell: Cell, kept: Tensor) -> Kernels:
+    """The kernels of the forward; those in force now where something copied what it left (offloaded memory, say)."""
+    name = getattr(kept.untyped_storage(), _BACKEND, None)
+    if name is None:
+        return dispatch.kernels(cell, kept.device)
+    with dispatch.backend(name):
+        return dispatch.kernels(cell, kept.device)
+
+
+@autocast.without
+def _forward(
+    cell_name: str,
+    input: Tensor,
+    states: list[Tensor],
+    tensors: list[Tensor],
+    present: list[int],
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    reverse: list[int],
+    keep: bool,
+    cell_states: bool,
+) -> list[Tensor]:
+    """Run the forward.
+
+    Returns:
+        [out, the states after the walk, c of every step if asked for, the tape, which is empty where it is not kept or is out].
+    """
+    cell, weights = CELLS[cell_name], _weights(tensors, present)
+    if input.shape[0] == 0 or tensors[0].shape[0] == 0:
+        outputs = _forward_fake(cell_name, input, states, tensors, present, batch_sizes, reset, reverse, keep, cell_states)
+        passed = (state.clone(memory_format=torch.contiguous_format) for state in states)
+        return [outputs[0], *passed, *outputs[1 + len(states) :]]
+    kernels, steps = dispatch.kernels(cell, input.device), steps_of(input, states, batch_sizes)
+    call = Layer(cell, kernels, steps, tuple(map(bool, reverse)), cell_states)
+    out, ends, tape = layers.forward(call, input, tuple(states), weights, reset, keep)
+    if keep:
+        _remember(out if tape is None else tape, call.kernels)
+    return [out, *ends, input.new_empty(0) if tape is None else tape]
+
+
+def _forward_fake(
+    cell_name: str,
+    input: Tensor,
+    states: list[Tensor],
+    tensors: list[Tensor],
+    present: list[int],
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    reverse: list[int],
+    keep: bool,
+    cell_states: bool,
+) -> list[Tensor]:
+    cell, hh = CELLS[cell_name], tensors[1]
+    rows, recurrences = input.shape[0], len(reverse)
+    out = input.new_empty((rows, recurrences * hh.shape[1]))
+    ends = [state.new_empty(state.shape) for state in states]
+    hidden = hh.shape[0] // cell.num_gates
+    if cell_states:
+        ends.append(input.new_empty((rows, recurrences * hidden)))
+    if not keep or cell.tape_is_out:
+        return [out, *ends, input.new_empty(0)]
+    return [out, *ends, input.new_empty((rows, recurrences, len(cell.tape) * hidden))]
+
+
+@autocast.without
+def _gradients(
+    cell_name: str,
+    input: Tensor,
+    states: list[Tensor],
+    tensors: list[Tensor],
+    present: list[int],
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    reverse: list[int],
+    out: Tensor,
+    tape: Tensor,
+    d_outputs: list[Tensor],
+    given: list[int],
+    wanted: list[int],
+) -> list[Tensor]:
+    """Run the backward. Returns the gradients that ``wanted`` (input, states, weights) names, in that order."""
+    cell, weights = CELLS[cell_name], _weights(tensors, present)
+    if input.shape[0] == 0 or tensors[0].shape[0] == 0:
+        # No step: the states are passed through, and nothing else counts.
+        ends = spread(d_outputs, given)[1 : 1 + len(states)]
+        through = [torch.zeros_like(s) if d is None else d.clone() for s, d in zip(states, ends, strict=True)]
+        zeros = (torch.zeros_like(tensor) for tensor in tensors)
+        return [grad for grad, asked in zip((torch.zeros_like(input), *through, *zeros), wanted, strict=True) if asked]
+    kernels = _remembered(cell, out if cell.tape_is_out else tape)
+    d_out, *d_ends = spread(d_outputs, given)
+    cell_states = len(d_ends) > len(states)
+    call = Layer(cell, kernels, steps_of(input, states, batch_sizes), tuple(map(bool, reverse)), cell_states)
+    flags = iter(wanted)
+    input_wanted, states_wanted = bool(next(flags)), [next(flags) for _ in states]
+    weights_wanted = _weights([bool(flag) for flag in flags], present)
+    grads = gradients.backward(
+        call,
+        input,
+        tuple(states),
+        weights,
+        reset,
+        out,
+        None if cell.tape_is_out else tape,
+        d_out,
+        d_ends,
+        input_wanted,
+        weights_wanted,
+    )
+    d_states = [grad for grad, asked in zip(grads.states, states_wanted, strict=True) if asked]
+    found = [grads.input, *d_states, *(grad for weight in grads.weights for grad in weight)]
+    return [grad for grad in found if grad is not None]
+
+
+def _gradients_fake(
+    cell_name: str,
+    input: Tensor,
+    states: list[Tensor],
+    tensors: list[Tensor],
+    present: list[int],
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    reverse: list[int],
+    out: Tensor,
+    tape: Tensor,
+    d_outputs: list[Tensor],
+    given: list[int],
+    wanted: list[int],
+) -> list[Tensor]:
+    into = (input, *states, *tensors)
+    return [tensor.new_empty(tensor.shape) for tensor, asked in zip(into, wanted, strict=True) if asked]
+
+
+def spread(tensors: Sequence[_T], given: Sequence[int]) -> list[_T | None]:
+    """Put tensors back in their places, with None in the others."""
+    found = iter(tensors)
+    return [next(found) if there else None for there in given]
+
+
+# For every device: one that no backend serves is refused by the dispatch table, in its words.
+library.impl("layer_forward", _forward, "CompositeExplicitAutograd")
+library.impl("layer_backward", _gradients, "CompositeExplicitAutograd")
+library.impl("check_batch_sizes", _check_batch_sizes, "CompositeExplicitAutograd")
+torch.library.register_fake("fused_rnn::layer_forward", _forward_fake, lib=library)
+torch.library.register_fake("fused_rnn::layer_backward", _gradients_fake, lib=library)
+torch.library.register_fake("fused_rnn::check_batch_sizes", _check_batch_sizes_fake, lib=library)
