@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from fused_rnn import autocast, dispatch, gradients, operators, reference
+from fused_rnn import autocast, batching, derivatives, dispatch, gradients, operators, reference
 from fused_rnn import layer as layers
-from fused_rnn.cells import Cell, Weights
+from fused_rnn.batching import BackwardCall
+from fused_rnn.cells import Cell, Weights, split
+from fused_rnn.derivatives import transformed
 from fused_rnn.layer import Layer, States
-from fused_rnn.steps import Steps
+from fused_rnn.per_sample import GroupedWeightGradients
+from fused_rnn.steps import Steps, unwrapped
 
-_PARAMETERS = len(Weights._fields)
+# Places of the biases in Weights.
+_BIAS_IH, _BIAS_HH = Weights._fields.index("bias_ih"), Weights._fields.index("bias_hh")
+_NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 def layer(
@@ -47,6 +54,9 @@ def layer(
     Raises:
         RuntimeError, NotImplementedError: if no backend can run; see ``fused_rnn.dispatch.kernels``.
     """
+    if forward_ad._current_level >= 0 and torch._C._len_torch_dispatch_stack() > 0:
+        # torch.func.linearize traces the tangents: it has to see operations of torch.
+        return reference.layer(cell, input, steps, states, weights, reverse, reset, cell_states)
     if operators.traced(input, weights[0].hh):
         return operators.layer(cell, input, steps, states, weights, reverse, reset, cell_states)
     if input.device.type == "meta" or input.numel() == 0 or weights[0].hh.numel() == 0:
@@ -54,91 +64,182 @@ def layer(
         return reference.layer(cell, input, steps, states, weights, reverse, reset, cell_states)
     call = Layer(cell, dispatch.kernels(cell, input.device), steps, reverse, cell_states)
     tensors = [input, *states, *(tensor for weight in weights for tensor in weight)]
-    if not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in tensors):
+    recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if not recorded and not transformed():
         out, ends, _ = layers.forward(call, input, states, weights, reset, keep=False)
         return out, ends
     out, *rest = _Layer.apply(call, reset, *tensors)  # type: ignore[no-untyped-call]
     return out, tuple(rest[: len(states) + cell_states])
 
 
-def _parts(call: Layer, tensors: Sequence[Any]) -> tuple[Any, tuple[Any, ...], tuple[Weights, ...]]:
-    """Split the flat tensors of a call into input, states and weights."""
-    first = 1 + len(call.cell.states)
-    rest = tensors[first:]
-    groups = range(0, len(rest), _PARAMETERS)
-    return tensors[0], tuple(tensors[1:first]), tuple(Weights(*rest[i : i + _PARAMETERS]) for i in groups)
+class _Kept:
+    """What a backward needs besides the saved tensors: whether something changed since the forward that it may not read then.
+
+    torch refuses to hand out a saved tensor that was changed in place. Two kinds are not refused here:
+
+    - The output, which torch.nn's users do change in place (a residual, a relu). The backward then computes it once more.
+    - Biases, which no first gradient reads. Second gradients do, and so does a backward after a changed output.
+
+    Attributes:
+        changes: a tensor that counts the changes of the output. It has no elements: the output's memory belongs to the saved
+            tensors alone, which hooks may have moved elsewhere.
+        biases: (place among the tensors, bias, its version). The parameters outlive the graph anyway.
+    """
+
+    __slots__ = ("biases", "changes", "version")
+
+    def __init__(self, out: Tensor, call: Layer, tensors: Sequence[Tensor | None], inside_transform: bool) -> None:
+        self.version = out._version
+        self.changes = out.detach()
+        self.biases: list[tuple[int, Tensor, int]] = []
+        if inside_transform:
+            # No hooks there, and no tensor may be kept but by torch: a transform's wrappers end with it.
+            return
+        self.changes.data = _NOTHING
+        first, each = 1 + len(call.cell.states), len(Weights._fields)
+        for i in range(first, len(tensors), each):
+            for place in (i + _BIAS_IH, i + _BIAS_HH):
+                bias = tensors[place]
+                if bias is not None:
+                    self.biases.append((place, bias, bias._version))
+
+    def output_changed(self) -> bool:
+        """Whether the output was changed in place since the forward."""
+        return self.changes._version != self.version
+
+    def put_biases(self, tensors: list[Any]) -> None:
+        """Put the biases where they were among ``tensors``."""
+        for place, bias, version in self.biases:
+            if bias._version != version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: a bias of "
+                    f"shape {tuple(bias.shape)} is at version {bias._version}; expected version {version} instead. A second "
+                    "gradient reads it, and so does a backward whose output was changed in place"
+                )
+            tensors[place] = bias
 
 
 class _Layer(torch.autograd.Function):
+    """A layer: fused in both directions, mapped by ``batching``, with the tangents of ``derivatives``."""
+
     @staticmethod
     def forward(call: Layer, reset: Tensor | None, *tensors: Tensor | None) -> tuple[Any, ...]:
-        input, states, weights = _parts(call, tensors)
+        input, states, weights = split(call.cell, tensors)
         out, ends, tape = layers.forward(call, input, states, weights, reset, keep=True)
         return (out, *ends, tape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         call, reset, *tensors = inputs
-        tape = output[-1]
+        out, tape = output[0], output[-1]
         if tape is not None:
             ctx.mark_non_differentiable(tape)
         # Absent gradients stay None: a zero tensor the size of the output would be read for nothing.
         ctx.set_materialize_grads(False)
         ctx.call = call
-        ctx.save_for_backward(reset, output[0], tape, *tensors)
+        inside_transform = transformed()
+        if inside_transform:
+            ctx.save_for_forward(reset, *tensors)
+        ctx.kept = kept = _Kept(out, call, tensors, inside_transform)
+        for place, _, _ in kept.biases:
+            tensors[place] = None
+        # The data alone: without a graph, and without the output's count of changes.
+        ctx.save_for_backward(reset, out.data, tape, *tensors)
 
     @staticmethod
     @autocast.without
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
+        mapped = batching.through_vmap(partial(_Layer.backward, ctx), d_outputs)
+        if mapped is not None:
+            return mapped
         call: Layer = ctx.call
         reset, out, tape, *tensors = ctx.saved_tensors
+        kept: _Kept = ctx.kept
         wanted = ctx.needs_input_grad[2:]
-        d_out, *d_ends = d_outputs[:-1]
-        if torch.is_grad_enabled():
-            return (None, None, *_differentiable_backward(call, reset, tensors, wanted, d_out, d_ends))
-        input, states, weights = _parts(call, tensors)
-        input_wanted, states_wanted, weights_wanted = _parts(call, wanted)
-        grads = gradients.backward(call, input, states, weights, reset, out, tape, d_out, d_ends, input_wanted, weights_wanted)
+        changed = kept.output_changed()
+        differentiable = torch.is_grad_enabled() or transformed()
+        if changed or differentiable:
+            kept.put_biases(tensors)
+        if changed:
+            with torch.no_grad():
+                out, *_ = _Layer.apply(call, reset, *tensors)  # type: ignore[no-untyped-call]
+        if differentiable:
+            grads = _Backward.apply(BackwardCall(call, wanted), reset, out, tape, *d_outputs[:-1], *tensors)  # type: ignore[no-untyped-call]
+        else:
+            # A pullback of torch.func.vjp that is called after it holds wrappers of a transform that has ended.
+            operands = (reset, out, tape, *d_outputs[:-1], *tensors)
+            plain: list[Any] = [None if operand is None else unwrapped(operand) for operand in operands]
+            grads = _Backward.forward(BackwardCall(call, wanted), *plain)
+        return (None, None, *grads)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
+        reset, *tensors = ctx.saved_tensors
+        return derivatives.tangents(lambda: (*derivatives.layer(ctx.call, reset, tensors), None), tensors[0].dtype)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], call: Layer, *operands: Any) -> tuple[Any, Any]:
+        return batching.layer_rule(_Layer.apply, info.batch_size, in_dims, call, operands)
+
+
+class _Backward(torch.autograd.Function):
+    """The backward of a layer, as a function of the gradients of its results and of what the layer is a function of.
+
+    ``out`` and ``tape`` are arguments because the kernels read them. They have no gradient of their own: they are what
+    ``tensors`` make of them, and the derivatives are those of the whole.
+    """
+
+    @staticmethod
+    def forward(
+        call: BackwardCall, reset: Tensor | None, out: Tensor, tape: Tensor | None, *rest: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        layer, groups = call.layer, call.groups
+        d_outputs, tensors = _cut(call, rest)
+        input, states, weights = split(layer.cell, tensors)
+        input_wanted, states_wanted, weights_wanted = split(layer.cell, call.wanted)
+        given = (reset, out, tape, d_outputs[0], d_outputs[1:], input_wanted, weights_wanted)
+        if groups is None:
+            grads = gradients.backward(layer, input, states, weights, *given)
+        else:
+            grads = gradients.backward(layer, input, states, weights, *given, partial(GroupedWeightGradients, groups))
         d_states = (grad if asked else None for grad, asked in zip(grads.states, states_wanted, strict=True))
-        return (None, None, grads.input, *d_states, *(grad for weight in grads.weights for grad in weight))
+        return (grads.input, *d_states, *(grad for weight in grads.weights for grad in weight))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        call, reset, _, _, *rest = inputs
+        ctx.set_materialize_grads(False)
+        ctx.call = call
+        if transformed():
+            ctx.save_for_forward(reset, *rest)
+        ctx.save_for_backward(reset, *rest)
+
+    @staticmethod
+    @autocast.without
+    def backward(ctx: Any, *d_grads: Tensor | None) -> tuple[Any, ...]:
+        mapped = batching.through_vmap(partial(_Backward.backward, ctx), d_grads)
+        if mapped is not None:
+            return mapped
+        reset, *rest = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[4:]
+        return (None, None, None, None, *derivatives.second_backward(ctx.call, reset, *_cut(ctx.call, rest), d_grads, wanted))
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
+        reset, *rest = ctx.saved_tensors
+        d_outputs, tensors = _cut(ctx.call, rest)
+        return derivatives.tangents(lambda: derivatives.backward(ctx.call, reset, d_outputs, tensors), tensors[0].dtype)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], call: BackwardCall, *operands: Any) -> tuple[Any, Any]:
+        return batching.backward_rule(_Backward.apply, info.batch_size, in_dims, call, operands)
+
+
+def _cut(call: BackwardCall, rest: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Cut the operands of ``_Backward`` after ``tape`` into the gradients of the results and the layer's tensors."""
+    count = len(rest) - len(call.wanted)
+    return rest[:count], rest[count:]
 
 
 # torch binds the arguments of every call to this signature, and takes longer to find it out than the kernels of a small layer.
 _Layer.forward.__signature__ = inspect.signature(_Layer.forward)  # type: ignore[attr-defined]
-
-
-def _differentiable_backward(
-    call: Layer,
-    reset: Tensor | None,
-    tensors: Sequence[Any],
-    wanted: Sequence[bool],
-    d_out: Tensor | None,
-    d_ends: Sequence[Tensor | None],
-) -> list[Tensor | None]:
-    """The gradients of ``tensors`` as functions that can be differentiated again: the reference's, not the kernels'."""
-    dtype = layers.COMPUTE[tensors[0].dtype]
-    # Views stand in for the tensors, so that a gradient stops here even where one tensor was computed from another.
-    stand_ins: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
-    # Under torch.func.vjp the graph of the forward may be gone by now; what is asked for must require a gradient all the same.
-    stand_ins = [
-        tensor.detach().requires_grad_() if asked and tensor is not None and not tensor.requires_grad else tensor
-        for tensor, asked in zip(stand_ins, wanted, strict=True)
-    ]
-    computed = [None if tensor is None else tensor.to(dtype) for tensor in stand_ins]
-    input, states, weights = _parts(call, computed)
-    out, ends = reference.layer(call.cell, input, call.steps, states, weights, call.reverse, reset, call.cell_states)
-    given = [(value, grad) for value, grad in zip((out, *ends), (d_out, *d_ends), strict=True) if grad is not None]
-    asked = [i for i, flag in enumerate(wanted) if flag]
-    grads: list[Tensor | None] = [None] * len(tensors)
-    if not given:
-        return grads
-    found = torch.autograd.grad(
-        [value for value, _ in given],
-        [stand_ins[i] for i in asked],
-        [grad.to(value.dtype) for value, grad in given],
-        create_graph=True,
-        allow_unused=True,
-    )
-    for i, grad in zip(asked, found, strict=True):
-        grads[i] = grad
-    return grads

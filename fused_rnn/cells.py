@@ -20,8 +20,9 @@ three to ``weight_ih``, and both groups are contiguous columns, which makes each
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -91,3 +92,10 @@ class Weights(NamedTuple):
     bias_ih: Tensor | None = None
     bias_hh: Tensor | None = None
     hr: Tensor | None = None
+
+
+def split(cell: Cell, tensors: Sequence[Any]) -> tuple[Any, tuple[Any, ...], tuple[Weights, ...]]:
+    """Split what a layer is a function of, or one value for each of these tensors, into input, states and weights."""
+    first, each = 1 + len(cell.states), len(Weights._fields)
+    weights = (Weights(*tensors[i : i + each]) for i in range(first, len(tensors), each))
+    return tensors[0], tuple(tensors[1:first]), tuple(weights)

@@ -160,6 +160,11 @@ def _raise_weight_shape(weight: Weights, expected: tuple[tuple[int, ...] | None,
 
 def check_batch_sizes_shape(batch_sizes: Tensor) -> None:
     """Raise RuntimeError unless ``batch_sizes`` have the shape, dtype and device of a PackedSequence's."""
+    if torch._C._functorch.is_batchedtensor(batch_sizes):
+        raise RuntimeError(
+            "vmap cannot map over the batch_sizes of a PackedSequence: all members share one set of lengths. Map over the data "
+            "alone and make PackedSequence(data, batch_sizes) inside, with batch_sizes from outside the mapped function"
+        )
     if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
         raise RuntimeError(
             f"batch_sizes should be a 1D int64 tensor on the CPU, got {tuple(batch_sizes.shape)}, "

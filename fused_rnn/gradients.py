@@ -6,7 +6,7 @@ run with the same number of threads. Legend as in ``fused_rnn.kernels``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,7 +93,7 @@ class _PreviousH:
         return [previous]
 
 
-class _WeightGradients:
+class WeightGradients:
     """The gradients of one recurrence's parameters, summed over chunks of time."""
 
     def __init__(self, layer: Layer, weight: Weights, wanted: Weights, dtype: torch.dtype) -> None:
@@ -104,15 +104,14 @@ class _WeightGradients:
         # A hidden part of its own (the GRU's hn) has a gradient of its own for its bias.
         self.apart = len(self.hidden_parts()) > 1
         biased = wanted.bias_ih or wanted.bias_hh
-        gates = weight.hh.shape[0]
         self.ih = self.like(weight.ih) if wanted.ih else None
         self.hh = self.like(weight.hh) if wanted.hh else None
         self.hr = self.like(weight.hr) if wanted.hr and weight.hr is not None else None
-        self.bias_x = weight.hh.new_empty(gates) if biased else None
-        self.bias_apart = weight.hh.new_empty(self.hidden) if biased and self.apart else None
+        self.bias_x = self.like(weight.hh[:, 0]) if biased else None
+        self.bias_apart = self.like(weight.hh[: self.hidden, 0]) if biased and self.apart else None
 
-    @staticmethod
-    def like(weight: Tensor) -> Tensor:
+    def like(self, weight: Tensor) -> Tensor:
+        """Room for the gradient of a weight."""
         return empty(weight.shape, weight.dtype, weight.device)
 
     def blocks(self, d_gates: Tensor, names: Sequence[str]) -> Tensor:
@@ -142,11 +141,10 @@ class _WeightGradients:
             inputs = [] if self.hh is None else [part.to(d_gates.dtype) for part in previous.parts(t_begin, t_end)]
             first = 0
             for part in self.hidden_parts():
-                last = first + len(part) * self.hidden
-                d_weight = None if self.hh is None else self.hh[first:last]
+                d_weight = None if self.hh is None else self.hh.narrow(-2, first, len(part) * self.hidden)
                 d_bias = self.bias_apart if part == ("hn",) else None
                 self.product(self.blocks(d_gates, part), inputs, d_weight, d_bias, add)
-                first = last
+                first += len(part) * self.hidden
         if self.hr is not None:
             o = tape[:, self.cell.tape.index("o") * self.hidden :][:, : self.hidden]
             c = tape[:, self.cell.tape.index("c") * self.hidden :][:, : self.hidden]
@@ -158,7 +156,8 @@ class _WeightGradients:
         if self.bias_x is not None and self.wanted.bias_hh:
             # A tensor of its own even where the values are the same: two parameters must not share a .grad.
             apart = self.bias_apart
-            bias_hh = self.bias_x.clone() if apart is None else torch.cat((self.bias_x[: -self.hidden], apart))
+            gates = self.bias_x[..., : -self.hidden]
+            bias_hh = self.bias_x.clone() if apart is None else torch.cat((gates, apart), dim=-1)
         grads = (self.ih, self.hh, self.bias_x if self.wanted.bias_ih else None, bias_hh, self.hr)
         if self.weight.ih.dtype == self.dtype:
             return grads
@@ -177,6 +176,7 @@ def backward(
     d_ends: Sequence[Tensor | None],
     input_wanted: bool,
     weights_wanted: Sequence[Weights],
+    collect: Callable[[Layer, Weights, Weights, torch.dtype], WeightGradients] = WeightGradients,
 ) -> Gradients:
     """Compute the gradients of a layer.
 
@@ -188,6 +188,7 @@ def backward(
             for zero.
         input_wanted: whether the input's gradient is wanted.
         weights_wanted: for each parameter, whether its gradient is wanted (booleans in the places of the tensors).
+        collect: what sums the gradients of one recurrence's parameters.
     """
     cell, steps = layer.cell, layer.steps
     storage, device = input.dtype, input.device
@@ -210,7 +211,7 @@ def backward(
     if d_cells is not None:
         d_cells = d_cells.resolve_neg().contiguous().view(rows, recurrences, hidden)
     d_input = empty(input.shape, compute, device) if input_wanted else None
-    sums = [_WeightGradients(layer, w, wanted, storage) for w, wanted in zip(weights, weights_wanted, strict=True)]
+    sums = [collect(layer, w, wanted, storage) for w, wanted in zip(weights, weights_wanted, strict=True)]
 
     # The kernels form the input's gradient as they walk, where a single recurrence makes it.
     takes = layer.kernels.takes_input

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from fused_rnn import autograd, dispatch
+from fused_rnn import derivatives, dispatch
+from fused_rnn.batching import BackwardCall
 from fused_rnn.cells import CELLS
 from fused_rnn.layer import Layer
 from fused_rnn.operators import library, spread, steps_of
@@ -88,8 +89,8 @@ def _differentiable(
     steps = steps_of(input, tensors[1 : 1 + count], batch_sizes)
     layer = Layer(cell, dispatch.kernels(cell, input.device), steps, tuple(map(bool, reverse)), cell_states)
     there = [1] * (1 + count) + present
-    flat, asked = spread(tensors, there), [bool(flag) for flag in spread(wanted, there)]
-    found = autograd._differentiable_backward(layer, reset, flat, asked, d_outputs[0], d_outputs[1:])
+    flat, asked = spread(tensors, there), tuple(bool(flag) for flag in spread(wanted, there))
+    found = derivatives.backward(BackwardCall(layer, asked), reset, d_outputs, flat)
     return [grad for grad, tensor in zip(found, flat, strict=True) if tensor is not None]
 
 

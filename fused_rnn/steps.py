@@ -8,6 +8,13 @@ import torch
 from torch import Tensor
 
 
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor inside the wrappers of torch.func: sizes have no derivative, and a wrapper must not outlive its transform."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 @dataclass(frozen=True)
 class Steps:
     """The rows of every time step.
@@ -30,9 +37,12 @@ class Steps:
     @staticmethod
     def packed(batch_sizes: Tensor, batch: int | None = None) -> Steps:
         """The steps of a PackedSequence: rows of all steps one after another, without gaps."""
-        offsets = torch.zeros_like(batch_sizes)
-        torch.cumsum(batch_sizes[:-1], 0, out=offsets[1:])
-        return Steps(len(batch_sizes), int(batch_sizes[0]) if batch is None else batch, batch_sizes, offsets)
+        batch_sizes = unwrapped(batch_sizes)
+        # What torch computes inside torch.func would be wrapped again.
+        with torch._C._DisableFuncTorch():
+            offsets = torch.zeros_like(batch_sizes)
+            torch.cumsum(batch_sizes[:-1], 0, out=offsets[1:])
+            return Steps(len(batch_sizes), int(batch_sizes[0]) if batch is None else batch, batch_sizes, offsets)
 
     @property
     def dense(self) -> bool:
@@ -53,3 +63,17 @@ class Steps:
             return Steps(t_end - t_begin, self.batch)
         offsets = self.offsets[t_begin:t_end]
         return Steps(t_end - t_begin, self.batch, self.batch_sizes[t_begin:t_end], offsets - offsets[:1])
+
+    def times(self, size: int) -> Steps:
+        """The steps of a batch in which every sequence stands ``size`` times, one beside the other."""
+        if self.batch_sizes is None or self.offsets is None:
+            return Steps(self.length, self.batch * size)
+        with torch._C._DisableFuncTorch():
+            return Steps(self.length, self.batch * size, self.batch_sizes * size, self.offsets * size)
+
+    def divided(self, size: int) -> Steps:
+        """What ``times`` with this size was called on."""
+        if self.batch_sizes is None or self.offsets is None:
+            return Steps(self.length, self.batch // size)
+        with torch._C._DisableFuncTorch():
+            return Steps(self.length, self.batch // size, self.batch_sizes // size, self.offsets // size)

@@ -91,14 +91,83 @@ def test_half_precision_packed(name: str, dtype: torch.dtype, backend: str) -> N
 
 
 @each
-def test_output_may_be_changed_in_place(name: str, backend: str) -> None:
-    """Without a graph, and after it was used; a change that the backward would not notice raises there, as torch's does."""
+@pytest.mark.parametrize("lengths", [None, [4, 6, 1]], ids=["dense", "packed"])
+def test_output_may_be_changed_in_place(name: str, lengths: list[int] | None, backend: str) -> None:
+    """Without a graph, and with one: the gradients are those of the same change on a copy, to the bit."""
     module, x = make(name), torch.randn(6, 3, 5, dtype=torch.float64)
+    input = x if lengths is None else pack_padded_sequence(x, lengths, enforce_sorted=False)
     with torch.no_grad():
-        outputs(module, x)[0].relu_()
+        outputs(module, input)[0].relu_()
+    found = []
+    for copied in (True, False):
+        leaf = x.clone().requires_grad_()
+        input = leaf if lengths is None else pack_padded_sequence(leaf, lengths, enforce_sorted=False)
+        out = outputs(module, input)[0]
+        out = out.clone() if copied else out
+        out.mul_(2)
+        out[0] += 1
+        torch.relu_(out)
+        found.append(torch.autograd.grad(out.square().sum(), [leaf, *module.parameters()], create_graph=copied))
+    for expected, actual in zip(*found, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@each
+def test_second_gradient_after_a_change_in_place(name: str, backend: str) -> None:
+    module, x = make(name), torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
+    found = []
+    for copied in (True, False):
+        out = outputs(module, x)[0]
+        out = (out.clone() if copied else out).mul_(2)
+        (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        found.append((first, *torch.autograd.grad(first.square().sum(), [x, *module.parameters()])))
+    for expected, actual in zip(*found, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@each
+def test_output_changed_in_place_under_saved_tensor_hooks(name: str) -> None:
+    """What the hooks keep is read, and the memory of the output is not held beside them."""
+    module, x = make(name), torch.randn(6, 3, 5, dtype=torch.float64)
+    (expected,) = torch.autograd.grad((outputs(module, x)[0] * 2).sum(), module.weight_hh_l0)
+    kept = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.clone())
+        return kept[-1]
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = outputs(module, x)[0]
+    (actual,) = torch.autograd.grad(out.mul_(2).sum(), module.weight_hh_l0)
+    assert torch.equal(actual, expected)
+    assert any(torch.equal(tensor, out.detach().view_as(tensor) / 2) for tensor in kept if tensor.numel() == out.numel())
+
+
+@each
+def test_weights_changed_in_place_raise(name: str, backend: str) -> None:
+    module, x = make(name), torch.randn(6, 3, 5, dtype=torch.float64, requires_grad=True)
     out = outputs(module, x)[0]
-    out.mul_(2)
+    with torch.no_grad():
+        module.weight_hh_l0.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@each
+def test_biases_may_change_before_the_backward(name: str, backend: str) -> None:
+    """No first gradient reads a bias, as in torch.nn; what reads one raises."""
+    module, x = make(name), torch.randn(6, 3, 5, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(outputs(module, x)[0].sum(), [x, *module.parameters()])
+    out = outputs(module, x)[0]
+    with torch.no_grad():
+        module.bias_ih_l0.add_(1)
+    actual = torch.autograd.grad(out.sum(), [x, *module.parameters()], retain_graph=True)
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(RuntimeError, match=r"inplace operation: a bias of shape .* expected version"):
+        torch.autograd.grad(out.sum(), x, create_graph=True, retain_graph=True)
+    out.detach().zero_()
+    with pytest.raises(RuntimeError, match=r"inplace operation: a bias of shape"):
         out.sum().backward()
 
 
@@ -184,12 +253,3 @@ def test_gradients_do_not_share_memory(name: str, backend: str) -> None:
     sum(value.sum() for value in outputs(module, torch.randn(6, 3, 5, dtype=torch.float64))).backward()
     pointers = [parameter.grad.data_ptr() for parameter in module.parameters() if parameter.grad is not None]
     assert len(set(pointers)) == len(list(module.parameters()))
-
-
-def test_vmap_and_forward_mode_raise() -> None:
-    module = make("LSTM")
-    x = torch.randn(2, 6, 3, 5, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="vmap"):
-        torch.func.vmap(lambda one: module(one)[0])(x)
-    with pytest.raises((RuntimeError, NotImplementedError), match=r"forward|jvp"):
-        torch.func.jvp(lambda one: module(one)[0], (x[0],), (x[0],))
