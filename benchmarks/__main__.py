@@ -282,7 +282,14 @@ def compare(arguments: Sequence[str]) -> int:
     return 1 if any(change.regression for change in changes) else 0
 
 
-COMMANDS = {"readme": readme, "show": show, "report": report, "compare": compare}
+def gpu(arguments: Sequence[str]) -> int:
+    """The command that measures on a GPU."""
+    from benchmarks.gpu.command import main
+
+    return main(arguments)
+
+
+COMMANDS = {"readme": readme, "show": show, "report": report, "compare": compare, "gpu": gpu}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

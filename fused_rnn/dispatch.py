@@ -21,7 +21,11 @@ from fused_rnn.kernels import project, weight_gradient
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions of one cell on one backend (contract: ``fused_rnn.kernels``)."""
+    """The functions of one cell on one backend (contract: ``fused_rnn.kernels``).
+
+    Attributes:
+        whole: the kernels take row buffers in the dtype that is stored, and whole walks in one call.
+    """
 
     backend: str
     pack: Callable[..., Any]
@@ -31,6 +35,7 @@ class Kernels:
     step: Callable[..., Any] | None
     takes_input: Callable[..., bool] | None
     weight_gradient: Callable[..., None]
+    whole: bool
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Status:
 
 
 # In order of preference. The package of a backend exports `unavailable() -> str | None` and `describe() -> str`, and has
-# one module per row of _MODULES.
+# one module per row of _MODULES. It may export `devices()`, where these are not always the same.
 _PACKAGES = {
     "cpp": ("fused_rnn.kernels.cpp", ("cpu",)),
     "numba": ("fused_rnn.kernels.numba", ("cpu",)),
@@ -57,10 +62,21 @@ _PACKAGES = {
     # Plain torch runs on every device; the dispatcher asks only for these two, meta tensors never reach a kernel.
     "reference": ("fused_rnn.reference", ("cpu", "cuda")),
 }
+# A backend that serves these devices only where it was asked for: on a GPU a walk in plain torch is so slow that whoever wants
+# it should say so.
+_ON_REQUEST = {"reference": ("cuda",)}
 _MODULES = {"rnn_tanh": "rnn", "rnn_relu": "rnn", "lstm": "lstm", "gru": "gru"}
 
 _ENVIRONMENT = "FUSED_RNN_BACKEND"
 _asked_for: contextvars.ContextVar[str | None] = contextvars.ContextVar("fused_rnn_backend", default=None)
+
+
+@functools.cache
+def _devices(name: str) -> tuple[str, ...]:
+    """The torch device types that a backend serves here."""
+    package, devices = _PACKAGES[name]
+    ask = getattr(importlib.import_module(package), "devices", None)
+    return devices if ask is None else tuple(ask())
 
 
 @functools.cache
@@ -80,10 +96,10 @@ def backends() -> dict[str, Status]:
     True
     """
     listed = {}
-    for name, (package, devices) in _PACKAGES.items():
+    for name, (package, _) in _PACKAGES.items():
         reason = _unavailable(name)
         detail = reason or importlib.import_module(package).describe()
-        listed[name] = Status(reason is None, devices, detail)
+        listed[name] = Status(reason is None, _devices(name), detail)
     return listed
 
 
@@ -142,6 +158,7 @@ def _load(cell_name: str, name: str) -> Kernels:
         getattr(package, "step", None),
         getattr(package, "takes_input", None),
         getattr(package, "weight_gradient", weight_gradient),
+        getattr(package, "WHOLE", False),
     )
 
 
@@ -151,6 +168,11 @@ def _automatic(device_type: str) -> str:
     candidates = [name for name, (_, devices) in _PACKAGES.items() if device_type in devices]
     for name in candidates:
         if _unavailable(name) is None:
+            if device_type in _ON_REQUEST.get(name, ()):
+                raise RuntimeError(
+                    f"fused_rnn: {candidates[0]} cannot run on {device_type} here: {_unavailable(candidates[0])}. "
+                    f"The {name} backend would serve, slowly: fused_rnn.backend({name!r}) or {_ENVIRONMENT}={name}."
+                )
             if name != candidates[0]:
                 warnings.warn(
                     f"fused_rnn: {candidates[0]} cannot run here: {_unavailable(candidates[0])}. "
@@ -168,7 +190,8 @@ def kernels(cell: Cell, device: torch.device) -> Kernels:
 
     Raises:
         ValueError: if ``FUSED_RNN_BACKEND`` names no backend.
-        RuntimeError: if the backend that was asked for cannot run here, or not on this device.
+        RuntimeError: if the backend that was asked for cannot run here, or not on this device; or if none was, and what runs
+            on this device is too slow to be taken unasked.
         NotImplementedError: if no backend serves the device.
     """
     if cell.name not in CELLS:
@@ -183,7 +206,7 @@ def kernels(cell: Cell, device: torch.device) -> Kernels:
             return _load(cell.name, _automatic(device.type))
         source = f"{_ENVIRONMENT}={name}"
         _check_available(_check_name(name, source), source)
-    devices = _PACKAGES[name][1]
+    devices = _devices(name)
     if device.type not in devices:
         raise RuntimeError(f"{source}: {name} runs on {' and '.join(devices)}, got a tensor on {device.type}")
     return _load(cell.name, name)

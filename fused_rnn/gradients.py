@@ -192,16 +192,17 @@ def backward(
     """
     cell, steps = layer.cell, layer.steps
     storage, device = input.dtype, input.device
-    compute = COMPUTE[storage]
+    exact = COMPUTE[storage]
+    compute = storage if layer.kernels.whole else exact
     rows, recurrences = input.shape[0], len(weights)
     hidden, output = weights[0].hh.shape[0] // cell.num_gates, weights[0].hh.shape[1]
     columns = len(cell.d_gates) * hidden + (0 if weights[0].hr is None else output)
 
     weights = compute_weights(weights, compute)
     d_cells = d_ends[len(states)] if layer.cell_states else None
-    states_0 = tuple(state.to(compute).contiguous() for state in states)
+    states_0 = tuple(state.to(exact).contiguous() for state in states)
     d_states = tuple(
-        torch.zeros_like(state) if d_end is None else d_end.to(compute, copy=True, memory_format=torch.contiguous_format)
+        torch.zeros_like(state) if d_end is None else d_end.to(exact, copy=True, memory_format=torch.contiguous_format)
         for state, d_end in zip(states_0, d_ends[: len(states)], strict=True)
     )
     out = out.view(rows, recurrences, output)
@@ -231,7 +232,7 @@ def backward(
 
     previous = [_PreviousH(steps, backwards, out[:, d], states_0[0][d], reset) for d, backwards in enumerate(layer.reverse)]
     row_bytes = columns * compute.itemsize
-    if storage == compute and rows * recurrences * row_bytes <= _CHUNK_BYTES:
+    if layer.kernels.whole or (storage == compute and rows * recurrences * row_bytes <= _CHUNK_BYTES):
         whole = empty((rows, recurrences, columns), compute, device)
         packed = pack(layer, weights, backward=True, with_input=takes_input)
         extra = (d_input,) if takes_input else ()
@@ -277,7 +278,6 @@ def backward(
                 )
                 own = slice(span.start - near.start, span.stop - near.start)
                 finish(d, workspace[:n, 0], t_begin, t_end, h, tape_near[own, 0])
-    if storage != compute:
-        d_input = None if d_input is None else d_input.to(storage)
-        d_states = tuple(d_state.to(storage) for d_state in d_states)
+    d_input = None if d_input is None else d_input.to(storage)
+    d_states = tuple(d_state.to(storage) for d_state in d_states)
     return Gradients(d_input, d_states, [each.result() for each in sums])

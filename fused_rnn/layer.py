@@ -141,12 +141,13 @@ def forward(
             return (*taken, None)
     rows, recurrences = input.shape[0], len(weights)
     gates, output = weights[0].hh.shape
-    compute = COMPUTE[storage]
+    exact = COMPUTE[storage]
+    compute = storage if layer.kernels.whole else exact
     columns = len(cell.tape) * (gates // cell.num_gates)
 
     weights = compute_weights(weights, compute)
-    bias = _bias(cell, weights, compute)
-    ends = tuple(state.to(compute, copy=True, memory_format=torch.contiguous_format) for state in states)
+    bias = _bias(cell, weights, exact)
+    ends = tuple(state.to(exact, copy=True, memory_format=torch.contiguous_format) for state in states)
     # Two-dimensional from the start: an output that is a view made in an autograd Function cannot be changed in place.
     result = empty((rows, recurrences * output), storage, device)
     out = result.view(rows, recurrences, output)
@@ -171,12 +172,14 @@ def forward(
 
     # Whole, where nothing would be gained by chunks: the tape is kept anyway, or all of it is small.
     row_bytes = columns * compute.itemsize
-    if storage == compute and (cell.tape_is_out or keep or rows * recurrences * row_bytes <= _CHUNK_BYTES):
+    small = cell.tape_is_out or keep or rows * recurrences * row_bytes <= _CHUNK_BYTES
+    if layer.kernels.whole or (storage == compute and small):
         whole = out if cell.tape_is_out else empty((rows, recurrences, columns), storage, device) if tape is None else tape
         for d, weight in enumerate(weights):
             layer.kernels.project(input, weight.ih, whole[:, d, :gates])
         packed = pack(layer, weights, backward=False)
         layer.kernels.forward(whole, out, ends, packed, bias, steps, layer.reverse, reset, write_tape)
+        ends = tuple(end.to(storage) for end in ends)
         if cells is not None:
             cells.view(rows, recurrences, hidden).copy_(whole[..., c_begin : c_begin + hidden])
             ends = (*ends, cells)

@@ -53,6 +53,9 @@ as a last argument, the tape's contents before it are not read, and the tape is 
 ``keep``, unless it is the output); and, where D is 1, ``<cell>_backward`` gets ``d_input`` as a last argument, (rows of the
 walked steps, I), which it writes.
 
+It may export ``WHOLE = True``: its row buffers are in the dtype that is stored, bfloat16 and float16 too, and a whole walk
+comes in one call. States, d_states, states_0 and bias are then float32, or float64 with buffers of float64. This is for a GPU.
+
 It may also export ``step(cell, input, states, weight)`` → (out, states) or None: one step without a backward, for streaming,
 with input (N, I), states (1, N, ·) and ``Weights``; out is (N, P). None where it has no better way for these sizes.
 """

@@ -1,13 +1,129 @@
-"""The CUDA backend's place: its kernels are yet to be written."""
+"""The CUDA backend: Triton compiles the kernels when they are first used, for the chip that is there.
+
+Products of float32 are exact, unless ``torch.backends.cuda.matmul`` allows TF32. Those of bfloat16 and float16 are summed in
+float32, in which the states are kept too.
+
+With ``TRITON_INTERPRET=1`` in the environment before Triton is imported, its interpreter runs the same kernels on the CPU,
+for tests: slowly.
+"""
 
 from __future__ import annotations
 
+import functools
+import os
+from typing import TYPE_CHECKING
 
+import torch
+
+from fused_rnn.cells import CELLS
+
+if TYPE_CHECKING:
+    from fused_rnn.kernels.triton.plan import Device
+
+# Row buffers come as they are stored, a whole walk in one call (contract: ``fused_rnn.kernels``).
+WHOLE = True
+
+
+@functools.cache
 def unavailable() -> str | None:
-    """Why this backend cannot run here."""
-    return "its kernels are not part of this version"
+    """Why this backend cannot run here, or None where it can."""
+    if not torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET"):
+        # Asked first: importing Triton takes long, and a machine without a GPU has no use for it.
+        return "torch sees no CUDA device"
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); pip install triton, or a torch built for CUDA, which brings it"
+    try:
+        from fused_rnn.kernels.triton import gru, lstm, rnn, version  # noqa: F401
+    except Exception as error:  # A Triton too old or too new fails in ways of its own; the caller is told which.
+        return f"its kernels do not load with triton {triton.__version__} ({type(error).__name__}: {error})"
+    if version.INTERPRETED:
+        return None
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    from fused_rnn.kernels.triton.launch import too_old
+
+    # With several chips, a tensor on one that is too old is an error of its own.
+    reasons = [too_old(torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)) for i in _indices()]
+    return reasons[0] if all(reasons) else None
+
+
+def _indices() -> range:
+    return range(torch.cuda.device_count())
+
+
+def devices() -> tuple[str, ...]:
+    """The torch device types that it serves: the CPU too while Triton's interpreter runs the kernels."""
+    if unavailable() is None:
+        from fused_rnn.kernels.triton.version import INTERPRETED
+
+        if INTERPRETED:
+            return ("cuda", "cpu")
+    return ("cuda",)
+
+
+def explain(
+    cell: str,
+    hidden_size: int,
+    batch: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    bidirectional: bool = False,
+    projected: bool = False,
+    device: torch.device | Device | None = None,
+) -> str:
+    """Say which regime and tiles the forward and the backward of a layer would take, and why.
+
+    Args:
+        cell: ``"lstm"``, ``"gru"``, ``"rnn_tanh"`` or ``"rnn_relu"``.
+        hidden_size: H.
+        batch: N, the number of sequences.
+        dtype: of the layer.
+        bidirectional: whether two recurrences share a launch.
+        projected: whether h is projected (``proj_size``).
+        device: where; None for the current CUDA device. A ``fused_rnn.kernels.triton.plan.Device`` need not be there.
+
+    Returns:
+        two lines.
+
+    Raises:
+        ValueError: if there is no such cell, or a size is below 1.
+        RuntimeError: if no device was given and there is none, or its chip is too old.
+
+    >>> from fused_rnn.kernels.triton.plan import Device
+    >>> chip = Device("a chip", capability=(9, 0), processors=132, shared_bytes=227 << 10)
+    >>> print(explain("lstm", 1024, 16, dtype=torch.bfloat16, device=chip).split(":")[1])
+     cooperative (16 units × 16 sequences per program, 4 warps)
+    """
+    from fused_rnn.kernels.triton import heuristic, plan
+
+    if cell not in CELLS:
+        raise ValueError(f"explain(): cell: expected one of {', '.join(CELLS)}, got {cell!r}")
+    for name, size in (("hidden_size", hidden_size), ("batch", batch)):
+        if size < 1:
+            raise ValueError(f"explain(): {name}: expected 1 or more, got {size}")
+    if not isinstance(device, plan.Device):
+        reason = unavailable()
+        if reason is not None:
+            raise RuntimeError(f"explain(): triton cannot run here: {reason}; give a plan.Device")
+        from fused_rnn.kernels.triton.launch import device_of
+
+        device = device_of(torch.device("cuda") if device is None else device)
+    lines = []
+    for backward in (False, True):
+        call = plan.Call(CELLS[cell], backward, hidden_size, batch, 2 if bidirectional else 1, dtype, projected)
+        lines.append(plan.explain(call, heuristic.choose(call, device)))
+    return "\n".join(lines)
 
 
 def describe() -> str:
-    """What this backend runs on."""
-    raise NotImplementedError("the triton backend has no kernels in this version")
+    """Triton's version and the chip."""
+    import triton
+
+    from fused_rnn.kernels.triton.version import INTERPRETED
+
+    if INTERPRETED:
+        return f"triton {triton.__version__}, interpreted on the CPU"
+    chips = dict.fromkeys(torch.cuda.get_device_name(i) for i in _indices())
+    return f"triton {triton.__version__}, {', '.join(chips)}"

@@ -1,0 +1,82 @@
+"""``python -m benchmarks gpu``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from benchmarks.results import ResultsError, check_writable, default_path, save
+
+# For everything but the start of Python and the case in hand when the time is up.
+SECONDS, QUICK_SECONDS = 480.0, 90.0
+_WIDTH = 150
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks gpu",
+        description="Check the Triton kernels on this GPU, then time them against torch.nn (cuDNN). Exit code: 0, 1 if a "
+        "result was wrong or a case failed, 2 where nothing can be measured.",
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer cases, below two minutes")
+    parser.add_argument("--seconds", type=float, help=f"time (default {SECONDS:.0f}, with --quick {QUICK_SECONDS:.0f})")
+    parser.add_argument("--json", type=Path, help="results file (default benchmarks/out/<date>.json)")
+    parser.add_argument("--tune", action="store_true", help="write the table of tile sizes instead of measuring the layers")
+    parser.add_argument("--table", type=Path, help="the table that --tune writes (default: that of the package)")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command. Returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
+    if not 0 < seconds < float("inf"):
+        parser.error(f"--seconds: expected a number above 0, got {options.seconds}")
+    from fused_rnn.kernels import triton as backend
+
+    reason = backend.unavailable()
+    if reason is None and not torch.cuda.is_available():
+        reason = "torch sees no CUDA device"
+    if reason is not None:
+        parser.exit(2, f"{parser.prog}: nothing to measure: {reason}\n")
+    console = Console(width=_WIDTH)
+    device = torch.device("cuda", torch.cuda.current_device())
+    if options.tune:
+        from benchmarks.gpu.tune import tune
+        from fused_rnn.kernels.triton import tuned
+
+        path = options.table or tuned.table_path()
+        rows = tune(device, seconds, path, lambda text: console.print(text, highlight=False))
+        console.print(f"{rows} rows in {path}", soft_wrap=True)
+        return 0
+    path = options.json or default_path()
+    try:
+        check_writable(path)
+    except ResultsError as error:
+        parser.error(str(error))
+    return measure(device, options.quick, seconds, path, console)
+
+
+def measure(device: torch.device, quick: bool, seconds: float, path: Path, console: Console) -> int:
+    """Measure, keep the rows, print the table."""
+    from benchmarks.gpu import cases, report, run
+
+    options = run.Options(device, seconds=seconds, rounds=3 if quick else 5, quick=quick)
+    results = run.measure(
+        options, cases.select(quick), lambda text: console.print(text, highlight=False), lambda rows: save(rows, path)
+    )
+    report.show(results, console)
+    console.print(f"{len(results['rows'])} rows in {path}", soft_wrap=True)
+    return exit_code(results)
+
+
+def exit_code(results: dict[str, Any]) -> int:
+    """1 if anything was wrong or failed."""
+    wrong = [row for row in results["rows"] if row["status"].startswith(("wrong", "failed"))]
+    return 1 if wrong or not all(verdict["passed"] for verdict in results["gate"]) else 0

@@ -1,0 +1,22 @@
+"""What the products of both walks share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fused_rnn.kernels.triton.version import INTERPRETED
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+# Chunks of the weights under way while one is multiplied, where they are read again in each step.
+STAGES = tl.constexpr(3)
+
+
+@triton.jit
+def dot(left, right, total, PRECISION: tl.constexpr):
+    """Total + left · right in float32."""
+    if _INTERPRETED:
+        # The interpreter keeps bfloat16 as integers and would multiply those.
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, total, input_precision=PRECISION)

@@ -1,0 +1,45 @@
+"""The simple recurrence's pointwise parts and its kernels, tanh and relu (contract: ``fused_rnn.kernels``).
+
+The numbers are those of the equations in ``fused_rnn.reference.rnn``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fused_rnn.cells import RNN_RELU, RNN_TANH
+from fused_rnn.kernels.triton.activations import tanh
+from fused_rnn.kernels.triton.launch import make_functions
+
+
+@triton.jit
+def rnn_tanh_step(x, product, bias, carry):
+    """Take one step: (h, no carry, the tape h, which is the output)."""
+    h = tanh(x[0] + bias[0] + product[0])  # (1)
+    return h, carry, (h,)
+
+
+@triton.jit
+def rnn_relu_step(x, product, bias, carry):
+    """Take one step, as ``rnn_tanh_step``; NaN stays NaN."""
+    h = x[0] + bias[0] + product[0]
+    h = tl.where(h <= 0.0, 0.0, h)  # (1)
+    return h, carry, (h,)
+
+
+@triton.jit
+def rnn_tanh_step_backward(tape, before, d_h, d_carry):
+    """Differentiate one step: (d_gates h, nothing past the product, no carry)."""
+    h = tape[0]
+    return (d_h * (1.0 - h * h),), tl.zeros_like(d_h), d_carry
+
+
+@triton.jit
+def rnn_relu_step_backward(tape, before, d_h, d_carry):
+    """Differentiate one step, as ``rnn_tanh_step_backward``."""
+    return (tl.where(tape[0] > 0.0, d_h, 0.0),), tl.zeros_like(d_h), d_carry
+
+
+rnn_tanh_pack, rnn_tanh_forward, rnn_tanh_backward = make_functions(RNN_TANH, rnn_tanh_step, rnn_tanh_step_backward)
+rnn_relu_pack, rnn_relu_forward, rnn_relu_backward = make_functions(RNN_RELU, rnn_relu_step, rnn_relu_step_backward)

@@ -1,0 +1,203 @@
+"""The backward kernel: one body that walks the steps the other way, for every cell and every way to launch it.
+
+A program owns the same kind of tile as in the forward. In each step it first forms what the d_gates of the step before (in
+this walk) send to its units of h, W[:, units]ᵀ · d_gatesᵀ, then differentiates its own units and writes their d_gates, which
+all programs of the tile read in the next step. One more step follows the last one, for its product alone.
+
+``SPLIT`` slices of K are products of their own, one dimension of a batched product, summed at the end: so each warp has a part
+of K to itself, where a tile of 16 units would make all warps repeat each other's work.
+
+Legend: T steps, N sequences, H units, s counts steps in the order of this walk, t in the order of the rows.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fused_rnn.kernels.triton.barrier import arrive, wait
+from fused_rnn.kernels.triton.product import STAGES, dot
+
+
+@triton.jit
+def _load_weight(p_weight, i_program, i_tile, TILES: tl.constexpr, SPLIT: tl.constexpr, UNITS: tl.constexpr,
+                 CHUNK: tl.constexpr):  # fmt: skip
+    """Tile ``i_tile`` (of gate and chunk of K) of a program's weights: (UNITS, CHUNK), or (SPLIT, UNITS, CHUNK / SPLIT)."""
+    PART: tl.constexpr = CHUNK // SPLIT
+    p = p_weight + (i_program.to(tl.int64) * TILES + i_tile) * (UNITS * CHUNK)
+    if SPLIT == 1:
+        o = tl.arange(0, UNITS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    else:
+        o = tl.arange(0, SPLIT)[:, None, None] * PART + tl.arange(0, UNITS)[None, :, None] * CHUNK
+        o = o + tl.arange(0, PART)[None, None, :]
+    return tl.load(p + o)
+
+
+@triton.jit
+def _load_d_gates(p_rows, mask, gate, k, H, SPLIT: tl.constexpr, CHUNK: tl.constexpr):
+    """d_gates of one gate and chunk of K: (CHUNK, BATCH), or (SPLIT, CHUNK / SPLIT, BATCH). p_rows, mask: (1, BATCH)."""
+    PART: tl.constexpr = CHUNK // SPLIT
+    if SPLIT == 1:
+        o_k = k * CHUNK + tl.arange(0, CHUNK)[:, None]
+        p = p_rows + (gate * H + o_k)
+        m = mask & (o_k < H)
+    else:
+        o_k = k * CHUNK + tl.arange(0, SPLIT)[:, None, None] * PART + tl.arange(0, PART)[None, :, None]
+        p = p_rows[None, :, :] + (gate * H + o_k)
+        m = mask[None, :, :] & (o_k < H)
+    return tl.load(p, mask=m, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _product(p_weight, weights, p_rows, mask, i_program, H, GATES: tl.constexpr, RESIDENT: tl.constexpr, UNITS: tl.constexpr,
+             BATCH: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr,
+             PRECISION: tl.constexpr):  # fmt: skip
+    """W[:, units]ᵀ · d_gatesᵀ of a tile: (UNITS, BATCH)."""
+    if SPLIT == 1:
+        total = tl.zeros((UNITS, BATCH), tl.float32)
+    else:
+        total = tl.zeros((SPLIT, UNITS, BATCH), tl.float32)
+    if RESIDENT:
+        for gate in tl.static_range(GATES):
+            for k in tl.static_range(CHUNKS):
+                d = _load_d_gates(p_rows, mask, gate, k, H, SPLIT, CHUNK)
+                total = dot(weights[gate * CHUNKS + k], d, total, PRECISION)
+    else:
+        for i in tl.range(0, GATES * CHUNKS, num_stages=STAGES):
+            w = _load_weight(p_weight, i_program, i, GATES * CHUNKS, SPLIT, UNITS, CHUNK)
+            d = _load_d_gates(p_rows, mask, i // CHUNKS, i % CHUNKS, H, SPLIT, CHUNK)
+            total = dot(w, d, total, PRECISION)
+    if SPLIT > 1:
+        total = tl.sum(total, 0)
+    return total
+
+
+@triton.jit(
+    do_not_specialize=[
+        "s_begin", "s_end", "t_begin", "t_end", "first_row", "first_tile", "first_d", "reverse_bits", "tiles", "T", "N",
+    ]
+)  # fmt: skip
+def walk_backward(
+    p_d_gates, p_d_h, p_d_carry, p_d_out, p_d_carries, p_tape, p_before, p_before_0, p_weight, p_product, p_reset, p_lengths,
+    p_offsets, p_counters,
+    s_begin, s_end, t_begin, t_end, first_row, first_tile, first_d, reverse_bits, tiles, T, N, H,
+    d_gates_row, d_gates_d, d_out_row, d_out_d, d_carries_row, d_carries_d, tape_row, tape_d, before_row, before_d,
+    STEP: tl.constexpr, GATES: tl.constexpr, TAPE: tl.constexpr, EMITTED: tl.constexpr, CARRY: tl.constexpr,
+    RAGGED: tl.constexpr, HAS_RESET: tl.constexpr, HAS_D_OUT: tl.constexpr, HAS_D_CARRIES: tl.constexpr,
+    GIVEN: tl.constexpr, RESIDENT: tl.constexpr, MEET: tl.constexpr, UNITS: tl.constexpr, BATCH: tl.constexpr,
+    CHUNKS: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Walk steps s_begin .. s_end - 1 of n + 1, n = t_end - t_begin. Grid: (slices of units, batch tiles, recurrences).
+
+    Args:
+        p_d_gates: (rows from first_row on, D, EMITTED blocks·H), written; the first GATES blocks meet the weights.
+        p_d_h, p_d_carry: (D, N, H), in and out; without another carry than h, p_d_carry is unused.
+        p_d_out: (R, D, H), if HAS_D_OUT. p_d_carries: (R, D, H), the gradient of every step's carry, if HAS_D_CARRIES.
+        p_tape: (R, D, TAPE blocks·H).
+        p_before: where the carry of every step lies, one column block of (R, D, ·); p_before_0: that before the first step,
+            (D, N, H). Both are read with CARRY alone.
+        p_weight: (D, slices, GATES·CHUNKS, UNITS, CHUNK), padded with zeros.
+        p_product: (D, N, H): Wᵀ·d_gates of the step before, if GIVEN.
+        p_reset, p_lengths, p_offsets, p_counters: as in the forward, the last for n + 1 steps.
+    """
+    i_u = tl.program_id(0)
+    i_b = first_tile + tl.program_id(1)
+    i_d = first_d + tl.program_id(2)
+    i_program = i_d * tl.num_programs(0) + i_u
+    o_u = i_u * UNITS + tl.arange(0, UNITS)[:, None]
+    o_b = i_b * BATCH + tl.arange(0, BATCH)[None, :]
+    m_u = o_u < H
+    m_all = m_u & (o_b < N)
+    reverse = (reverse_bits >> i_d) & 1
+    o_state = (i_d * N + o_b).to(tl.int64) * H + o_u
+    p_d_gates += i_d * d_gates_d
+    p_d_out += i_d * d_out_d
+    p_d_carries += i_d * d_carries_d
+    p_tape += i_d * tape_d
+    p_before += i_d * before_d
+    n = t_end - t_begin
+    p_counters += (i_d * tiles + i_b) * (n + 1)
+
+    begin, end = s_begin, s_end
+    lengths = tl.full((1, BATCH), 0, tl.int64) + T
+    if RAGGED:
+        lengths = tl.load(p_lengths + o_b, mask=o_b < N, other=0)
+        longest = tl.minimum(tl.maximum(tl.load(p_lengths + i_b * BATCH).to(tl.int32) - t_begin, 0), n)
+        # The steps in which the tile has a row, and the one after them; if it has none, no step.
+        begin = tl.maximum(begin, tl.where(reverse != 0, 0, n - longest))
+        end = tl.minimum(end, tl.where(reverse != 0, longest, n) + 1)
+        end = tl.where(longest > 0, end, begin)
+
+    d_h = tl.load(p_d_h + o_state, mask=m_all, other=0.0).to(COMPUTE)
+    d_carry = tl.zeros((UNITS, BATCH), COMPUTE)
+    if CARRY == 1:
+        d_carry = tl.load(p_d_carry + o_state, mask=m_all, other=0.0).to(COMPUTE)
+    weights = ()
+    if RESIDENT:
+        for i in tl.static_range(GATES * CHUNKS):
+            weights = weights + (_load_weight(p_weight, i_program, i, GATES * CHUNKS, SPLIT, UNITS, CHUNK),)
+
+    for s in range(begin, end):
+        t = tl.where(reverse != 0, t_begin + s, t_end - 1 - s)
+        t_done = tl.where(reverse != 0, t - 1, t + 1)
+        t_before = tl.where(reverse != 0, t + 1, t - 1)
+        # A step outside what is walked, or outside the sequence, has no rows.
+        m_b = (o_b < tl.where((t >= t_begin) & (t < t_end), N, 0)) & (t < lengths)
+        m_done = (o_b < tl.where((t_done >= t_begin) & (t_done < t_end), N, 0)) & (t_done < lengths)
+        m_before = m_b & (o_b < tl.where((t_before >= 0) & (t_before < T), N, 0)) & (t_before < lengths)
+        mask = m_u & m_b
+        if RAGGED:
+            # The step beyond the last has no rows; its masks are off.
+            rows = tl.load(p_offsets + tl.minimum(tl.maximum(t, 0), T - 1)) + o_b
+            rows_done = tl.load(p_offsets + tl.minimum(tl.maximum(t_done, 0), T - 1)) + o_b
+            rows_before = tl.load(p_offsets + tl.minimum(tl.maximum(t_before, 0), T - 1)) + o_b
+        else:
+            rows = t.to(tl.int64) * N + o_b
+            rows_done = t_done.to(tl.int64) * N + o_b
+            rows_before = t_before.to(tl.int64) * N + o_b
+        # Read before the wait: these are ready when the others are.
+        tape = ()
+        for block in tl.static_range(TAPE):
+            tape = tape + (tl.load(p_tape + rows * tape_row + block * H + o_u, mask=mask, other=0.0).to(COMPUTE),)
+        before = tl.zeros((UNITS, BATCH), COMPUTE)
+        m_fresh = m_b
+        if HAS_RESET:
+            m_fresh = m_b & (tl.load(p_reset + rows, mask=m_b, other=0) == 0)
+            m_done = m_done & (tl.load(p_reset + rows_done, mask=m_done, other=0) == 0)
+        if CARRY:
+            m_kept = m_u & m_fresh & m_before
+            before = tl.load(p_before + rows_before * before_row + o_u, mask=m_kept, other=0.0).to(COMPUTE)
+            m_first = m_u & m_fresh & ~m_before
+            before += tl.load(p_before_0 + o_state, mask=m_first, other=0.0).to(COMPUTE)
+        d_above = tl.zeros((UNITS, BATCH), COMPUTE)
+        if HAS_D_OUT:
+            d_above = tl.load(p_d_out + rows * d_out_row + o_u, mask=mask, other=0.0).to(COMPUTE)
+        if HAS_D_CARRIES:
+            d_carry += tl.load(p_d_carries + rows * d_carries_row + o_u, mask=mask, other=0.0).to(COMPUTE)
+        if MEET:
+            if s > begin:
+                wait(p_counters + s - 1, tl.num_programs(0))
+        if GIVEN:
+            d_h += tl.load(p_product + o_state, mask=m_u & m_done, other=0.0).to(COMPUTE)
+        else:
+            p_rows = p_d_gates + (rows_done - first_row) * d_gates_row
+            d_h += _product(p_weight, weights, p_rows, m_done, i_program, H, GATES, RESIDENT, UNITS, BATCH, CHUNKS, CHUNK,
+                            SPLIT, PRECISION)  # fmt: skip
+
+        d_gates, d_direct, d_carry_before = STEP(tape, before, d_h + d_above, d_carry)
+
+        o_gates = (rows - first_row) * d_gates_row + o_u
+        for block in tl.static_range(EMITTED):
+            tl.store(p_d_gates + o_gates + block * H, d_gates[block].to(p_d_gates.dtype.element_ty), mask=mask)
+        if MEET:
+            arrive(p_counters + s)
+        else:
+            tl.debug_barrier()
+        # A sequence that has no step here keeps its gradients; one that was reset sends none further back.
+        d_h = tl.where(m_b, tl.where(m_fresh, d_direct, 0.0), d_h)
+        if CARRY == 1:
+            d_carry = tl.where(m_b, tl.where(m_fresh, d_carry_before, 0.0), d_carry)
+
+    tl.store(p_d_h + o_state, d_h, mask=m_all)
+    if CARRY == 1:
+        tl.store(p_d_carry + o_state, d_carry, mask=m_all)

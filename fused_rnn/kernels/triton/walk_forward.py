@@ -1,0 +1,208 @@
+"""The forward kernel: one body that walks steps s_begin .. s_end - 1 for every cell and every way to launch it.
+
+A program owns ``UNITS`` hidden units of ``BATCH`` sequences of one recurrence: all their gates, and their carry (the LSTM's c,
+the GRU's h), which stays in registers inside a launch and passes through memory between launches. What a step needs of h comes
+from all units, through ``p_ring``: two slots, read and written in turn. A program that writes slot (s + 1) % 2 has passed the
+barrier of step s - 1, so every other program has read that slot.
+
+Gates are computed with the operands swapped, gatesᵀ = W · hᵀ: the weights fill the rows of the tensor core's tile, however
+few sequences there are. ``STACKED`` weights put four blocks of units under one another in one product, and it is split after.
+
+Legend: T steps, N sequences, H units, s counts steps in the order of the walk, t in the order of the rows.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fused_rnn.kernels.triton.barrier import arrive, wait
+from fused_rnn.kernels.triton.product import STAGES, dot
+
+
+@triton.jit
+def _weights(p_weight, i_program, GATES: tl.constexpr, STACKED: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr,
+             CHUNK: tl.constexpr):  # fmt: skip
+    """All weights of a program, as tiles of (rows, CHUNK): for each gate (one pile if stacked), for each chunk of K."""
+    ROWS: tl.constexpr = 4 * UNITS if STACKED else UNITS
+    PILES: tl.constexpr = 1 if STACKED else GATES
+    o = tl.arange(0, ROWS)[:, None] * (CHUNKS * CHUNK) + tl.arange(0, CHUNK)[None, :]
+    p = p_weight + i_program.to(tl.int64) * (PILES * ROWS * CHUNKS * CHUNK)
+    tiles = ()
+    for pile in tl.static_range(PILES):
+        for k in tl.static_range(CHUNKS):
+            tiles = tiles + (tl.load(p + pile * ROWS * CHUNKS * CHUNK + k * CHUNK + o),)
+    return tiles
+
+
+@triton.jit
+def _split(product, UNITS: tl.constexpr, BATCH: tl.constexpr):
+    """(4·UNITS, BATCH) into four tiles of (UNITS, BATCH)."""
+    # Row = (2·a + b)·UNITS + unit; splitting takes the last dimension apart.
+    pair = tl.permute(tl.reshape(product, (2, 2, UNITS, BATCH)), (2, 3, 1, 0))
+    low, high = tl.split(pair)
+    first, second = tl.split(low)
+    third, fourth = tl.split(high)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _product(p_weight, weights, p_h, mask, i_program, GATES: tl.constexpr, STACKED: tl.constexpr, RESIDENT: tl.constexpr,
+             UNITS: tl.constexpr, BATCH: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr,
+             PRECISION: tl.constexpr):  # fmt: skip
+    """W·hᵀ of a program's units, a tile of (UNITS, BATCH) per gate. p_h: (1, BATCH) pointers to the rows of h."""
+    ROWS: tl.constexpr = 4 * UNITS if STACKED else UNITS
+    PILES: tl.constexpr = 1 if STACKED else GATES
+    ZERO = tl.zeros((ROWS, BATCH), tl.float32)
+    sums = ()
+    for _ in tl.static_range(PILES):
+        sums = sums + (ZERO,)
+    o_k = tl.arange(0, CHUNK)[:, None]
+    if RESIDENT:
+        # Many loads before the first product: one after another, each would wait for memory on its own.
+        for first in tl.static_range(0, CHUNKS, AHEAD):
+            parts = ()
+            for k in tl.static_range(first, min(first + AHEAD, CHUNKS)):
+                parts = parts + (tl.load(p_h + (k * CHUNK + o_k), mask=mask, other=0.0, cache_modifier=".cg"),)
+            for k in tl.static_range(first, min(first + AHEAD, CHUNKS)):
+                added = ()
+                for pile in tl.static_range(PILES):
+                    added = added + (dot(weights[pile * CHUNKS + k], parts[k - first], sums[pile], PRECISION),)
+                sums = added
+    else:
+        p = p_weight + i_program.to(tl.int64) * (PILES * ROWS * CHUNKS * CHUNK)
+        o = tl.arange(0, ROWS)[:, None] * (CHUNKS * CHUNK) + tl.arange(0, CHUNK)[None, :]
+        for k in tl.range(0, CHUNKS, num_stages=STAGES):
+            h = tl.load(p_h + (k * CHUNK + o_k), mask=mask, other=0.0)
+            added = ()
+            for pile in tl.static_range(PILES):
+                w = tl.load(p + pile * ROWS * CHUNKS * CHUNK + k * CHUNK + o)
+                added = added + (dot(w, h, sums[pile], PRECISION),)
+            sums = added
+    if STACKED:
+        sums = _split(sums[0], UNITS, BATCH)
+    return sums
+
+
+@triton.jit(do_not_specialize=["s_begin", "s_end", "first_tile", "first_d", "reverse_bits", "tiles", "D", "T", "N"])
+def walk_forward(
+    p_tape, p_out, p_ring, p_carry, p_h_n, p_weight, p_product, p_bias, p_reset, p_lengths, p_offsets, p_counters,
+    s_begin, s_end, first_tile, first_d, reverse_bits, tiles, D, T, N, H, ring_rows, ring_row, tape_row, tape_d, out_row,
+    out_d,
+    STEP: tl.constexpr, GATES: tl.constexpr, TAPE: tl.constexpr, BIAS: tl.constexpr, CARRY: tl.constexpr,
+    KEEP: tl.constexpr, HAS_OUT: tl.constexpr, RAGGED: tl.constexpr, HAS_RESET: tl.constexpr, HAS_BIAS: tl.constexpr,
+    GIVEN: tl.constexpr, RESIDENT: tl.constexpr, MEET: tl.constexpr, STACKED: tl.constexpr, UNITS: tl.constexpr,
+    BATCH: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Walk steps s_begin .. s_end - 1. Grid: (slices of units, batch tiles from first_tile on, recurrences from first_d on).
+
+    Args:
+        p_tape: (R, D, TAPE blocks·H), gates_x in its first blocks.
+        p_out: (R, D, H), if HAS_OUT.
+        p_ring: (2, D, ring_rows, ring_row): h, zero beyond H up to CHUNKS·CHUNK; slot s % 2 is read in step s.
+        p_carry: (D, N, H), in and out; unused without CARRY (1: c, 2: h).
+        p_h_n: (D, N, H): h of every sequence's last step, if HAS_OUT; unused where h is the carry.
+        p_weight: (D, slices, piles, rows, CHUNKS·CHUNK), padded with zeros.
+        p_product: (D, N, GATES·H): W·h of this one step, if GIVEN.
+        p_bias: (D, BIAS blocks·H).
+        p_reset: (R,) bytes.
+        p_lengths: (N,) steps of each sequence, longest first, if RAGGED.
+        p_offsets: (T,) first row of each step, if RAGGED.
+        p_counters: (D, batch tiles, T + 1) zeros, if programs MEET.
+    """
+    i_u = tl.program_id(0)
+    i_b = first_tile + tl.program_id(1)
+    i_d = first_d + tl.program_id(2)
+    i_program = i_d * tl.num_programs(0) + i_u
+    o_u = i_u * UNITS + tl.arange(0, UNITS)[:, None]
+    o_b = i_b * BATCH + tl.arange(0, BATCH)[None, :]
+    m_u = o_u < H
+    m_all = m_u & (o_b < N)
+    reverse = (reverse_bits >> i_d) & 1
+    o_state = (i_d * N + o_b).to(tl.int64) * H + o_u
+    p_tape += i_d * tape_d
+    p_out += i_d * out_d
+    p_counters += (i_d * tiles + i_b) * (T + 1)
+
+    begin, end = s_begin, s_end
+    lengths = tl.full((1, BATCH), 0, tl.int64) + T
+    if RAGGED:
+        lengths = tl.load(p_lengths + o_b, mask=o_b < N, other=0)
+        longest = tl.load(p_lengths + i_b * BATCH).to(tl.int32)
+        # The steps in which the tile has a row: the first ones, or the last ones of a walk from the end.
+        begin = tl.maximum(begin, tl.where(reverse != 0, T - longest, 0))
+        end = tl.minimum(end, tl.where(reverse != 0, T, longest))
+
+    bias = ()
+    for block in tl.static_range(BIAS):
+        if HAS_BIAS:
+            b = tl.load(p_bias + (i_d * BIAS + block) * H + o_u, mask=m_u, other=0.0).to(COMPUTE)
+        else:
+            b = tl.zeros((UNITS, 1), COMPUTE)
+        bias = bias + (b,)
+    carry = tl.zeros((UNITS, BATCH), COMPUTE)
+    if CARRY:
+        carry = tl.load(p_carry + o_state, mask=m_all, other=0.0).to(COMPUTE)
+    weights = ()
+    if RESIDENT:
+        weights = _weights(p_weight, i_program, GATES, STACKED, UNITS, CHUNKS, CHUNK)
+
+    for s in range(begin, end):
+        t = tl.where(reverse != 0, T - 1 - s, s)
+        if RAGGED:
+            first = tl.load(p_offsets + t)
+        else:
+            first = t.to(tl.int64) * N
+        m_b = (o_b < N) & (t < lengths)
+        mask = m_u & m_b
+        rows = first + o_b
+        # Read before the wait: these are ready when the others are.
+        o_tape = rows * tape_row + o_u
+        gates_x = ()
+        for gate in tl.static_range(GATES):
+            gates_x = gates_x + (tl.load(p_tape + o_tape + gate * H, mask=mask, other=0.0),)
+        m_h = m_b
+        if HAS_RESET:
+            m_h = m_b & (tl.load(p_reset + rows, mask=m_b, other=0) == 0)
+            carry = tl.where(m_h | ~m_b, carry, 0.0)
+        if MEET:
+            if s > begin:
+                wait(p_counters + s - 1, tl.num_programs(0))
+        slot = ((s % 2) * D + i_d).to(tl.int64)
+        if GIVEN:
+            product = ()
+            for gate in tl.static_range(GATES):
+                o_product = (i_d * N + o_b).to(tl.int64) * (GATES * H) + gate * H + o_u
+                product = product + (tl.load(p_product + o_product, mask=m_u & m_h, other=0.0).to(COMPUTE),)
+        else:
+            p_h = p_ring + (slot * ring_rows + o_b) * ring_row
+            product = _product(p_weight, weights, p_h, m_h, i_program, GATES, STACKED, RESIDENT, UNITS, BATCH, CHUNKS, CHUNK,
+                               AHEAD, PRECISION)  # fmt: skip
+
+        x = ()
+        for gate in tl.static_range(GATES):
+            x = x + (gates_x[gate].to(COMPUTE),)
+        h, after, blocks = STEP(x, product, bias, carry)
+
+        stored = h.to(p_out.dtype.element_ty)
+        next_slot = (((s + 1) % 2) * D + i_d).to(tl.int64)
+        tl.store(p_ring + (next_slot * ring_rows + o_b) * ring_row + o_u, stored, mask=mask)
+        if MEET:
+            arrive(p_counters + s)
+        else:
+            tl.debug_barrier()
+        # What no other program waits for.
+        if HAS_OUT:
+            tl.store(p_out + rows * out_row + o_u, stored, mask=mask)
+            if CARRY != 2:
+                last = t == tl.where(reverse != 0, 0, lengths - 1)
+                tl.store(p_h_n + o_state, h, mask=mask & last)
+        if CARRY:
+            carry = tl.where(m_b, after, carry)
+        if KEEP:
+            for block in tl.static_range(TAPE):
+                tl.store(p_tape + o_tape + block * H, blocks[block].to(p_tape.dtype.element_ty), mask=mask)
+
+    if CARRY:
+        tl.store(p_carry + o_state, carry, mask=m_all)

@@ -1,0 +1,233 @@
+"""Which regime a call gets and why, the table of measured choices, forced choices, and what is refused. Nothing is compiled."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fused_rnn
+from benchmarks.gpu import gate
+from fused_rnn import dispatch
+from fused_rnn.cells import CELLS, GRU, LSTM
+from fused_rnn.kernels import triton as backend
+from fused_rnn.kernels.triton import heuristic, plan, tuned
+from fused_rnn.kernels.triton.heuristic import choose
+from fused_rnn.kernels.triton.plan import Call, Device
+
+A100 = Device("A100", (8, 0), 108, 163 << 10)
+H100 = Device("H100", (9, 0), 132, 227 << 10)
+SMALL = Device("a small chip", (8, 6), 20, 99 << 10)
+
+
+def regime(hidden: int, batch: int, dtype: torch.dtype = torch.bfloat16, device: Device = H100, **options: bool) -> str:
+    return choose(Call(LSTM, options.pop("backward", False), hidden, batch, 1, dtype, **options), device).regime
+
+
+def test_regimes_by_size() -> None:
+    """Small layers are alone, middle ones meet, large ones step; nothing of ours multiplies float64 or projects."""
+    assert regime(64, 64) == "resident"
+    assert regime(128, 4096) == "resident"
+    assert regime(1024, 16) == "cooperative"
+    assert regime(4096, 16) == "stepwise"
+    assert regime(4096, 4096) == "library"
+    assert regime(64, 64, torch.float64) == "library"
+    assert regime(64, 64, projected=True) == "library"
+    assert regime(1536, 16, device=A100) == "stepwise"
+    assert regime(1024, 16, device=SMALL) == "stepwise"
+
+
+@settings(deadline=None)
+@given(
+    cell=st.sampled_from(sorted(CELLS)),
+    backward=st.booleans(),
+    hidden=st.integers(1, 5000),
+    batch=st.integers(1, 5000),
+    directions=st.integers(1, 3),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float64]),
+    device=st.sampled_from([A100, H100, SMALL]),
+)
+def test_every_plan_fits(
+    cell: str, backward: bool, hidden: int, batch: int, directions: int, dtype: torch.dtype, device: Device
+) -> None:
+    """Every size gets a plan that covers it; programs that meet are never more than are sure to be co-resident."""
+    call = Call(CELLS[cell], backward, hidden, batch, directions, dtype)
+    made = choose(call, device)
+    assert made.slices * made.units >= hidden
+    assert made.width >= hidden or made.regime == "library"
+    assert made.tiles * made.batch >= batch
+    assert made.reason
+    if made.regime == "cooperative":
+        assert made.slices * made.tiles_at_once * made.directions_at_once <= device.processors
+    if made.regime == "resident":
+        assert made.slices == 1
+    if made.regime in ("resident", "cooperative"):
+        assert heuristic.shared_bytes(call, made) <= device.shared_bytes
+        assert made.launches == math.ceil(made.tiles / made.tiles_at_once)
+
+
+def test_explain_says_which_and_why() -> None:
+    told = backend.explain("gru", 4096, 1024, dtype=torch.float16, bidirectional=True, device=H100)
+    forward, backward = told.splitlines()
+    assert forward.startswith("gru forward H=4096 N=1024 D=2 float16: library (")
+    assert "not resident: H=4096 is more than the 128 units" in forward
+    assert "not cooperative: a slice of 16 units takes" in forward
+    assert "KiB of shared memory, a program has 227 KiB" in forward
+    assert backward.startswith("gru backward")
+    assert "one program holds all weights" in backend.explain("lstm", 64, 4, device=H100)
+
+
+def test_explain_refuses_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"cell: expected one of rnn_tanh, rnn_relu, lstm, gru, got 'tree'"):
+        backend.explain("tree", 4, 4, device=H100)
+    with pytest.raises(ValueError, match=r"hidden_size: expected 1 or more, got 0"):
+        backend.explain("gru", 0, 4, device=H100)
+    monkeypatch.setattr(backend, "unavailable", lambda: "torch sees no CUDA device")
+    with pytest.raises(RuntimeError, match=r"torch sees no CUDA device; give a plan\.Device"):
+        backend.explain("gru", 4, 4)
+
+
+def test_forced_choices() -> None:
+    call = Call(LSTM, False, 256, 64, 1, torch.bfloat16)
+    with plan.force(regime="stepwise", batch=32):
+        made = choose(call, H100)
+    assert (made.regime, made.batch, made.reason) == ("stepwise", 32, "it was forced")
+    with plan.force(regime="resident"), pytest.raises(ValueError, match=r"force\(regime='resident'\): H=256 is more than"):
+        choose(call, H100)
+    with (
+        plan.force(regime="cooperative"),
+        pytest.raises(ValueError, match=r"64 programs must run at once, and a .* runs 20"),
+    ):
+        choose(Call(LSTM, False, 1024, 16, 1, torch.bfloat16), Device("a small chip", (9, 0), 20, 227 << 10))
+    assert choose(call, H100).regime == "cooperative"
+    with pytest.raises(ValueError, match=r"regime: expected one of resident, cooperative, stepwise, library, got 'fast'"):
+        plan.force(regime="fast").__enter__()
+    with pytest.raises(TypeError, match=r"expected regime, units, batch or warps, got chunk"):
+        plan.force(chunk=3).__enter__()
+
+
+@pytest.mark.parametrize("device", [A100, H100, SMALL], ids=lambda device: device.name)
+def test_the_gate_can_force_every_regime(device: Device) -> None:
+    """What ``python -m benchmarks gpu`` judges first fits every chip, and where programs meet there are several."""
+    for name, (hidden, batch) in gate.REGIMES.items():
+        for cell, dtype, backward in itertools.product((LSTM, GRU), (torch.bfloat16, torch.float32), (False, True)):
+            with plan.force(regime=name):
+                made = choose(Call(cell, backward, hidden, batch, 2, dtype), device)
+            assert made.regime == name
+            assert made.tiles > 1
+            assert (made.slices > 1) == (name != "resident")
+
+
+def table(tmp_path: Path, *rows: dict[str, object]) -> Path:
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps({"format": tuned.FORMAT, "rows": rows}))
+    return path
+
+
+ROW = {"device": "H100", "cell": "lstm", "backward": False, "dtype": "bfloat16", "hidden": 512, "batch": 64, "directions": 1}
+
+
+def test_measured_choices_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row of the nearest sizes that are no smaller decides; where none is alike, or it does not fit, the heuristic does."""
+    rows = [
+        {**ROW, "regime": "stepwise", "units": 16, "tile": 32, "warps": 8},
+        {**ROW, "hidden": 256, "regime": "library", "units": 32, "tile": 64, "warps": 4},
+        {**ROW, "hidden": 2048, "regime": "cooperative", "units": 16, "tile": 16, "warps": 4},
+    ]
+    monkeypatch.setenv(tuned.ENVIRONMENT, str(table(tmp_path, *rows)))
+
+    def made(hidden: int, batch: int, device: Device = H100) -> plan.Plan:
+        return choose(Call(LSTM, False, hidden, batch, 1, torch.bfloat16), device)
+
+    assert (made(500, 20).regime, made(500, 20).batch, made(500, 20).warps) == ("stepwise", 32, 8)
+    assert "fastest for H=512, N=64" in made(500, 20).reason
+    assert made(256, 64).regime == "library"
+    assert made(500, 65).regime == "cooperative"
+    assert made(500, 20, A100).regime == "cooperative"
+    # Weights of that size fit no processor, whatever a table says.
+    assert made(2048, 16).regime == "stepwise"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "expected a table of tile sizes in JSON"),
+        ("[]", "expected a table of tile sizes of format 1"),
+        ('{"format": 1, "rows": [{"device": "x"}]}', "a row lacks cell, backward"),
+    ],
+)
+def test_a_broken_table_is_named(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tuned.json"
+    path.write_text(text)
+    monkeypatch.setenv(tuned.ENVIRONMENT, str(path))
+    with pytest.raises(ValueError, match=message):
+        choose(Call(LSTM, False, 256, 16, 1, torch.bfloat16), H100)
+
+
+def test_the_table_of_the_package_can_be_read() -> None:
+    assert isinstance(tuned.rows(tuned.PATH), list)
+
+
+@pytest.fixture
+def _fresh_dispatch() -> None:
+    """The dispatcher remembers what it found; these tests change it."""
+    caches = (dispatch._unavailable, dispatch._automatic, dispatch._devices, dispatch._load)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.usefixtures("_fresh_dispatch")
+def test_a_cuda_tensor_where_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says what is missing and which backend would serve; nothing slow is taken unasked."""
+    monkeypatch.setattr(backend, "unavailable", lambda: "Triton cannot be imported (no module)")
+    with pytest.raises(RuntimeError, match=r"triton cannot run on cuda here: Triton cannot be imported") as caught:
+        dispatch.kernels(GRU, torch.device("cuda"))
+    assert "fused_rnn.backend('reference')" in str(caught.value)
+    with fused_rnn.backend("reference"):
+        assert dispatch.kernels(GRU, torch.device("cuda")).backend == "reference"
+
+
+def test_a_cpu_tensor_on_the_triton_backend() -> None:
+    """Outside the interpreter it is refused, either way."""
+    with pytest.raises(RuntimeError, match="triton"), fused_rnn.backend("triton"):
+        fused_rnn.GRU(3, 4)(torch.randn(2, 1, 3))
+
+
+def test_a_chip_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = pytest.importorskip("fused_rnn.kernels.triton.launch", reason="Triton is not installed")
+    monkeypatch.setattr(launch, "_cuda_device", lambda index: Device("Tesla T4", (7, 5), 40, 64 << 10))
+    with pytest.raises(RuntimeError, match=r"capability 8\.0 or newer, Tesla T4 has 7\.5; the reference backend serves it"):
+        launch.device_of(torch.device("cuda", 0))
+
+
+def test_only_chips_that_are_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend is not available, and says which chip would do; one new chip among them is enough."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    chips = [("Tesla T4", (7, 5)), ("GTX 1080", (6, 1))]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(chips))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: chips[i][0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: chips[i][1])
+    reason = backend.unavailable.__wrapped__()
+    assert reason == "expected a chip of compute capability 8.0 or newer, Tesla T4 has 7.5"
+    chips.append(("A100", (8, 0)))
+    assert backend.unavailable.__wrapped__() is None
+    assert "Tesla T4, GTX 1080, A100" in backend.describe()
+
+
+def test_importing_the_package_imports_no_triton() -> None:
+    """It takes long, and on the CPU nobody needs it."""
+    program = "import sys, fused_rnn; assert 'triton' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,80 @@
+"""Configurations that the plan picks on an Ampere chip, compiled without one: registers, spills, shared memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton_support import A100, Configuration, check_resources, configurations, record
+
+from benchmarks.gpu.barrier import meet
+from benchmarks.gpu.floors import BARRIER_OPTIONS
+from fused_rnn.cells import GRU, LSTM, RNN_RELU
+from fused_rnn.kernels.triton.heuristic import choose
+from fused_rnn.kernels.triton.plan import Call
+from fused_rnn.kernels.triton.walk_backward import walk_backward
+from fused_rnn.kernels.triton.walk_forward import walk_forward
+
+CONFIGURATIONS = [
+    *configurations(A100, (64, 128, 256, 512, 768, 1024, 1536), (16, 256), (LSTM,), (torch.bfloat16,)),
+    *configurations(A100, (128, 1024), (16, 256), (GRU,), (torch.bfloat16,)),
+    *configurations(A100, (64, 256), (16,), (LSTM,), (torch.float32,)),
+    *configurations(A100, (512,), (16,), (RNN_RELU,), (torch.float16,)),
+    # Sizes of one are known to the compiler.
+    *configurations(A100, (1,), (1,), (GRU, RNN_RELU), (torch.float32,)),
+]
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+def test_resources(configuration: Configuration, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_resources(configuration, A100, monkeypatch)
+
+
+class _Absent:
+    """A driver for a chip that is not there: enough for Triton to compile what a launch would run."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 80, 32)
+
+
+@pytest.fixture
+def _absent_chip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.runtime.driver, "_active", _Absent())
+
+
+@pytest.mark.usefixtures("_absent_chip")
+@pytest.mark.parametrize(
+    "call",
+    [
+        Call(LSTM, False, 512, 16, 2, torch.bfloat16),
+        Call(GRU, True, 512, 16, 1, torch.bfloat16),
+        Call(RNN_RELU, False, 1, 1, 1, torch.float32),
+        Call(LSTM, True, 7, 5, 1, torch.float64),
+    ],
+    ids=lambda call: f"{call.cell.name}-H{call.hidden}",
+)
+def test_a_launch_as_at_run_time(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton binds and specialises the arguments of a launch itself, short of running it."""
+    plan = choose(call, A100)
+    arguments: dict[str, Any] = record(call, plan, True, monkeypatch)
+    made = (walk_backward if call.backward else walk_forward).warmup(grid=(1, 1, 1), **arguments)
+    assert made.metadata.num_warps == plan.warps
+    assert made.metadata.launch_cooperative_grid == (plan.regime == "cooperative")
+
+
+@pytest.mark.usefixtures("_absent_chip")
+def test_the_kernel_that_measures_the_barrier() -> None:
+    made = meet.warmup(torch.zeros(8, dtype=torch.int32), 8, grid=(4,), **BARRIER_OPTIONS)
+    assert "atom" in made.asm["ptx"] or "red." in made.asm["ptx"]
