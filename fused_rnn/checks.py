@@ -222,15 +222,15 @@ def check_cell(cell: Cell, input: Tensor, states: Sequence[Tensor], weights: Wei
     check_dtype(input)
 
 
-def check_lengths(lengths: object, length: int, batch: int, batched: bool) -> Tensor | None:
-    """Check ``lengths`` and bring them to the CPU.
+def check_lengths(lengths: object, batch: int, batched: bool) -> Tensor:
+    """Check what ``lengths`` are without a look at their values.
 
     Returns:
-        (N,) int64 on the CPU; None for meta tensors, which have no values.
+        (N,), on the caller's device.
 
     Raises:
         TypeError: if they are no integer tensor.
-        ValueError: if the shape is not (N,), () for an unbatched input, or a value is not one of 0 .. T.
+        ValueError: if the shape is not (N,), or () for an unbatched input.
     """
     if not isinstance(lengths, Tensor):
         raise TypeError(f"lengths: expected an integer tensor, got {type(lengths).__name__}")
@@ -240,10 +240,20 @@ def check_lengths(lengths: object, length: int, batch: int, batched: bool) -> Te
     if lengths.shape != shape:
         what = f"{shape}, one length for each sequence" if batched else "(), as the input is unbatched"
         raise ValueError(f"lengths: expected shape {what}, got {tuple(lengths.shape)}")
-    if lengths.is_meta:
-        return None
+    return lengths.reshape(-1)
+
+
+def check_length_values(lengths: Tensor, length: int) -> Tensor:
+    """Bring ``lengths``, (N,), to the CPU and check their values.
+
+    Returns:
+        (N,) int64 on the CPU.
+
+    Raises:
+        ValueError: if a value is not one of 0 .. T.
+    """
     # What the steps are made of is read on the host: the one wait for the device that lengths need.
-    on_cpu = lengths.detach().to("cpu", torch.int64).reshape(-1)
+    on_cpu = lengths.detach().to("cpu", torch.int64)
     wrong = on_cpu[(on_cpu < 0) | (on_cpu > length)]
     if len(wrong):
         raise ValueError(f"lengths: expected values from 0 to {length}, the steps of the input, got {int(wrong[0])}")

@@ -231,9 +231,14 @@ def _sequence(
     length, batch = (shape[1], shape[0]) if by_sequence else (shape[0], shape[1] if batched else 1)
     ragged = None
     if options.lengths is not None:
-        lengths = checks.check_lengths(options.lengths, length, batch, batched)
-        if lengths is not None and not input.is_meta:
-            ragged = sequences.Ragged.of(lengths, length, by_sequence, input.device)
+        lengths = checks.check_lengths(options.lengths, batch, batched)
+        if operators.traced(input, weights[0].hh):
+            if not (lengths.is_meta or input.is_meta):
+                ragged = operators.ragged(lengths, input, by_sequence)
+        elif not lengths.is_meta:
+            lengths = checks.check_length_values(lengths, length)
+            if not input.is_meta:
+                ragged = sequences.Ragged.of(lengths, length, by_sequence, input.device)
     reset = None if options.reset is None else checks.check_reset(options.reset, shape, input)
     if ragged is not None:
         rows = ragged.gather(input.reshape(length * batch, input.shape[-1]))
@@ -331,10 +336,13 @@ def _layers(
         out (R, D·P), the states after the walk, and with ``options.cell_states`` c of the last layer at every step, (R, D·H).
     """
     directions = options.directions
-    if reset is not None and steps.length == 1 and steps.dense and directions == 1:
+    if reset is not None and steps.dense and steps.length == 1 and directions == 1:
         # An agent's step: with the mask gone, the backend may take it in its own way, without a walk.
         states, reset = tuple(state.masked_fill(reset[:, None], 0) for state in states), None
-    resets = None if reset is None else sequences.resets_by_direction(reset, steps, directions)
+    resets = None
+    if reset is not None:
+        by_direction = operators if operators.traced(rows, weights[0].hh) else sequences
+        resets = by_direction.resets_by_direction(reset, steps, directions)
     last = len(weights) - directions
     ends: list[States] = []
     cells = None

@@ -45,7 +45,8 @@ def export(model: torch.nn.Module, args: tuple[Any, ...], f: Any = None, **optio
         The torch.onnx.ONNXProgram.
 
     Raises:
-        NotImplementedError: for what no ONNX operator computes: projections (``proj_size``), packed sequences, resets.
+        NotImplementedError: for what no ONNX operator computes: projections (``proj_size``), packed sequences, lengths,
+            resets.
         ValueError: if ``dynamo=False`` is asked for.
         ImportError: if ``onnxscript`` is not installed.
 
@@ -81,11 +82,16 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     return {
         torch.ops.fused_rnn.layer_forward.default: _layer,
         torch.ops.fused_rnn.check_batch_sizes.default: _refuse_packed,
+        torch.ops.fused_rnn.ragged.default: _refuse_lengths,
     }
 
 
 def _refuse_packed(batch_sizes: Any, rows: Any, batch: Any) -> Any:
     raise NotImplementedError("a PackedSequence cannot be exported to ONNX: give the model a padded batch")
+
+
+def _refuse_lengths(lengths: Any, padded: Any, batch_first: Any) -> Any:
+    raise NotImplementedError("lengths cannot be exported to ONNX: export a model without them")
 
 
 def _layer(

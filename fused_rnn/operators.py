@@ -1,8 +1,9 @@
 """The layer as operators of torch's dispatcher: what torch.compile, torch.export and the like see in place of the kernels.
 
 Two operators take and give plain tensors: ``fused_rnn::layer_forward`` and ``fused_rnn::layer_backward``, which is the gradient
-of the first. A third, ``fused_rnn::check_batch_sizes``, looks at values that a trace does not have. Plain eager calls do not
-come here: ``fused_rnn.autograd`` calls the kernels itself, which costs less per call.
+of the first. The others look at values that a trace does not have: ``fused_rnn::check_batch_sizes``, ``fused_rnn::ragged`` at
+lengths, and ``fused_rnn::one_step_earlier``. Plain eager calls do not come here: ``fused_rnn.autograd`` calls the kernels
+itself, which costs less per call.
 
 The backend is chosen when an operator runs, by ``fused_rnn.dispatch``, so one compiled program obeys every
 ``fused_rnn.backend`` and ``FUSED_RNN_BACKEND`` that it is called under. Legend as in ``fused_rnn.kernels``.
@@ -17,11 +18,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fused_rnn import autocast, checks, dispatch, gradients
+from fused_rnn import autocast, checks, dispatch, gradients, sequences
 from fused_rnn import layer as layers
 from fused_rnn.cells import CELLS, Cell, Weights
 from fused_rnn.dispatch import Kernels
 from fused_rnn.layer import Layer, States
+from fused_rnn.sequences import Ragged
 from fused_rnn.steps import Steps
 
 # No list holds an absent tensor, because torch drops or refuses such lists in places. What is there is said by 0 and 1 instead
@@ -36,6 +38,8 @@ library.define(
     "Tensor? reset, int[] reverse, Tensor out, Tensor tape, Tensor[] d_outputs, int[] given, int[] wanted) -> Tensor[]"
 )
 library.define("check_batch_sizes(Tensor batch_sizes, SymInt rows, SymInt batch) -> Tensor")
+library.define("ragged(Tensor lengths, Tensor padded, bool batch_first) -> (Tensor, Tensor, Tensor, Tensor)")
+library.define("one_step_earlier(Tensor reset, Tensor batch_sizes) -> Tensor")
 
 _T = TypeVar("_T")
 _plain = Tensor.__torch_dispatch__
@@ -122,6 +126,50 @@ def _first(batch_sizes: Tensor) -> int:
     torch._check(batch >= 0)  # type: ignore[no-untyped-call]
     # Not int(), which would ask for the value that a trace does not have.
     return batch  # type: ignore[no-any-return]
+
+
+def ragged(lengths: Tensor, padded: Tensor, batch_first: bool) -> Ragged:
+    """As ``Ragged.of``, of lengths that are checked when the program runs; how many rows and steps they have is known then.
+
+    All T steps of every sequence are a ragged batch too: a trace cannot tell.
+
+    Args:
+        lengths: (N,), of any integers and on any device.
+        padded: the padded batch, of which T and the device are read: torch.jit.trace would keep the T of the trace.
+        batch_first: whether the batch has N before T.
+
+    Raises:
+        ValueError: if a value is not one of 0 .. T, when the program runs.
+    """
+    batch_sizes, positions, order, places = torch.ops.fused_rnn.ragged(lengths, padded.detach(), batch_first)
+    return Ragged(Steps(batch_sizes.shape[0], lengths.shape[0], batch_sizes), positions, order, places)
+
+
+def resets_by_direction(reset: Tensor, steps: Steps, directions: int) -> tuple[Tensor, ...]:
+    """As ``fused_rnn.sequences.resets_by_direction``."""
+    if steps.batch_sizes is None or directions == 1:
+        return sequences.resets_by_direction(reset, steps, directions)
+    reset = reset.contiguous()
+    return reset, torch.ops.fused_rnn.one_step_earlier(reset, steps.batch_sizes)
+
+
+def _ragged(lengths: Tensor, padded: Tensor, batch_first: bool) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    length = padded.shape[1 if batch_first else 0]
+    found = Ragged.found(checks.check_length_values(lengths, length), length, batch_first, padded.device)
+    return found.steps.batch_sizes, found.positions, found.order, found.places
+
+
+def _ragged_fake(lengths: Tensor, padded: Tensor, batch_first: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    context = torch.library.get_ctx()
+    longest, rows = context.new_dynamic_size(min=1), context.new_dynamic_size()
+    batch_sizes = torch.empty(longest, dtype=torch.int64, device="cpu")
+    positions = torch.empty(rows, dtype=torch.int64, device=padded.device)
+    order, places = (torch.empty(lengths.shape, dtype=torch.int64, device=padded.device) for _ in range(2))
+    return batch_sizes, positions, order, places
+
+
+def _one_step_earlier_fake(reset: Tensor, batch_sizes: Tensor) -> Tensor:
+    return torch.empty_like(reset)
 
 
 def _check_batch_sizes(batch_sizes: Tensor, rows: int, batch: int) -> Tensor:
@@ -302,6 +350,10 @@ def spread(tensors: Sequence[_T], given: Sequence[int]) -> list[_T | None]:
 library.impl("layer_forward", _forward, "CompositeExplicitAutograd")
 library.impl("layer_backward", _gradients, "CompositeExplicitAutograd")
 library.impl("check_batch_sizes", _check_batch_sizes, "CompositeExplicitAutograd")
+library.impl("ragged", _ragged, "CompositeExplicitAutograd")
+library.impl("one_step_earlier", sequences.one_step_earlier, "CompositeExplicitAutograd")
 torch.library.register_fake("fused_rnn::layer_forward", _forward_fake, lib=library)
 torch.library.register_fake("fused_rnn::layer_backward", _gradients_fake, lib=library)
 torch.library.register_fake("fused_rnn::check_batch_sizes", _check_batch_sizes_fake, lib=library)
+torch.library.register_fake("fused_rnn::ragged", _ragged_fake, lib=library)
+torch.library.register_fake("fused_rnn::one_step_earlier", _one_step_earlier_fake, lib=library)

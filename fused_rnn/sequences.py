@@ -33,6 +33,14 @@ class Ragged:
 
     @staticmethod
     def of(lengths: Tensor, length: int, batch_first: bool, device: torch.device) -> Ragged | None:
+        """Find the rows; None where there is nothing to leave out, because every sequence has all T steps.
+
+        Args: as of ``found``.
+        """
+        return None if bool((lengths == length).all()) else Ragged.found(lengths, length, batch_first, device)
+
+    @staticmethod
+    def found(lengths: Tensor, length: int, batch_first: bool, device: torch.device) -> Ragged:
         """Find the rows.
 
         Args:
@@ -40,15 +48,10 @@ class Ragged:
             length: T of the padded batch.
             batch_first: whether the batch has N before T.
             device: of the batch.
-
-        Returns:
-            None where there is nothing to leave out: every sequence has all T steps.
         """
         batch = len(lengths)
-        if bool((lengths == length).all()):
-            return None
         # One step without a row where no sequence has any: the gradients of the weights are zero, not absent.
-        longest = max(1, int(lengths.max()))
+        longest = max(1, int(lengths.max())) if batch else 1
         order = lengths.argsort(descending=True, stable=True)
         batch_sizes = batch - torch.bincount(lengths, minlength=longest + 1).cumsum(0)[:longest]
         steps = Steps.packed(batch_sizes, batch)
@@ -95,8 +98,12 @@ def resets_by_direction(reset: Tensor, steps: Steps, directions: int) -> tuple[T
     if steps.batch_sizes is None:
         backwards = torch.cat((reset[steps.batch :], reset.new_zeros(min(steps.batch, len(reset)))))
         return reset, backwards
-    sizes = steps.batch_sizes
-    first = int(sizes[0])
-    # The same sequence one step earlier lies as many rows before as that step has.
-    earlier = torch.arange(first, len(reset), device="cpu") - torch.repeat_interleave(sizes[:-1], sizes[1:])
-    return reset, torch.zeros_like(reset).index_copy_(0, earlier.to(reset.device), reset[first:])
+    return reset, one_step_earlier(reset, steps.batch_sizes)
+
+
+def one_step_earlier(reset: Tensor, batch_sizes: Tensor) -> Tensor:
+    """Each row's flag, (R,), in the row of the same sequence one step earlier; none where there is no step after."""
+    first = int(batch_sizes[0])
+    # That row lies as many rows before as the earlier step has.
+    earlier = torch.arange(first, len(reset), device="cpu") - torch.repeat_interleave(batch_sizes[:-1], batch_sizes[1:])
+    return torch.zeros_like(reset).index_copy_(0, earlier.to(reset.device), reset[first:])

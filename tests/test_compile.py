@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -345,24 +347,86 @@ def test_wrong_arguments_raise_as_in_eager_code() -> None:
 # --- What torch.nn has not. ---
 
 
-@pytest.mark.parametrize("options", ["reset", "return_cell_states"])
-def test_keywords(options: str) -> None:
-    """Twice bidirectional, so that the reverse direction's own masks are traced too; any number of steps."""
-    module = fused_rnn.LSTM(IN, H, 2, bidirectional=True, dtype=torch.float64)
+KEYWORDS = {
+    "reset": (("reset",), True),
+    "return_cell_states": (("return_cell_states",), True),
+    "lengths": (("lengths",), False),
+    # In both directions, so that the reverse direction's own masks are traced too.
+    "all": (("lengths", "reset", "return_cell_states"), True),
+}
+
+
+@pytest.mark.parametrize("case", KEYWORDS)
+def test_keywords(case: str) -> None:
+    """Two layers in training, for any number of steps and sequences, and any lengths of them."""
+    names, bidirectional = KEYWORDS[case]
+    module = fused_rnn.LSTM(IN, H, 2, bidirectional=bidirectional, dropout=0.5, dtype=torch.float64)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
-    for length, batch in ((4, 3), (6, 2)):
+    for index, lengths in enumerate(([2, 4, 0], [6, 6], [5, 1], [0, 0, 0, 0])):
+        length, batch = (4, 6, 6, 9)[index], len(lengths)
         x = torch.randn(length, batch, IN, dtype=torch.float64)
-        given: dict[str, Any] = {
-            "reset": {"reset": torch.rand(length, batch) < 0.4},
-            "return_cell_states": {"return_cell_states": True},
-        }[options]
+        every: dict[str, Any] = {
+            "reset": torch.rand(length, batch) < 0.4,
+            "return_cell_states": True,
+            "lengths": torch.tensor(lengths),
+        }
+        given = {name: every[name] for name in names}
 
         def run(call: Callable[..., Any], x: Tensor = x, given: dict[str, Any] = given) -> list[Tensor]:
+            torch.manual_seed(1)
             leaf = x.clone().requires_grad_()
             found = flat(call(leaf, **given))
             return [*found, *torch.autograd.grad(sum(value.square().sum() for value in found), [leaf, *module.parameters()])]
 
-        assert_same(run(compiled), run(module))
+        with torch._dynamo.config.patch(error_on_recompile=index > 0):
+            assert_same(run(compiled), run(module))
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_lengths_in_inductor(batch_first: bool) -> None:
+    module = make("gru", batch_first=batch_first, bidirectional=True)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    for lengths in ([2, 4, 0], [5, 6]):
+        x = torch.randn(*((len(lengths), 6) if batch_first else (6, len(lengths))), IN, dtype=torch.float64)
+        both = [functools.partial(each, lengths=torch.tensor(lengths)) for each in (compiled, module)]
+        assert_same(*(results(each, module, x, None, []) for each in both))
+
+
+def test_wrong_lengths_raise_when_the_program_runs() -> None:
+    module = make("gru")
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(6, 3, IN, dtype=torch.float64)
+    compiled(x, lengths=torch.tensor([1, 0, 6]))
+    for wrong in (7, -1):
+        with pytest.raises(ValueError, match=f"lengths: expected values from 0 to 6, the steps of the input, got {wrong}"):
+            compiled(x, lengths=torch.tensor([1, 2, wrong]))
+
+
+def test_lengths_that_other_tracers_see() -> None:
+    """Recorded as values that are read at each run, and T as that of the input."""
+
+    class Lengths(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = make("gru", batch_first=True, bidirectional=True)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Any:
+            return self.rnn(x, lengths=lengths)
+
+    def inputs(length: int, lengths: list[int]) -> tuple[Tensor, Tensor]:
+        return torch.randn(len(lengths), length, IN, dtype=torch.float64), torch.tensor(lengths)
+
+    module, given = Lengths(), inputs(6, [2, 6, 1])
+    for trace, other in (
+        (lambda: make_fx(module)(*given), inputs(6, [0, 3, 5])),
+        (lambda: torch.jit.trace(module, given), inputs(4, [0, 3])),
+        (lambda: torch.jit.trace(module, given), inputs(9, [9, 1, 9, 9])),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            traced = trace()
+        for actual, expected in zip(flat(traced(*other)), flat(module(*other)), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 # --- The operators themselves. ---
@@ -431,8 +495,16 @@ def test_opcheck_backward(case: str) -> None:
         opcheck(torch.ops.fused_rnn.layer_backward, (*given[:-2], out, tape, d_outputs, flags, wanted))
 
 
-def test_opcheck_batch_sizes() -> None:
+def test_opcheck_of_steps() -> None:
     opcheck(torch.ops.fused_rnn.check_batch_sizes, (torch.tensor([3, 1]), 4, 3))
+    opcheck(torch.ops.fused_rnn.one_step_earlier, (torch.tensor([True, False, False, True]), torch.tensor([3, 1])))
+
+
+@pytest.mark.parametrize("lengths", [[2, 0, 3], [0, 0, 0], [4, 4, 4], []], ids=str)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_opcheck_of_lengths(lengths: list[int], batch_first: bool) -> None:
+    padded = torch.randn(*((len(lengths), 4) if batch_first else (4, len(lengths))), IN)
+    opcheck(torch.ops.fused_rnn.ragged, (torch.tensor(lengths, dtype=torch.int32), padded, batch_first))
 
 
 def _layers(dtype: torch.dtype = torch.float64) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Tensor]:

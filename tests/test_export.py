@@ -78,6 +78,22 @@ def test_export_with_states() -> None:
         assert_same(program.module(), module, (batch(module, length, count), states(count)))
 
 
+@pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
+def test_export_with_lengths(strict: bool) -> None:
+    module = make("lstm")
+
+    def call(program: Callable[..., Any], length: int, lengths: list[int]) -> list[Tensor]:
+        torch.manual_seed(length)
+        return tree_leaves(program(batch(module, length, len(lengths)), lengths=torch.tensor(lengths)))
+
+    shapes = {"input": {0: T, 1: N}, "lengths": {0: N}}
+    given = {"lengths": torch.tensor([2, 6, 1])}
+    exported = torch.export.export(module, (batch(module),), given, dynamic_shapes=shapes, strict=strict)
+    for program in (exported.module(), exported.run_decompositions().module()):
+        for length, lengths in ((6, [6, 6, 6]), (9, [0, 9, 3, 2]), (3, [0, 0])):
+            torch.testing.assert_close(call(program, length, lengths), call(module, length, lengths), rtol=1e-6, atol=1e-6)
+
+
 class _Packed(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -249,6 +265,8 @@ def test_onnx_refuses_what_it_has_no_operator_for() -> None:
         fused_rnn.onnx.export(module, (batch(module),), verbose=False)
     with pytest.raises(NotImplementedError, match="PackedSequence cannot be exported to ONNX"):
         fused_rnn.onnx.export(_Packed().eval(), (torch.randn(7, IN), torch.tensor([4, 2, 1])), verbose=False)
+    with pytest.raises(NotImplementedError, match="lengths cannot be exported to ONNX"):
+        fused_rnn.onnx.export(make("lstm"), (batch(module),), kwargs={"lengths": torch.tensor([2, 6, 1])}, verbose=False)
     with pytest.raises(ValueError, match="dynamo: expected True, got False"):
         fused_rnn.onnx.export(module, (batch(module),), dynamo=False)
 

@@ -24,7 +24,7 @@ ALLOWED = {
     "derivatives": DATA | {"reference", "layer", "batching"},
     "autocast": DATA,
     "checks": DATA | {"autocast"},
-    "operators": DATA | {"autocast", "checks", "dispatch", "layer", "gradients"},
+    "operators": DATA | {"autocast", "checks", "dispatch", "layer", "gradients", "sequences"},
     "autograd": DATA
     | {"autocast", "dispatch", "reference", "layer", "gradients", "operators", "per_sample", "batching", "derivatives"},
     "operators_autograd": DATA | {"dispatch", "layer", "operators", "batching", "derivatives"},
