@@ -20,7 +20,9 @@ import fused_rnn
 from fused_rnn import operators
 
 
-@pytest.mark.parametrize(("case", "kind"), [*((case, "dense") for case in MODULES), ("lstm_proj", "packed"), ("gru", "packed")])
+@pytest.mark.parametrize(
+    ("case", "kind"), [("rnn_relu", "dense"), ("lstm_proj", "dense"), ("lstm", "packed"), ("gru", "packed")]
+)
 def test_training_is_that_of_eager_code(case: str, kind: str) -> None:
     """Two layers, two directions, dropout, with and without initial states; no graph breaks, and no T and N traced again."""
     module = make(case, num_layers=2, bidirectional=True, dropout=0.5)
@@ -243,21 +245,18 @@ def test_every_backend_trains_compiled(backend: str) -> None:
     assert_same(results(compiled, module, x, None, []), results(module, module, x, None, []))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda sizes: sizes + 1, "add up to 10 rows"),
-        (lambda sizes: sizes.flip(0), "decreasing order"),
-        (lambda sizes: sizes.int(), "1D int64 tensor on the CPU"),
-    ],
-)
-def test_wrong_batch_sizes_raise_when_the_program_runs(change: Callable[[Tensor], Tensor], message: str) -> None:
+def test_wrong_batch_sizes_raise_when_the_program_runs() -> None:
     module = _FromBatchSizes()
     data, sizes = torch.randn(7, IN, dtype=torch.float64), torch.tensor([4, 2, 1])
     compiled = torch.compile(module, backend="aot_eager")
     compiled(data, sizes)
-    with pytest.raises(RuntimeError, match=message):
-        compiled(data, change(sizes))
+    for wrong, message in (
+        (sizes + 1, "add up to 10 rows"),
+        (sizes.flip(0), "decreasing order"),
+        (sizes.int(), "1D int64 tensor on the CPU"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            compiled(data, wrong)
 
 
 def test_wrong_states_of_a_packed_sequence() -> None:
@@ -281,10 +280,9 @@ def test_wrong_arguments_raise_as_in_eager_code() -> None:
 
 
 KEYWORDS = {
-    "reset": (("reset",), True),
-    "return_cell_states": (("return_cell_states",), True),
-    "lengths": (("lengths",), False),
     # In both directions, so that the reverse direction's own masks are traced too.
+    "reset": (("reset", "return_cell_states"), True),
+    "lengths": (("lengths",), False),
     "all": (("lengths", "reset", "return_cell_states"), True),
 }
 
