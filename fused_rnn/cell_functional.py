@@ -84,7 +84,7 @@ def _cell(cell: Cell, input: Tensor, weights: Weights, states: States | None) ->
     checks.check_cell(cell, input, states, weights)
     checks.check_weights(cell, (weights,), 1)
     before = tuple(state.unsqueeze(0) for state in states)
-    out, after = entry.layer(cell, input, Steps(1, batch), before, (weights,), (False,), single_step=True)
+    out, after = entry.layer(cell, input, Steps(1, batch), before, (weights,), (False,), as_dense=False)
     # The output of the one step is h, without the dimension of the directions.
     after = (out, *(state.squeeze(0) for state in after[1:]))
     return after if batched else tuple(state.squeeze(0) for state in after)

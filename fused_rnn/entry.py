@@ -22,18 +22,19 @@ def layer(
     weights: tuple[Weights, ...],
     reverse: tuple[bool, ...],
     *options: Any,
-    single_step: bool = False,
+    as_dense: bool = True,
 ) -> tuple[Tensor, States]:
     """Compute one layer; arguments and results as of ``autograd.layer``.
 
     Args:
         options: further arguments of ``autograd.layer``; they and what they add to the states are passed on.
-        single_step: whether this is the step of a cell, which torch.nn computes in other dtypes than a sequence of one.
+        as_dense: whether torch.nn would take dense ``steps`` for a dense batch, which it computes in other dtypes: not the step
+            of a cell, and not a batch with lengths, whose dtypes must not depend on whether all of them are full.
     """
     if _any_negated(rows, *states) or any(_any_negated(*weight) for weight in weights):
         rows, states = rows.resolve_neg(), tuple(state.resolve_neg() for state in states)
         weights = tuple(Weights._make(None if each is None else each.resolve_neg() for each in weight) for weight in weights)
-    dtypes = autocast.dtypes_of(cell, rows, states, weights, steps.dense and not single_step)
+    dtypes = autocast.dtypes_of(cell, rows, states, weights, steps.dense and as_dense)
     if dtypes is None:
         return autograd.layer(cell, rows, steps, states, weights, reverse, *options)
     wider = dtypes[-1]

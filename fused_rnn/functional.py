@@ -352,7 +352,7 @@ def _layers(
         part = slice(first, first + directions)
         before = tuple(state[part] for state in states) if last else states
         wants_cells = options.cell_states and first == last
-        rows, end = _directions(cell, rows, steps, before, tuple(weights[part]), resets, wants_cells)
+        rows, end = _directions(cell, rows, steps, before, tuple(weights[part]), resets, wants_cells, options.lengths is None)
         if wants_cells:
             end, cells = end[:-1], end[-1]
         ends.append(end)
@@ -367,16 +367,17 @@ def _directions(
     weights: tuple[Weights, ...],
     resets: tuple[Tensor, ...] | None,
     cell_states: bool,
+    as_dense: bool,
 ) -> tuple[Tensor, States]:
     """Run one layer; one call for all directions where they have the same resets. Results as of ``autograd.layer``."""
     reverse = (False, True)[: len(weights)]
     if resets is None or len(resets) == 1:
         reset = None if resets is None else resets[0]
-        return entry.layer(cell, rows, steps, states, weights, reverse, reset, cell_states)
+        return entry.layer(cell, rows, steps, states, weights, reverse, reset, cell_states, as_dense=as_dense)
     outs, ends = [], []
     for d, (weight, backwards, reset) in enumerate(zip(weights, reverse, resets, strict=True)):
         before = tuple(state[d : d + 1] for state in states)
-        out, end = entry.layer(cell, rows, steps, before, (weight,), (backwards,), reset, cell_states)
+        out, end = entry.layer(cell, rows, steps, before, (weight,), (backwards,), reset, cell_states, as_dense=as_dense)
         outs.append(out)
         ends.append(end)
     # States are stacked by direction; c of every step stands side by side, as the output does.

@@ -253,3 +253,12 @@ def test_everything_has_autocasts_dtype_on_cuda(lower: torch.dtype, monkeypatch:
         for dense in (False, True):
             states = (tensor,) * len(cell.states)
             assert autocast.dtypes_of(cell, tensor, states, [Weights(tensor, tensor)], dense) == (lower,) * len(states)
+
+
+def test_dtypes_do_not_depend_on_the_values_of_lengths() -> None:
+    rnn = fused_rnn.LSTM(3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = [rnn(torch.randn(5, 2, 3), lengths=torch.tensor(lengths)) for lengths in ([5, 5], [5, 2])]
+    (full, full_states), (ragged, ragged_states) = results
+    assert full.dtype == ragged.dtype
+    assert [state.dtype for state in full_states] == [state.dtype for state in ragged_states]
