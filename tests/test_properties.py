@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU_BACKENDS
 from hypothesis import given, note
 from hypothesis import strategies as st
 from tolerances import assert_close_to_reference
@@ -26,6 +25,7 @@ from fused_rnn import functional
 from fused_rnn.cells import CELLS, Weights
 from fused_rnn.steps import Steps
 
+CPU_BACKENDS = [name for name, status in fused_rnn.backends().items() if status.available and "cpu" in status.devices]
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 FORMS = ("dense", "batch_first", "unbatched", "packed", "packed_sorted", "lengths")
