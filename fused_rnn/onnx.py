@@ -2,11 +2,10 @@
 
 Needs the package ``onnxscript``, which torch.onnx.export itself asks for.
 
->>> from torch.export import Dim
->>> model, batch = fused_rnn.LSTM(3, 4), torch.randn(5, 2, 3)
->>> options = {"dynamic_shapes": ({0: Dim("T"), 1: Dim("N")},), "verbose": False}
->>> program = fused_rnn.onnx.export(model, (batch,), **options)  # doctest: +SKIP
->>> program.save("model.onnx")  # doctest: +SKIP
+>>> import fused_rnn
+>>> model, example = fused_rnn.LSTM(3, 4).eval(), (torch.randn(5, 2, 3),)
+>>> sizes = ({0: torch.export.Dim("T"), 1: torch.export.Dim("N")},)
+>>> fused_rnn.onnx.export(model, example, "model.onnx", dynamic_shapes=sizes)  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ def export(model: torch.nn.Module, args: tuple[Any, ...], f: Any = None, **optio
 def translation_table() -> dict[Any, Callable[..., Any]]:
     """What torch.onnx.export needs as ``custom_translation_table`` to export modules of fused_rnn.
 
-    >>> table = translation_table()  # doctest: +SKIP
+    >>> table = translation_table()
     >>> torch.onnx.export(model, args, "model.onnx", dynamo=True, custom_translation_table=table)  # doctest: +SKIP
 
     Raises:
