@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -271,7 +272,10 @@ def test_page_of_nothing_is_refused(tmp_path):
 
 def pytest_benchmarks(*arguments):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/test_speed.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    # Under xdist, pytest-benchmark writes nothing; this run is none of its workers.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
+    root = Path(__file__).parents[1]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=environment)
 
 
 def test_pytest_times_the_cases_and_writes_json(tmp_path):
