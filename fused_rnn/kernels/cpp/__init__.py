@@ -73,15 +73,16 @@ def takes_input(steps: Steps, weight: Weights) -> bool:
     return bool(rows >= (_ROWS_FOR_SMALL_INPUT if small else _ROWS_FOR_INPUT))
 
 
-# Below so many rows of d_weight the threads' copies of the other factor cost more than the copies' order gains.
-_FEW_OUTPUTS = 256
+# Each thread copies all of the inputs, for its share of d_weight's rows. With so many times as many rows as columns the copies
+# pay; torch's product is as fast or faster for square weights.
+_ROWS_PER_COLUMN = 2
 
 
 def weight_gradient(
     d_gates: Tensor, inputs: Sequence[Tensor], d_weight: Tensor | None, d_bias: Tensor | None, add: bool
 ) -> None:
     """Sum a weight's gradient over the rows of many steps; see ``fused_rnn.kernels``."""
-    if d_weight is None or d_weight.shape[0] < _FEW_OUTPUTS:
+    if d_weight is None or d_weight.shape[0] < _ROWS_PER_COLUMN * d_weight.shape[1]:
         kernels.weight_gradient(d_gates, inputs, d_weight, d_bias, add)
         return
     from fused_rnn import _C
