@@ -88,7 +88,8 @@ def describe_run(peers: Mapping[str, Peer], backend: str | None, threads: int) -
         "missing": missing,
         "versions": versions,
         "commit": _commit(),
-        "command": ["python", "-m", "benchmarks", *sys.argv[1:]],
+        # Where on a machine a file lay says nothing to others.
+        "command": ["python", "-m", "benchmarks", *(Path(word).name if "/" in word else word for word in sys.argv[1:])],
         "complete": False,
     }
 
