@@ -222,7 +222,7 @@ def check_cell(cell: Cell, input: Tensor, states: Sequence[Tensor], weights: Wei
     check_dtype(input)
 
 
-def check_lengths(lengths: object, batch: int, batched: bool) -> Tensor:
+def check_lengths(lengths: object, batch: int, batched: bool, input: Tensor) -> Tensor:
     """Check what ``lengths`` are without a look at their values.
 
     Returns:
@@ -230,12 +230,17 @@ def check_lengths(lengths: object, batch: int, batched: bool) -> Tensor:
 
     Raises:
         TypeError: if they are no integer tensor.
-        ValueError: if the shape is not (N,), or () for an unbatched input.
+        ValueError: if the shape is not (N,), or () for an unbatched input, or they have no values while ``input`` has.
+        RuntimeError: if torch.func.vmap maps over them.
     """
     if not isinstance(lengths, Tensor):
         raise TypeError(f"lengths: expected an integer tensor, got {type(lengths).__name__}")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths: expected an integer tensor, got one of {lengths.dtype}")
+    if torch._C._functorch.is_batchedtensor(lengths):
+        raise RuntimeError("lengths: expected the same for all members of torch.func.vmap, got lengths that are mapped over")
+    if lengths.is_meta and not input.is_meta:
+        raise ValueError("lengths: expected a tensor with values, as the input has them, got one on the meta device")
     shape = (batch,) if batched else ()
     if lengths.shape != shape:
         what = f"{shape}, one length for each sequence" if batched else "(), as the input is unbatched"

@@ -92,7 +92,7 @@ def convert(model: Model, report: list[Conversion] | None = None) -> Model:
         ``model``.
 
     Raises:
-        TypeError: if ``model`` is no module.
+        TypeError: if ``model`` is no module, or ``report`` no list.
 
     >>> model = nn.Sequential(nn.Embedding(9, 4), nn.LSTM(4, 8))
     >>> report = []
@@ -113,7 +113,7 @@ def revert(model: Model, report: list[Conversion] | None = None) -> Model:
         ``model``.
 
     Raises:
-        TypeError: if ``model`` is no module.
+        TypeError: if ``model`` is no module, or ``report`` no list.
     """
     return _swap(model, _PLAIN, report, "fused_rnn.revert")
 
@@ -123,6 +123,8 @@ def _swap(
 ) -> Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: expected a torch.nn.Module, got {type(model).__name__}")
+    if report is not None and not isinstance(report, list):
+        raise TypeError(f"{function}: report: expected a list or None, got {type(report).__name__}")
     # `named_modules` names a shared module once.
     found = list(model.named_modules())
     paths: dict[int, list[str]] = {}

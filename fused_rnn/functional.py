@@ -231,7 +231,7 @@ def _sequence(
     length, batch = (shape[1], shape[0]) if by_sequence else (shape[0], shape[1] if batched else 1)
     ragged = None
     if options.lengths is not None:
-        lengths = checks.check_lengths(options.lengths, batch, batched)
+        lengths = checks.check_lengths(options.lengths, batch, batched, input)
         if operators.traced(input, weights[0].hh):
             if not (lengths.is_meta or input.is_meta):
                 ragged = operators.ragged(lengths, input, by_sequence)

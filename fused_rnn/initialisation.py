@@ -118,7 +118,11 @@ def _check_options(forget_bias: object, recurrent_init: object) -> None:
     if forget_bias is not None:
         if isinstance(forget_bias, bool) or not isinstance(forget_bias, numbers.Real):
             raise TypeError(f"forget_bias: expected a number or None, got {type(forget_bias).__name__}")
-        if not math.isfinite(forget_bias):
+        try:
+            finite = math.isfinite(forget_bias)
+        except OverflowError:  # an integer beyond the floats
+            finite = False
+        if not finite:
             raise ValueError(f"forget_bias: expected a finite number, got {forget_bias}")
     if recurrent_init is not None:
         if not isinstance(recurrent_init, str):

@@ -35,6 +35,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 def empty_cache() -> None:
     """Give the memory that fused_rnn keeps for its next call back to the system: up to 256 MiB, as after training.
 
+    Outputs and gradients from 256 KiB on lie in such memory, whose size stays: to resize their storage raises.
+
     Source: torch.cuda.empty_cache.
     """
     if _release_kept is not None:

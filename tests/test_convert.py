@@ -375,3 +375,10 @@ def test_a_converted_model_saves_and_loads(tmp_path) -> None:
     torch.save(model, tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
     torch.testing.assert_close(loaded(input), model(input), rtol=0, atol=0)
+
+
+def test_a_report_that_is_no_list_raises_before_anything_is_swapped() -> None:
+    model = nn.Sequential(nn.LSTM(3, 4), nn.GRU(4, 5))
+    with pytest.raises(TypeError, match="report: expected a list or None, got tuple"):
+        fused_rnn.convert(model, ())  # type: ignore[arg-type]
+    assert type(model[0]) is nn.LSTM

@@ -227,6 +227,7 @@ def test_subclasses() -> None:
         ({"forget_bias": torch.ones(())}, TypeError, "forget_bias: expected a number or None, got Tensor"),
         ({"forget_bias": float("nan")}, ValueError, "forget_bias: expected a finite number, got nan"),
         ({"forget_bias": float("inf")}, ValueError, "forget_bias: expected a finite number, got inf"),
+        ({"forget_bias": 10**400}, ValueError, "forget_bias: expected a finite number, got 1000"),
         ({"recurrent_init": 1}, TypeError, "recurrent_init: expected a str or None, got int"),
         ({"recurrent_init": "ortho"}, ValueError, "recurrent_init: expected one of orthogonal or None, got 'ortho'"),
     ],

@@ -259,3 +259,14 @@ def test_lengths_of_other_inputs_raise() -> None:
         problem.ours(packed, lengths=torch.tensor([6, 5, 4, 3, 2]))
     with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0"):
         problem.ours(problem.x[:0], lengths=torch.zeros(5, dtype=torch.int64))
+
+
+def test_lengths_without_values_raise() -> None:
+    with pytest.raises(ValueError, match="lengths: expected a tensor with values"):
+        fused_rnn.GRU(3, 4)(torch.randn(5, 2, 3), lengths=torch.empty(2, dtype=torch.int64, device="meta"))
+
+
+def test_mapped_lengths_raise() -> None:
+    rnn, x = fused_rnn.GRU(3, 4), torch.randn(5, 2, 3)
+    with pytest.raises(RuntimeError, match="lengths: expected the same for all members"):
+        torch.func.vmap(lambda lengths: rnn(x, lengths=lengths)[0])(torch.tensor([[5, 2], [1, 3]]))
