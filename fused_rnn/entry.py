@@ -31,7 +31,7 @@ def layer(
         as_dense: whether torch.nn would take dense ``steps`` for a dense batch, which it computes in other dtypes: not the step
             of a cell, and not a batch with lengths, whose dtypes must not depend on whether all of them are full.
     """
-    if _any_negated(rows, *states) or any(_any_negated(*weight) for weight in weights):
+    if _any_negated(rows, states, weights):
         rows, states = rows.resolve_neg(), tuple(state.resolve_neg() for state in states)
         weights = tuple(Weights._make(None if each is None else each.resolve_neg() for each in weight) for weight in weights)
     dtypes = autocast.dtypes_of(cell, rows, states, weights, steps.dense and as_dense)
@@ -45,7 +45,17 @@ def layer(
     return out.to(dtypes[0]), (*(end.to(dtype) for end, dtype in zip(ends, dtypes, strict=False)), *ends[len(dtypes) :])
 
 
-def _any_negated(*tensors: Tensor | None) -> bool:
+def _any_negated(rows: Tensor, states: States, weights: tuple[Weights, ...]) -> bool:
     """Whether there is a view such as z.conj().imag, whose memory holds the numbers with the other sign."""
     # Under torch.compile the dispatcher resolves them before the operators see them.
-    return not torch.compiler.is_compiling() and any(tensor is not None and tensor.is_neg() for tensor in tensors)
+    if torch.compiler.is_compiling():
+        return False
+    # Plain loops: any() over generators takes longer than the step of a small layer.
+    for tensor in (rows, *states):
+        if tensor.is_neg():
+            return True
+    for weight in weights:
+        for parameter in weight:
+            if parameter is not None and parameter.is_neg():
+                return True
+    return False
