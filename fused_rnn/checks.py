@@ -293,9 +293,11 @@ def check_reset(reset: object, shape: tuple[int, ...], input: Tensor) -> Tensor:
 def check_packed_reset(reset: object, input: PackedSequence) -> Tensor:
     """Check a mask of resets for a packed input; return its rows, (R,).
 
+    Its values are another matter: see ``check_packed_alike``.
+
     Raises:
         TypeError: if it is no PackedSequence of booleans.
-        ValueError: if it is packed in another way than the input.
+        ValueError: if it has another number of rows than the input.
         RuntimeError: if it is on another device than the input.
     """
     if not isinstance(reset, PackedSequence):
@@ -303,16 +305,19 @@ def check_packed_reset(reset: object, input: PackedSequence) -> Tensor:
             "reset: expected a PackedSequence of booleans, packed with the lengths of the input, as the input is packed, "
             f"got {type(reset).__name__}"
         )
-    sizes, other = reset.batch_sizes, input.batch_sizes
-    if not torch.equal(sizes, other):
-        raise ValueError(f"reset: expected the batch_sizes of the input, {other.tolist()}, got {sizes.tolist()}")
-    order, expected = (
-        torch.arange(int(other[0]), device="cpu") if packed.sorted_indices is None else packed.sorted_indices.cpu()
-        for packed in (reset, input)
-    )
-    if not torch.equal(order, expected):
-        raise ValueError(f"reset: expected the sorted_indices of the input, {expected.tolist()}, got {order.tolist()}")
     return check_reset(reset.data, (input.data.shape[0],), input.data)
+
+
+def check_packed_alike(sizes: Tensor, order: Tensor | None, input_sizes: Tensor, input_order: Tensor | None) -> None:
+    """Raise ValueError unless a mask of resets, given by its batch_sizes and sorted_indices, is packed as the input is."""
+    if not torch.equal(sizes, input_sizes):
+        raise ValueError(f"reset: expected the batch_sizes of the input, {input_sizes.tolist()}, got {sizes.tolist()}")
+    found, expected = (
+        torch.arange(int(input_sizes[0]), device="cpu") if indices is None else indices.cpu()
+        for indices in (order, input_order)
+    )
+    if not torch.equal(found, expected):
+        raise ValueError(f"reset: expected the sorted_indices of the input, {expected.tolist()}, got {found.tolist()}")
 
 
 def check_flag(name: str, value: object) -> None:

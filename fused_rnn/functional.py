@@ -279,12 +279,17 @@ def _packed(
     checks.check_input(data, weights[0].ih, 2)
     if options.lengths is not None:
         raise ValueError("lengths: expected None for a packed input, which has its own, got a tensor")
+    mask = options.reset
+    reset = None if mask is None else checks.check_packed_reset(mask, input)
     if operators.traced(data, weights[0].ih):
         steps = operators.packed_steps(batch_sizes, data.shape[0], states, sorted_indices)
+        if isinstance(mask, PackedSequence):
+            reset = operators.packed_reset(mask, input)
     else:
         checks.check_batch_sizes(batch_sizes, data.shape[0])
         steps = Steps.packed(batch_sizes)
-    reset = None if options.reset is None else checks.check_packed_reset(options.reset, input)
+        if isinstance(mask, PackedSequence):
+            checks.check_packed_alike(mask.batch_sizes, mask.sorted_indices, batch_sizes, sorted_indices)
     if states is not None and sorted_indices is not None:
         # Sizes first: an index into a batch that is too small has a message that nobody understands.
         _states(cell, data, weights, states, steps.batch, options.directions)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import autocast, checks, dispatch, gradients, sequences
 from fused_rnn import layer as layers
@@ -38,6 +39,7 @@ library.define(
     "Tensor? reset, int[] reverse, Tensor out, Tensor tape, Tensor[] d_outputs, int[] given, int[] wanted) -> Tensor[]"
 )
 library.define("check_batch_sizes(Tensor batch_sizes, SymInt rows, SymInt batch) -> Tensor")
+library.define("packed_reset(Tensor reset, Tensor sizes, Tensor? order, Tensor input_sizes, Tensor? input_order) -> Tensor")
 library.define("ragged(Tensor lengths, Tensor padded, bool batch_first) -> (Tensor, Tensor, Tensor, Tensor)")
 library.define("one_step_earlier(Tensor reset, Tensor batch_sizes) -> Tensor")
 
@@ -169,6 +171,27 @@ def _ragged_fake(lengths: Tensor, padded: Tensor, batch_first: bool) -> tuple[Te
 
 
 def _one_step_earlier_fake(reset: Tensor, batch_sizes: Tensor) -> Tensor:
+    return torch.empty_like(reset)
+
+
+def packed_reset(reset: PackedSequence, input: PackedSequence) -> Tensor:
+    """The rows of a packed mask; whether it is packed as the input is, is checked when the program runs."""
+    rows: Tensor = torch.ops.fused_rnn.packed_reset(
+        reset.data, reset.batch_sizes, reset.sorted_indices, input.batch_sizes, input.sorted_indices
+    )
+    return rows
+
+
+def _packed_reset(
+    reset: Tensor, sizes: Tensor, order: Tensor | None, input_sizes: Tensor, input_order: Tensor | None
+) -> Tensor:
+    checks.check_packed_alike(sizes, order, input_sizes, input_order)
+    return reset.clone()
+
+
+def _packed_reset_fake(
+    reset: Tensor, sizes: Tensor, order: Tensor | None, input_sizes: Tensor, input_order: Tensor | None
+) -> Tensor:
     return torch.empty_like(reset)
 
 
@@ -350,10 +373,12 @@ def spread(tensors: Sequence[_T], given: Sequence[int]) -> list[_T | None]:
 library.impl("layer_forward", _forward, "CompositeExplicitAutograd")
 library.impl("layer_backward", _gradients, "CompositeExplicitAutograd")
 library.impl("check_batch_sizes", _check_batch_sizes, "CompositeExplicitAutograd")
+library.impl("packed_reset", _packed_reset, "CompositeExplicitAutograd")
 library.impl("ragged", _ragged, "CompositeExplicitAutograd")
 library.impl("one_step_earlier", sequences.one_step_earlier, "CompositeExplicitAutograd")
 torch.library.register_fake("fused_rnn::layer_forward", _forward_fake, lib=library)
 torch.library.register_fake("fused_rnn::layer_backward", _gradients_fake, lib=library)
 torch.library.register_fake("fused_rnn::check_batch_sizes", _check_batch_sizes_fake, lib=library)
+torch.library.register_fake("fused_rnn::packed_reset", _packed_reset_fake, lib=library)
 torch.library.register_fake("fused_rnn::ragged", _ragged_fake, lib=library)
 torch.library.register_fake("fused_rnn::one_step_earlier", _one_step_earlier_fake, lib=library)

@@ -358,3 +358,14 @@ def test_lengths_that_other_tracers_see() -> None:
             traced = trace()
         for actual, expected in zip(flat(traced(*other)), flat(module(*other)), strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_packed_resets() -> None:
+    """Checked when the program runs; two directions, whose masks differ."""
+    module = fused_rnn.GRU(IN, H, 2, bidirectional=True, dtype=torch.float64)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    given = packed(torch.randn(4, 3, IN, dtype=torch.float64), [2, 4, 1], enforce_sorted=False)
+    reset = packed(torch.rand(4, 3) < 0.4, [2, 4, 1], enforce_sorted=False)
+    assert_same(flat(compiled(given, reset=reset)), flat(module(given, reset=reset)))
+    with pytest.raises(ValueError, match="reset: expected the batch_sizes of the input"):
+        compiled(given, reset=packed(torch.rand(4, 3) < 0.4, [2, 3, 2], enforce_sorted=False))

@@ -81,6 +81,12 @@ def test_opcheck_backward(case: str) -> None:
         opcheck(torch.ops.fused_rnn.layer_backward, (*given[:-2], out, tape, d_outputs, flags, wanted))
 
 
+def test_opcheck_of_packed_resets() -> None:
+    sizes, order, reset = torch.tensor([2, 1]), torch.tensor([1, 0]), torch.tensor([True, False, True])
+    opcheck(torch.ops.fused_rnn.packed_reset, (reset, sizes, order, sizes.clone(), order.clone()))
+    opcheck(torch.ops.fused_rnn.packed_reset, (reset, sizes, None, sizes.clone(), None))
+
+
 def test_opcheck_of_steps() -> None:
     opcheck(torch.ops.fused_rnn.check_batch_sizes, (torch.tensor([3, 1]), 4, 3))
     opcheck(torch.ops.fused_rnn.one_step_earlier, (torch.tensor([True, False, False, True]), torch.tensor([3, 1])))
