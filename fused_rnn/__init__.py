@@ -4,6 +4,18 @@
 >>> rnn = fused_rnn.LSTM(256, 512, num_layers=2, batch_first=True)  # torch.nn.LSTM's arguments, state_dict and results
 >>> model = fused_rnn.convert(torch.nn.Sequential(torch.nn.GRU(8, 16)))  # swaps torch.nn's modules, same parameters
 
+Inside ``torch.func``, ``vmap`` over input or states is one fused call with a larger batch, and so are per-sample gradients,
+``vmap(grad(...))``. ``vmap`` over stacked parameters, an ensemble, is one fused call for each member. Mapped members share one
+set of lengths. Forward mode (``jvp``, ``torch.autograd.forward_ad``) and second gradients are right, and as slow as a loop over
+the steps in plain torch, because they are those of ``reference``.
+
+>>> from torch.func import functional_call, grad, vmap
+>>> parameters = {name: value.detach() for name, value in rnn.named_parameters()}
+>>> loss = lambda parameters, sequence: functional_call(rnn, parameters, sequence)[0].square().sum()
+>>> per_sample = vmap(grad(loss), in_dims=(None, 0))(parameters, torch.randn(8, 5, 256))  # 8 sequences of 5 steps
+>>> per_sample["weight_hh_l0"].shape
+torch.Size([8, 2048, 512])
+
 Dimensions, upper case for a size and lower case for an index:
 
 ======= =======================================================================================

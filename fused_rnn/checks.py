@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import autocast
 from fused_rnn.cells import Cell, Weights
+from fused_rnn.steps import mapped
 
 DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
@@ -160,7 +161,7 @@ def _raise_weight_shape(weight: Weights, expected: tuple[tuple[int, ...] | None,
 
 def check_batch_sizes_shape(batch_sizes: Tensor) -> None:
     """Raise RuntimeError unless ``batch_sizes`` have the shape, dtype and device of a PackedSequence's."""
-    if torch._C._functorch.is_batchedtensor(batch_sizes):
+    if mapped(batch_sizes):
         raise RuntimeError(
             "vmap cannot map over the batch_sizes of a PackedSequence: all members share one set of lengths. Map over the data "
             "alone and make PackedSequence(data, batch_sizes) inside, with batch_sizes from outside the mapped function"
@@ -237,7 +238,7 @@ def check_lengths(lengths: object, batch: int, batched: bool, input: Tensor) -> 
         raise TypeError(f"lengths: expected an integer tensor, got {type(lengths).__name__}")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths: expected an integer tensor, got one of {lengths.dtype}")
-    if torch._C._functorch.is_batchedtensor(lengths):
+    if mapped(lengths):
         raise RuntimeError("lengths: expected the same for all members of torch.func.vmap, got lengths that are mapped over")
     if lengths.is_meta and not input.is_meta:
         raise ValueError("lengths: expected a tensor with values, as the input has them, got one on the meta device")

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import autocast, checks, dispatch, gradients, sequences
@@ -98,6 +99,15 @@ def layer(
     return outputs[0], tuple(outputs[1:-1])
 
 
+def _refuse_traced_tangents() -> None:
+    """Raise under torch.func.linearize: its trace needs operations that have tangents, and those need the values of lengths."""
+    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "fused_rnn: a trace of tangents (torch.func.linearize) does not know the values of lengths and batch_sizes; "
+            "use torch.func.jvp"
+        )
+
+
 def packed_steps(batch_sizes: Tensor, rows: int, states: States | None, sorted_indices: Tensor | None) -> Steps:
     """The steps of a PackedSequence whose values a trace does not have: they are checked when the program runs.
 
@@ -109,7 +119,9 @@ def packed_steps(batch_sizes: Tensor, rows: int, states: States | None, sorted_i
 
     Raises:
         RuntimeError: as ``fused_rnn.checks.check_batch_sizes``; of what only the values tell, when the program runs.
+        NotImplementedError: under torch.func.linearize.
     """
+    _refuse_traced_tangents()
     checks.check_batch_sizes_shape(batch_sizes)
     if sorted_indices is not None:
         batch = sorted_indices.shape[0]
@@ -142,7 +154,9 @@ def ragged(lengths: Tensor, padded: Tensor, batch_first: bool) -> Ragged:
 
     Raises:
         ValueError: if a value is not one of 0 .. T, when the program runs.
+        NotImplementedError: under torch.func.linearize.
     """
+    _refuse_traced_tangents()
     batch_sizes, positions, order, places = torch.ops.fused_rnn.ragged(lengths, padded.detach(), batch_first)
     return Ragged(Steps(batch_sizes.shape[0], lengths.shape[0], batch_sizes), positions, order, places)
 

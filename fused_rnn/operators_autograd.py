@@ -120,7 +120,7 @@ def _forward_recorded(
     into = (input, *states, *weights)
     # torch keeps no public count of the levels, and unpack_dual raises outside of one.
     if forward_ad._current_level >= 0 and any(_tangent(tensor) is not None for tensor in into):
-        raise NotImplementedError("fused_rnn's operators have no forward mode (jvp); use reverse mode")
+        raise NotImplementedError("fused_rnn's operators have no forward mode (jvp); call the module outside of torch.compile")
     call = (cell_name, len(states), present, reverse, keep, cell_states)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in into):
         return _apply(_Forward, call, batch_sizes, reset, *into)

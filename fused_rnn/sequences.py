@@ -69,7 +69,11 @@ class Ragged:
 
     def scatter(self, rows: Tensor, count: int) -> Tensor:
         """The matrix of ``count`` positions that has these rows, and zero elsewhere."""
-        return rows.new_zeros(count, rows.shape[1]).index_copy_(0, self.positions, rows)
+        padded = rows.new_zeros(count, rows.shape[1])
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            # vmap has no rule of its own for index_copy_, and warns of it.
+            return padded.index_put_((self.positions,), rows)
+        return padded.index_copy_(0, self.positions, rows)
 
     def sort(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The states, (·, N, ·) each, in the order of the steps."""

@@ -15,6 +15,18 @@ def unwrapped(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def mapped(tensor: Tensor) -> bool:
+    """Whether torch.func.vmap maps over a tensor, at whatever depth of its wrappers: then it has no one set of values."""
+    if torch.compiler.is_compiling():
+        # Dynamo knows this question alone.
+        return torch._C._functorch.is_batchedtensor(tensor)
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
+
+
 @dataclass(frozen=True)
 class Steps:
     """The rows of every time step.
