@@ -6,9 +6,9 @@
 #include <utility>
 #include <vector>
 
-#include "arrays.h"
 #include "kernels.h"
 #include "memory.h"
+#include "tensors.h"
 
 namespace fused_rnn {
 
@@ -90,15 +90,16 @@ const TypedKernels<T>& typed(const Kernels& kernels) {
 // The D weights of one product, as the kernels of one instruction set read them.
 class Packed {
  public:
-  Packed(const std::string& cell, std::vector<py::array> weights, bool backward, const std::string& product, bool as_columns,
+  Packed(const std::string& cell, const py::sequence& tensors, bool backward, const std::string& product, bool as_columns,
          int threads)
       : cell_(cell_index(cell)), backward_(backward), product_(product_of(product)), kernels_(current().load()) {
+    const Tensors weights = tensors.cast<Tensors>();
     if (weights.empty()) throw py::value_error("weights: expected one per recurrence, got none");
     if (as_columns && backward) throw py::value_error("as_columns: expected False for the backward, got True");
     const bool projection = product_ == Product::kProjection;
     if (projection && !kShapes[cell_].has_projection)
       refuse("product", "hidden or input, as " + cell + " has no projection", product);
-    if (weights[0].ndim() != 2) refuse("weights[0]", "2 dimensions", text(weights[0]));
+    check_dimensions("weights[0]", weights[0], 2);
     const Index gates = kShapes[cell_].gates;
     if (projection) {
       output_ = weights[0].shape(0);
@@ -109,13 +110,13 @@ class Packed {
       output_ = weights[0].shape(1);
     }
     if (hidden_ == 0 || output_ == 0) refuse("weights[0]", "at least one unit", text(weights[0]));
-    single_ = py::isinstance<py::array_t<float>>(weights[0]);
+    single_ = weights[0].dtype() == Dtype::kFloat32;
     if (single_) {
       fill<float>(weights, as_columns, threads, matrices32_);
     } else {
       fill<double>(weights, as_columns, threads, matrices64_);
     }
-    if (as_columns) sources_ = std::move(weights);
+    if (as_columns) sources_ = py::tuple(tensors);
   }
   Packed(const Packed&) = delete;
 
@@ -141,7 +142,7 @@ class Packed {
   const Kernels& kernels() const { return *kernels_; }
   Index hidden() const { return hidden_; }
   Index output() const { return output_; }
-  bool in_panels() const { return sources_.empty(); }
+  bool in_panels() const { return !sources_; }
 
  private:
   static Product product_of(const std::string& name) {
@@ -152,7 +153,7 @@ class Packed {
   }
 
   template <class T>
-  void fill(std::vector<py::array>& weights, bool as_columns, int threads, std::vector<Matrix<T>>& matrices) {
+  void fill(const Tensors& weights, bool as_columns, int threads, std::vector<Matrix<T>>& matrices) {
     const bool projection = product_ == Product::kProjection;
     const Index rows = projection ? output_ : kShapes[cell_].gates * hidden_, columns = projection ? hidden_ : output_;
     PackArgs<T> args;
@@ -168,9 +169,9 @@ class Packed {
     for (std::size_t d = 0; d < weights.size(); ++d) {
       const std::string name = "weights[" + std::to_string(d) + "]";
       check_shape<T>(name, weights[d], {rows, columns});
-      if (columns > 1 && stride<T>(name, weights[d], 1) != 1) refuse(name, "contiguous rows", "strides");
-      args.weight = pointer<const T>(name, weights[d]);
-      args.row_stride = stride<T>(name, weights[d], 0);
+      if (columns > 1 && weights[d].stride(1) != 1) refuse(name, "contiguous rows", "strides");
+      args.weight = weights[d].data<const T>();
+      args.row_stride = weights[d].stride(0);
       if (as_columns) {
         matrices.push_back({args.weight, Layout::kColumns, inner, args.row_stride});
       } else {
@@ -188,7 +189,7 @@ class Packed {
   const Kernels* kernels_;
   Index hidden_ = 0, output_ = 0;
   Memory panels_;
-  std::vector<py::array> sources_;  // keeps weights that are read in place
+  py::object sources_;  // keeps weights that are read in place
   std::vector<Matrix<float>> matrices32_;
   std::vector<Matrix<double>> matrices64_;
 };

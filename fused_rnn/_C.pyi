@@ -1,30 +1,27 @@
 # The extension of csrc/module.cpp, for type checkers.
 from collections.abc import Sequence
-from typing import Any
 
-from numpy.typing import NDArray
-
-_Array = NDArray[Any]
+from torch import Tensor
 
 def isas() -> list[str]: ...
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def kept_bytes() -> int: ...
 def release_kept() -> None: ...
-def project(input: _Array, weight: _Array, out: _Array, threads: int) -> None: ...
+def project(input: Tensor, weight: Tensor, out: Tensor, threads: int) -> None: ...
 def weight_gradient(
-    d_gates: _Array, inputs: Sequence[_Array], d_weight: _Array, d_bias: _Array | None, add: bool, threads: int
+    d_gates: Tensor, inputs: Sequence[Tensor], d_weight: Tensor, d_bias: Tensor | None, add: bool, threads: int
 ) -> None: ...
 def step(
     cell: str,
-    input: _Array,
-    states: Sequence[_Array],
-    new_states: Sequence[_Array],
-    out: _Array,
-    weight_ih: _Array,
-    weight_hh: _Array,
-    bias_ih: _Array | None,
-    bias_hh: _Array | None,
+    input: Tensor,
+    states: Sequence[Tensor],
+    new_states: Sequence[Tensor],
+    out: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
     threads: int,
 ) -> None: ...
 
@@ -34,50 +31,50 @@ class Memory:
 
 class Packed:
     def __init__(
-        self, cell: str, weights: Sequence[_Array], backward: bool, product: str, as_columns: bool, threads: int
+        self, cell: str, weights: Sequence[Tensor], backward: bool, product: str, as_columns: bool, threads: int
     ) -> None: ...
 
 def forward(
     cell: str,
-    input: _Array | None,
-    tape: _Array | None,
-    out: _Array,
-    states: Sequence[_Array],
+    input: Tensor | None,
+    tape: Tensor | None,
+    out: Tensor,
+    states: Sequence[Tensor],
     weight_ih: Packed | None,
     weight_hh: Packed,
     weight_hr: Packed | None,
-    bias: _Array | None,
+    bias: Tensor | None,
     length: int,
     batch: int,
-    batch_sizes: _Array | None,
-    offsets: _Array | None,
+    batch_sizes: Tensor | None,
+    offsets: Tensor | None,
     reverse: Sequence[bool],
-    reset: _Array | None,
+    reset: Tensor | None,
     keep: bool,
     threads: int,
     sharing: str = "auto",
 ) -> None: ...
 def backward(
     cell: str,
-    d_gates: _Array,
-    d_states: Sequence[_Array],
-    d_out: _Array | None,
-    d_cells: _Array | None,
-    tape: _Array,
-    out: _Array,
-    states_0: Sequence[_Array],
+    d_gates: Tensor,
+    d_states: Sequence[Tensor],
+    d_out: Tensor | None,
+    d_cells: Tensor | None,
+    tape: Tensor,
+    out: Tensor,
+    states_0: Sequence[Tensor],
     weight_ih: Packed | None,
     weight_hh: Packed,
     weight_hr: Packed | None,
     length: int,
     batch: int,
-    batch_sizes: _Array | None,
-    offsets: _Array | None,
+    batch_sizes: Tensor | None,
+    offsets: Tensor | None,
     t_begin: int,
     t_end: int,
     reverse: Sequence[bool],
-    reset: _Array | None,
-    d_input: _Array | None,
+    reset: Tensor | None,
+    d_input: Tensor | None,
     threads: int,
     sharing: str = "auto",
 ) -> None: ...

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tolerances import assert_close_to_reference
@@ -176,8 +175,8 @@ def test_weight_gradient(isa: str, dtype: torch.dtype, shape: tuple[int, int, in
     results = []
     for threads in (1, 2, 3):
         d_weight, d_bias = start.clone(), start_bias.clone()
-        parts = [x[:cut].numpy(), x[cut:].numpy()]
-        _C.weight_gradient(d_gates.numpy(), parts, d_weight[:, :inputs].numpy(), d_bias.numpy(), add, threads)
+        parts = [x[:cut], x[cut:]]
+        _C.weight_gradient(d_gates, parts, d_weight[:, :inputs], d_bias, add, threads)
         assert torch.equal(d_weight[:, inputs:], start[:, inputs:])
         results.append((d_weight[:, :inputs], d_bias))
     expected, expected_bias = start.clone()[:, :inputs], start_bias.clone()
@@ -192,21 +191,21 @@ def test_weight_gradient(isa: str, dtype: torch.dtype, shape: tuple[int, int, in
 
 
 def test_weight_gradient_of_no_rows_is_zero() -> None:
-    d_weight = np.full((3, 4), np.nan, np.float32)
-    _C.weight_gradient(np.empty((0, 3), np.float32), [], d_weight, None, False, 2)
+    d_weight = torch.full((3, 4), torch.nan)
+    _C.weight_gradient(torch.empty(0, 3), [], d_weight, None, False, 2)
     assert (d_weight == 0).all()
 
 
 WRONG_GRADIENTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "dtype": lambda call: {"d_gates": call["d_gates"].astype(np.float64)},
-    "integers": lambda call: {"d_gates": call["d_gates"].astype(np.int32)},
+    "dtype": lambda call: {"d_gates": call["d_gates"].double()},
+    "integers": lambda call: {"d_gates": call["d_gates"].int()},
     "rows of inputs": lambda call: {"inputs": [call["inputs"][0][:-1]]},
     "columns of inputs": lambda call: {"inputs": [call["inputs"][0][:, :-1]]},
     "no inputs": lambda call: {"inputs": []},
     "1D inputs": lambda call: {"inputs": [call["inputs"][0][0]]},
     "1D d_gates": lambda call: {"d_gates": call["d_gates"][0]},
     "rows of d_weight": lambda call: {"d_weight": call["d_weight"][:-1]},
-    "strides of d_weight": lambda call: {"d_weight": np.repeat(call["d_weight"], 2, axis=1)[:, ::2]},
+    "strides of d_weight": lambda call: {"d_weight": call["d_weight"].repeat_interleave(2, 1)[:, ::2]},
     "length of d_bias": lambda call: {"d_bias": call["d_bias"][:-1]},
     "d_weight within inputs": lambda call: {"d_weight": call["inputs"][0][:5]},
     "d_bias within d_gates": lambda call: {"d_bias": call["d_gates"][0]},
@@ -217,10 +216,10 @@ WRONG_GRADIENTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 @pytest.mark.parametrize("case", WRONG_GRADIENTS)
 def test_wrong_weight_gradients_raise(case: str) -> None:
     call = {
-        "d_gates": np.ones((6, 5), np.float32),
-        "inputs": [np.ones((6, 4), np.float32)],
-        "d_weight": np.empty((5, 4), np.float32),
-        "d_bias": np.empty(5, np.float32),
+        "d_gates": torch.ones(6, 5),
+        "inputs": [torch.ones(6, 4)],
+        "d_weight": torch.empty(5, 4),
+        "d_bias": torch.empty(5),
         "add": False,
         "threads": 1,
     }

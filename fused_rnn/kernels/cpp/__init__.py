@@ -14,21 +14,29 @@ from torch import Tensor
 
 from fused_rnn import kernels
 from fused_rnn.cells import Weights
-from fused_rnn.kernels.cpp.borrowed import borrowed
 from fused_rnn.steps import Steps
+
+_missing: str | None = None
+try:
+    from fused_rnn import _C
+except ImportError as error:
+    _missing = (
+        f"the extension fused_rnn._C is not built or does not load ({error}); "
+        "install a C++17 compiler and run: pip install --force-reinstall --no-deps fused_rnn"
+    )
 
 _ENVIRONMENT = "FUSED_RNN_ISA"
 
 
-def _load() -> str | None:
-    """Import the extension; return why it cannot serve, or None."""
-    try:
-        from fused_rnn import _C
-    except ImportError as error:
-        return (
-            f"the extension fused_rnn._C is not built or does not load ({error}); "
-            "install a C++17 compiler and run: pip install --force-reinstall --no-deps fused_rnn"
-        )
+@functools.cache
+def unavailable() -> str | None:
+    """Why this backend cannot run here.
+
+    Raises:
+        ValueError: if ``FUSED_RNN_ISA`` asks for an instruction set that cannot be had.
+    """
+    if _missing is not None:
+        return _missing
     wanted = os.environ.get(_ENVIRONMENT)
     if wanted:
         if wanted not in _C.isas():
@@ -39,20 +47,8 @@ def _load() -> str | None:
     return None
 
 
-@functools.cache
-def unavailable() -> str | None:
-    """Why this backend cannot run here.
-
-    Raises:
-        ValueError: if ``FUSED_RNN_ISA`` asks for an instruction set that cannot be had.
-    """
-    return _load()
-
-
 def describe() -> str:
     """The instruction set in use and the others that could be."""
-    from fused_rnn import _C
-
     others = [name for name in _C.isas() if name != _C.isa()]
     return f"{_C.isa()}" + (f" (also built: {', '.join(others)})" if others else "")
 
@@ -85,17 +81,8 @@ def weight_gradient(
     if d_weight is None or d_weight.shape[0] < _ROWS_PER_COLUMN * d_weight.shape[1]:
         kernels.weight_gradient(d_gates, inputs, d_weight, d_bias, add)
         return
-    from fused_rnn import _C
-
     parts = [part if has_rows(part) else part.contiguous() for part in inputs]
-    _C.weight_gradient(
-        d_gates.numpy(),
-        [part.detach().numpy() for part in parts],
-        d_weight.numpy(),
-        None if d_bias is None else d_bias.numpy(),
-        add,
-        torch.get_num_threads(),
-    )
+    _C.weight_gradient(d_gates, parts, d_weight, d_bias, add, torch.get_num_threads())
 
 
 # So few rows are bound by reading the weights, which the extension does with all threads and without packing.
@@ -112,32 +99,27 @@ def project(input: Tensor, weight: Tensor, out: Tensor) -> None:
     if input.shape[0] > _FEW_ROWS or not has_rows(weight):
         kernels.project(input, weight, out)
     else:
-        from fused_rnn import _C
-
-        if not has_rows(input):
-            input = input.contiguous()
-        _C.project(input.detach().numpy(), borrowed(weight), out.numpy(), torch.get_num_threads())
+        _C.project(input if has_rows(input) else input.contiguous(), weight, out, torch.get_num_threads())
 
 
 def step(cell: str, input: Tensor, states: tuple[Tensor, ...], weight: Weights) -> tuple[Tensor, tuple[Tensor, ...]] | None:
     """Take one step of a few rows; see ``fused_rnn.kernels``."""
-    if input.shape[0] > _FEW_ROWS or weight.hr is not None or not (has_rows(weight.ih) and has_rows(weight.hh)):
+    ih, hh, bias_ih, bias_hh, hr = weight
+    if input.shape[0] > _FEW_ROWS or hr is not None or not (has_rows(ih) and has_rows(hh)):
         return None
-    from fused_rnn import _C
-
-    input, states = input.contiguous(), tuple(state.contiguous() for state in states)
-    after = tuple(torch.empty_like(state) for state in states)
-    out = torch.empty_like(states[0][0])
+    states = tuple([state.contiguous() for state in states])
+    after = tuple([torch.empty_like(state) for state in states])
+    out = torch.empty_like(states[0]).squeeze_(0)
     _C.step(
         cell,
-        input.detach().numpy(),
-        [state[0].detach().numpy() for state in states],
-        [state[0].numpy() for state in after],
-        out.numpy(),
-        borrowed(weight.ih),
-        borrowed(weight.hh),
-        None if weight.bias_ih is None else borrowed(weight.bias_ih.contiguous()),
-        None if weight.bias_hh is None else borrowed(weight.bias_hh.contiguous()),
+        input.contiguous(),
+        states,
+        after,
+        out,
+        ih,
+        hh,
+        None if bias_ih is None else bias_ih.contiguous(),
+        None if bias_hh is None else bias_hh.contiguous(),
         torch.get_num_threads(),
     )
     return out, after

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fused_rnn import _C
 from fused_rnn.kernels.cpp import has_rows
-from fused_rnn.kernels.cpp.borrowed import borrowed
 from fused_rnn.steps import Steps
 
 # Up to this many rows, weights are read as torch stores them: a dot product per unit. Packing them first costs about as much as
@@ -24,10 +23,6 @@ class Packed(NamedTuple):
     hh: _C.Packed
     hr: _C.Packed | None
     ih: _C.Packed | None
-
-
-def _array(tensor: Tensor | None) -> Any:
-    return None if tensor is None else tensor.detach().numpy()
 
 
 def kernels_of(cell: str) -> tuple[Callable[..., Packed], Callable[..., None], Callable[..., None]]:
@@ -46,8 +41,8 @@ def kernels_of(cell: str) -> tuple[Callable[..., Packed], Callable[..., None], C
         def packed(weights: Sequence[Tensor] | None, product: str) -> Any:
             if weights is None:
                 return None
-            arrays = [borrowed(weight if has_rows(weight) else weight.contiguous()) for weight in weights]
-            return _C.Packed(cell, arrays, backward, product, as_columns, threads)
+            weights = [weight if has_rows(weight) else weight.contiguous() for weight in weights]
+            return _C.Packed(cell, weights, backward, product, as_columns, threads)
 
         return Packed(packed(weight_hh, "hidden"), packed(weight_hr, "projection"), packed(weight_ih, "input"))
 
@@ -67,20 +62,20 @@ def kernels_of(cell: str) -> tuple[Callable[..., Packed], Callable[..., None], C
             input = input.contiguous()
         _C.forward(
             cell,
-            _array(input),
-            _array(tape),
-            _array(out),
-            [_array(state) for state in states],
+            input,
+            tape,
+            out,
+            states,
             packed.ih,
             packed.hh,
             packed.hr,
-            _array(bias),
+            bias,
             steps.length,
             steps.batch,
-            _array(steps.batch_sizes),
-            _array(steps.offsets),
+            steps.batch_sizes,
+            steps.offsets,
             reverse,
-            _array(reset),
+            reset,
             keep,
             torch.get_num_threads(),
         )
@@ -103,25 +98,25 @@ def kernels_of(cell: str) -> tuple[Callable[..., Packed], Callable[..., None], C
     ) -> None:
         _C.backward(
             cell,
-            _array(d_gates),
-            [_array(state) for state in d_states],
-            _array(d_out),
-            _array(d_cells),
-            _array(tape),
-            _array(out),
-            [_array(state) for state in states_0],
+            d_gates,
+            d_states,
+            d_out,
+            d_cells,
+            tape,
+            out,
+            states_0,
             packed.ih,
             packed.hh,
             packed.hr,
             steps.length,
             steps.batch,
-            _array(steps.batch_sizes),
-            _array(steps.offsets),
+            steps.batch_sizes,
+            steps.offsets,
             t_begin,
             t_end,
             reverse,
-            _array(reset),
-            _array(d_input),
+            reset,
+            d_input,
             torch.get_num_threads(),
         )
 

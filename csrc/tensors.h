@@ -1,0 +1,273 @@
+// From torch's tensors to checked pointers: whatever is wrong with a call is raised here, before a kernel runs.
+//
+// torch is not needed to build this: a tensor is asked for its data_ptr(), dtype, shape and stride() as Python would. That is
+// faster than an array of NumPy around it, and leaves no mark on it: Tensor.numpy() forbids for good that the tensor's storage
+// is resized, as torch.distributed's fully_shard does with a gathered parameter.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "args.h"
+
+namespace fused_rnn {
+
+namespace py = pybind11;
+using Shape = std::vector<Index>;
+
+[[noreturn]] inline void refuse(const std::string& name, const std::string& expected, const std::string& got) {
+  throw py::value_error(name + ": expected " + expected + ", got " + got);
+}
+
+inline std::string text(const Shape& shape) {
+  std::string s = "(";
+  for (std::size_t i = 0; i < shape.size(); ++i) s += (i ? ", " : "") + std::to_string(shape[i]);
+  return s + ")";
+}
+
+enum class Dtype { kFloat32, kFloat64, kInt64, kBool, kOther };
+
+template <class T>
+constexpr Dtype dtype_of() {
+  if constexpr (std::is_same_v<T, float>) return Dtype::kFloat32;
+  if constexpr (std::is_same_v<T, double>) return Dtype::kFloat64;
+  if constexpr (std::is_same_v<T, std::int64_t>) return Dtype::kInt64;
+  if constexpr (std::is_same_v<T, bool>) return Dtype::kBool;
+}
+
+inline const char* dtype_name(Dtype dtype) {
+  constexpr const char* names[] = {"torch.float32", "torch.float64", "torch.int64", "torch.bool", "another"};
+  return names[static_cast<int>(dtype)];
+}
+
+// What a tensor on the CPU says of itself. It borrows: whoever made it keeps the tensor alive.
+class Tensor {
+ public:
+  static constexpr int kMostDimensions = 3;
+
+  Tensor() = default;
+
+  explicit Tensor(py::handle tensor) {
+    const Names& names = Names::get();
+    if (!tensor.attr(names.is_cpu).cast<bool>()) throw py::value_error("expected a tensor on the CPU, got one elsewhere");
+    const py::object dtype = tensor.attr(names.dtype);
+    for (int i = 0; i < static_cast<int>(Dtype::kOther); ++i) {
+      if (dtype.is(names.dtypes[i])) dtype_ = static_cast<Dtype>(i);
+    }
+    const py::tuple shape = tensor.attr(names.shape), strides = method(tensor, names.stride);
+    dimensions_ = static_cast<int>(shape.size());
+    if (dimensions_ > kMostDimensions) throw py::value_error("expected at most 3 dimensions, got more");
+    for (int i = 0; i < dimensions_; ++i) {
+      shape_[i] = shape[i].cast<Index>();
+      strides_[i] = strides[i].cast<Index>();
+    }
+    data_ = reinterpret_cast<void*>(method(tensor, names.data_ptr).cast<std::uintptr_t>());
+    if (!data_ && size()) {
+      throw std::runtime_error("expected a tensor with memory of its own, got a " +
+                               std::string(Py_TYPE(tensor.ptr())->tp_name) +
+                               " without: it is sharded, freed or wraps other tensors. A model under fully_shard has its "
+                               "weights only while it is called as a whole.");
+    }
+  }
+
+  static bool is_tensor(py::handle object) {
+    return PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(Names::get().tensor.ptr()));
+  }
+
+  Dtype dtype() const { return dtype_; }
+  int dimensions() const { return dimensions_; }
+  Index shape(int axis) const { return shape_[axis]; }
+  // Elements from one index of an axis to the next.
+  Index stride(int axis) const { return strides_[axis]; }
+  Shape shape() const { return Shape(shape_.begin(), shape_.begin() + dimensions_); }
+  Index size() const {
+    Index product = 1;
+    for (int i = 0; i < dimensions_; ++i) product *= shape_[i];
+    return product;
+  }
+  bool contiguous() const {
+    Index expected = 1;
+    for (int i = dimensions_; i-- > 0;) {
+      if (shape_[i] > 1 && strides_[i] != expected) return false;
+      expected *= shape_[i];
+    }
+    return true;
+  }
+  template <class T>
+  T* data() const {
+    return static_cast<T*>(data_);
+  }
+  // From the first byte to behind the last.
+  std::pair<const char*, const char*> span() const {
+    const char* begin = static_cast<const char*>(data_);
+    if (!size()) return {begin, begin};
+    constexpr Index bytes[] = {4, 8, 8, 1, 0};
+    Index elements = 1;
+    for (int i = 0; i < dimensions_; ++i) elements += (shape_[i] - 1) * strides_[i];
+    return {begin, begin + elements * bytes[static_cast<int>(dtype_)]};
+  }
+
+ private:
+  // What is asked of every tensor, looked up once.
+  struct Names {
+    py::str is_cpu = intern("is_cpu"), dtype = intern("dtype"), shape = intern("shape"), stride = intern("stride"),
+            data_ptr = intern("data_ptr");
+    py::object tensor;
+    std::array<py::object, static_cast<std::size_t>(Dtype::kOther)> dtypes;
+
+    Names() {
+      const py::module_ torch = py::module_::import("torch");
+      tensor = torch.attr("Tensor");
+      dtypes = {torch.attr("float32"), torch.attr("float64"), torch.attr("int64"), torch.attr("bool")};
+    }
+    static py::str intern(const char* name) { return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(name)); }
+    static const Names& get() {
+      // Never freed: the interpreter may be gone by the time that statics are.
+      static const Names* names = new Names();
+      return *names;
+    }
+  };
+
+  static py::object method(py::handle object, const py::str& name) {
+    PyObject* result = PyObject_CallMethodNoArgs(object.ptr(), name.ptr());
+    if (!result) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(result);
+  }
+
+  void* data_ = nullptr;
+  Dtype dtype_ = Dtype::kOther;
+  int dimensions_ = 0;
+  std::array<Index, kMostDimensions> shape_{}, strides_{};
+};
+
+using Tensors = std::vector<Tensor>;
+using Optional = std::optional<Tensor>;
+
+inline std::string text(const Tensor& tensor) { return text(tensor.shape()); }
+
+template <class T>
+void check_dtype(const std::string& name, const Tensor& tensor) {
+  if (tensor.dtype() != dtype_of<T>()) refuse(name, dtype_name(dtype_of<T>()), dtype_name(tensor.dtype()));
+}
+
+template <class T>
+void check_shape(const std::string& name, const Tensor& tensor, const Shape& shape) {
+  check_dtype<T>(name, tensor);
+  if (tensor.shape() != shape) refuse(name, "shape " + text(shape), text(tensor));
+}
+
+// A contiguous tensor of the given shape.
+template <class T>
+T* contiguous(const std::string& name, const Tensor& tensor, const Shape& shape) {
+  check_shape<std::remove_const_t<T>>(name, tensor, shape);
+  if (!tensor.contiguous()) refuse(name, "a contiguous tensor", "strides");
+  return tensor.data<T>();
+}
+
+// (rows, D, columns) with contiguous columns.
+template <class T>
+Rows<T> rows(const std::string& name, const Tensor& tensor, Index count, Index recurrences, Index columns) {
+  check_shape<std::remove_const_t<T>>(name, tensor, {count, recurrences, columns});
+  // A tensor without elements may have any strides.
+  if (tensor.size() == 0) return {tensor.data<T>(), columns * recurrences, columns};
+  const Index row = tensor.stride(0), recurrence = tensor.stride(1);
+  if (columns > 1 && tensor.stride(2) != 1) refuse(name, "contiguous columns", "strides");
+  if ((recurrences > 1 && recurrence < columns) || (count > 1 && row < columns)) {
+    refuse(name, "rows that do not overlap", "strides (" + std::to_string(row) + ", " + std::to_string(recurrence) + ")");
+  }
+  return {tensor.data<T>(), row, recurrence};
+}
+
+// One matrix of `name`: rows x columns with contiguous columns; returns its row stride.
+template <class T>
+Index matrix(const std::string& name, const Tensor& tensor, Index row_count, Index columns) {
+  check_shape<T>(name, tensor, {row_count, columns});
+  if (tensor.size() == 0) return columns;
+  if (columns > 1 && tensor.stride(1) != 1) refuse(name, "contiguous rows", "strides");
+  const Index row = tensor.stride(0);
+  if (row_count > 1 && row < columns) refuse(name, "rows that do not overlap", std::to_string(row));
+  return row;
+}
+
+inline void check_dimensions(const std::string& name, const Tensor& tensor, int dimensions) {
+  if (tensor.dimensions() != dimensions) refuse(name, std::to_string(dimensions) + " dimensions", text(tensor));
+}
+
+// Memory that a kernel writes while another argument is read must not be part of it.
+inline void check_apart(const std::string& name, const Tensor& a, const std::string& other, const Tensor& b) {
+  const auto [a_begin, a_end] = a.span();
+  const auto [b_begin, b_end] = b.span();
+  if (a_begin < b_end && b_begin < a_end) refuse(name, "memory apart from " + other, "the same memory");
+}
+
+// The steps' rows: within the buffers, sorted, never overlapping.
+struct CheckedSteps {
+  StepRows steps;
+  Index rows;  // that a buffer of all steps has at least
+  std::vector<std::int64_t> batch_sizes, offsets;
+
+  CheckedSteps(Index length, Index batch, const Optional& batch_sizes_tensor, const Optional& offsets_tensor) {
+    if (length < 0) refuse("length", "0 or more", std::to_string(length));
+    if (batch < 0) refuse("batch", "0 or more", std::to_string(batch));
+    steps.length = length;
+    steps.batch = batch;
+    if (batch_sizes_tensor.has_value() != offsets_tensor.has_value()) {
+      throw py::value_error("batch_sizes and offsets: expected both or neither");
+    }
+    if (!batch_sizes_tensor) {
+      if (__builtin_mul_overflow(length, batch, &rows)) throw py::value_error("length * batch overflows");
+      return;
+    }
+    // Copied, so that what was checked is what the kernels read, whoever else holds the tensors.
+    batch_sizes = copy("batch_sizes", *batch_sizes_tensor);
+    offsets = copy("offsets", *offsets_tensor);
+    rows = 0;
+    for (std::size_t t = 0; t < batch_sizes.size(); ++t) {
+      const Index most = t ? batch_sizes[t - 1] : batch;
+      if (batch_sizes[t] < 0 || batch_sizes[t] > most) {
+        refuse("batch_sizes[" + std::to_string(t) + "]", "0 to " + std::to_string(most), std::to_string(batch_sizes[t]));
+      }
+      Index end;
+      if (offsets[t] < rows || __builtin_add_overflow(offsets[t], batch_sizes[t], &end)) {
+        refuse("offsets[" + std::to_string(t) + "]", std::to_string(rows) + " or more", std::to_string(offsets[t]));
+      }
+      rows = end;
+    }
+    steps.batch_sizes = batch_sizes.data();
+    steps.offsets = offsets.data();
+  }
+  CheckedSteps(const CheckedSteps&) = delete;
+
+ private:
+  std::vector<std::int64_t> copy(const std::string& name, const Tensor& tensor) const {
+    const std::int64_t* data = contiguous<const std::int64_t>(name, tensor, {steps.length});
+    return std::vector<std::int64_t>(data, data + steps.length);
+  }
+};
+
+}  // namespace fused_rnn
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<fused_rnn::Tensor> {
+  PYBIND11_TYPE_CASTER(fused_rnn::Tensor, const_name("torch.Tensor"));
+
+  bool load(handle source, bool) {
+    if (!fused_rnn::Tensor::is_tensor(source)) return false;
+    value = fused_rnn::Tensor(source);
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail

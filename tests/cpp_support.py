@@ -1,0 +1,97 @@
+"""Calls of the C++ extension, complete and right, for tests to run or to spoil."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_rnn import _C
+
+# Blocks of the gates, the tape, d_gates and the bias.
+CELLS = {"rnn_tanh": (1, 1, 1, 1), "rnn_relu": (1, 1, 1, 1), "lstm": (4, 5, 4, 4), "gru": (3, 4, 4, 4)}
+
+
+def make_call(
+    cell: str, dtype: torch.dtype = torch.float32, length: int = 6, batch: int = 9, hidden: int = 37
+) -> dict[str, Any]:
+    gates, tape, _, bias = CELLS[cell]
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, dtype=dtype) / 4
+
+    rows = draw(length * batch, 2, tape * hidden)
+    states = [draw(2, batch, hidden) for _ in range(2 if cell == "lstm" else 1)]
+    weights = [draw(gates * hidden, hidden) for _ in range(2)]
+    return {
+        "cell": cell,
+        "input": None,
+        "tape": rows,
+        "out": rows if tape == 1 else torch.empty((length * batch, 2, hidden), dtype=dtype),
+        "states": states,
+        "weight_ih": None,
+        "weight_hh": _C.Packed(cell, weights, False, "hidden", False, 1),
+        "weight_hr": None,
+        "bias": draw(2, bias * hidden),
+        "length": length,
+        "batch": batch,
+        "batch_sizes": None,
+        "offsets": None,
+        "reverse": [False, True],
+        "reset": torch.rand(length * batch, generator=random) < 0.2,
+        "keep": True,
+        "threads": 1,
+    }
+
+
+def make_backward(cell: str) -> dict[str, Any]:
+    forward = make_call(cell)
+    states_0 = [state.clone() for state in forward["states"]]
+    _C.forward(**forward)
+    random = torch.Generator().manual_seed(1)
+    gates, _, gradients, _ = CELLS[cell]
+    rows, directions, hidden = forward["out"].shape
+    weights = [torch.randn((gates * hidden, hidden), generator=random) / 4 for _ in range(2)]
+    shared = "cell tape out length batch batch_sizes offsets reverse reset threads weight_ih weight_hr".split()
+    return {name: forward[name] for name in shared} | {
+        "d_gates": torch.full((rows, directions, gradients * hidden), torch.nan),
+        "d_states": [torch.randn(state.shape, generator=random) for state in states_0],
+        "d_out": torch.randn((rows, directions, hidden), generator=random),
+        "d_cells": torch.randn((rows, directions, hidden), generator=random) if cell == "lstm" else None,
+        "states_0": states_0,
+        "weight_hh": _C.Packed(cell, weights, True, "hidden", False, 1),
+        "t_begin": 0,
+        "t_end": forward["length"],
+        "d_input": None,
+    }
+
+
+def make_step(
+    cell: str, dtype: torch.dtype = torch.float32, rows: int = 3, inputs: int = 21, hidden: int = 37
+) -> dict[str, Any]:
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, dtype=dtype) / 4
+
+    gates = CELLS[cell][0] * hidden
+    states = [draw(1, rows, hidden) for _ in range(2 if cell == "lstm" else 1)]
+    return {
+        "cell": cell,
+        "input": draw(rows, inputs),
+        "states": states,
+        "new_states": [torch.full_like(state, torch.nan) for state in states],
+        "out": torch.full((rows, hidden), torch.nan, dtype=dtype),
+        "weight_ih": draw(gates, inputs),
+        "weight_hh": draw(gates, hidden),
+        "bias_ih": draw(gates),
+        "bias_hh": draw(gates),
+        "threads": 2,
+    }
+
+
+def every_other_column(tensor: Tensor) -> Tensor:
+    """The same values, with a gap after each of a row."""
+    return tensor.repeat_interleave(2, -1)[..., ::2]
