@@ -60,6 +60,9 @@ class Tensor {
   explicit Tensor(py::handle tensor) {
     const Names& names = Names::get();
     if (!tensor.attr(names.is_cpu).cast<bool>()) throw py::value_error("expected a tensor on the CPU, got one elsewhere");
+    if (method(tensor, names.is_neg).cast<bool>()) {
+      throw py::value_error("expected a tensor whose memory holds its numbers, got a view with the other sign");
+    }
     const py::object dtype = tensor.attr(names.dtype);
     for (int i = 0; i < static_cast<int>(Dtype::kOther); ++i) {
       if (dtype.is(names.dtypes[i])) dtype_ = static_cast<Dtype>(i);
@@ -120,8 +123,8 @@ class Tensor {
  private:
   // What is asked of every tensor, looked up once.
   struct Names {
-    py::str is_cpu = intern("is_cpu"), dtype = intern("dtype"), shape = intern("shape"), stride = intern("stride"),
-            data_ptr = intern("data_ptr");
+    py::str is_cpu = intern("is_cpu"), is_neg = intern("is_neg"), dtype = intern("dtype"), shape = intern("shape"),
+            stride = intern("stride"), data_ptr = intern("data_ptr");
     py::object tensor;
     std::array<py::object, static_cast<std::size_t>(Dtype::kOther)> dtypes;
 

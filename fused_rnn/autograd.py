@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -241,5 +242,21 @@ def _cut(call: BackwardCall, rest: Sequence[Any]) -> tuple[Sequence[Any], Sequen
     return rest[:count], rest[count:]
 
 
-# torch binds the arguments of every call to this signature, and takes longer to find it out than the kernels of a small layer.
-_Layer.forward.__signature__ = inspect.signature(_Layer.forward)  # type: ignore[attr-defined]
+class _Positional(inspect.Signature):
+    """The signature of a function whose arguments all come by position and have no defaults: there is nothing to bind."""
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        return _Bound(args) if not kwargs else super().bind(*args, **kwargs)
+
+
+class _Bound(NamedTuple):
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = MappingProxyType({})
+
+    def apply_defaults(self) -> None:
+        pass
+
+
+# torch binds the arguments of every call to the forward's signature, which takes longer than the kernels of a small layer.
+_Layer.forward.__signature__ = _Positional()  # type: ignore[attr-defined]
+_Backward.forward.__signature__ = _Positional()  # type: ignore[attr-defined]

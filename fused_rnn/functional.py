@@ -10,15 +10,15 @@ directions, L layers, R rows (the active sequences of all steps).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeVar, overload
+from typing import Literal, TypeVar, overload
 
-import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import checks, entry, operators, sequences
+from fused_rnn import checks, operators, sequences, stack, streaming
 from fused_rnn.cell_functional import gru_cell, lstm_cell, pair, rnn_relu_cell, rnn_tanh_cell, single
 from fused_rnn.cells import GRU, LSTM, RNN_RELU, RNN_TANH, Cell, Weights
+from fused_rnn.stack import Options
 from fused_rnn.steps import Steps
 
 __all__ = ["Weights", "gru", "gru_cell", "lstm", "lstm_cell", "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell"]
@@ -40,7 +40,7 @@ def rnn_tanh(
     reset: Input | None = None,
 ) -> tuple[Input, Tensor]:
     """Run a simple recurrence with tanh over a sequence; arguments, results and errors as in ``gru``."""
-    options = _Options(bidirectional, batch_first, dropout, training, lengths, reset)
+    options = Options(bidirectional, batch_first, dropout, training, lengths, reset)
     out, states, _ = _sequence(RNN_TANH, input, weights, single(hx), options)
     return out, states[0]
 
@@ -58,7 +58,7 @@ def rnn_relu(
     reset: Input | None = None,
 ) -> tuple[Input, Tensor]:
     """Run a simple recurrence with relu over a sequence; arguments, results and errors as in ``gru``."""
-    options = _Options(bidirectional, batch_first, dropout, training, lengths, reset)
+    options = Options(bidirectional, batch_first, dropout, training, lengths, reset)
     out, states, _ = _sequence(RNN_RELU, input, weights, single(hx), options)
     return out, states[0]
 
@@ -116,7 +116,7 @@ def gru(
     >>> out[3:, 0].count_nonzero(), torch.equal(h_n[0, 0], out[2, 0])
     (tensor(0), True)
     """
-    options = _Options(bidirectional, batch_first, dropout, training, lengths, reset)
+    options = Options(bidirectional, batch_first, dropout, training, lengths, reset)
     out, states, _ = _sequence(GRU, input, weights, single(hx), options)
     return out, states[0]
 
@@ -186,30 +186,13 @@ def lstm(
     Source: torch.nn.LSTM.
     """
     checks.check_flag("return_cell_states", return_cell_states)
-    options = _Options(bidirectional, batch_first, dropout, training, lengths, reset, return_cell_states)
+    options = Options(bidirectional, batch_first, dropout, training, lengths, reset, return_cell_states)
     out, (h, c), cells = _sequence(LSTM, input, weights, pair(hx, "lstm"), options)
     return (out, (h, c)) if cells is None else (out, (h, c), cells)
 
 
-class _Options(NamedTuple):
-    """The keywords of ``gru`` and ``lstm``, as given."""
-
-    bidirectional: bool
-    batch_first: bool
-    dropout: float
-    training: bool
-    lengths: Tensor | None
-    reset: Tensor | PackedSequence | None
-    cell_states: bool = False
-
-    @property
-    def directions(self) -> int:
-        """D."""
-        return 2 if self.bidirectional else 1
-
-
 def _sequence(
-    cell: Cell, input: Input, weights: Sequence[Weights], states: States | None, options: _Options
+    cell: Cell, input: Input, weights: Sequence[Weights], states: States | None, options: Options
 ) -> tuple[Input, States, Input | None]:
     """Check the arguments, turn the input into rows and steps, run the layers, and turn the results back.
 
@@ -219,6 +202,10 @@ def _sequence(
     checks.check_count(weights, options.directions)
     if isinstance(input, PackedSequence):
         return _packed(cell, input, weights, states, options)
+    if options.plain:
+        step = streaming.step(cell, input, states, weights, options.batch_first)
+        if step is not None:
+            return step[0], step[1], None
     checks.check_rank(cell, input)
     batched = input.dim() == 3
     if states is not None:
@@ -253,9 +240,9 @@ def _sequence(
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
     if ragged is None:
-        out, states, cells = _layers(cell, rows, Steps(length, batch), states, weights, reset, options)
+        out, states, cells = stack.layers(cell, rows, Steps(length, batch), states, weights, reset, options)
     else:
-        out, states, cells = _layers(cell, rows, ragged.steps, ragged.sort(states), weights, reset, options)
+        out, states, cells = stack.layers(cell, rows, ragged.steps, ragged.sort(states), weights, reset, options)
         states = ragged.unsort(states)
 
     def as_input(values: Tensor) -> Tensor:
@@ -272,7 +259,7 @@ def _sequence(
 
 
 def _packed(
-    cell: Cell, input: PackedSequence, weights: Sequence[Weights], states: States | None, options: _Options
+    cell: Cell, input: PackedSequence, weights: Sequence[Weights], states: States | None, options: Options
 ) -> tuple[PackedSequence, States, PackedSequence | None]:
     """As ``_sequence``: the rows of a PackedSequence are ragged steps as they stand."""
     data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -295,7 +282,7 @@ def _packed(
         _states(cell, data, weights, states, steps.batch, options.directions)
         states = tuple(state.index_select(1, sorted_indices) for state in states)
     states = _states(cell, data, weights, states, steps.batch, options.directions)
-    out, states, cells = _layers(cell, data, steps, states, weights, reset, options)
+    out, states, cells = stack.layers(cell, data, steps, states, weights, reset, options)
     if unsorted_indices is not None:
         states = tuple(state.index_select(1, unsorted_indices) for state in states)
 
@@ -319,72 +306,3 @@ def _states(cell: Cell, rows: Tensor, weights: Sequence[Weights], states: States
     for weight in weights:
         checks.check_same(rows, "parameter", weight)
     return states
-
-
-def _layers(
-    cell: Cell,
-    rows: Tensor,
-    steps: Steps,
-    states: States,
-    weights: Sequence[Weights],
-    reset: Tensor | None,
-    options: _Options,
-) -> tuple[Tensor, States, Tensor | None]:
-    """Run the layers one after another.
-
-    Args:
-        rows: (R, I).
-        states: (L·D, N, ·) each.
-        reset: (R,) bool, or None.
-
-    Returns:
-        out (R, D·P), the states after the walk, and with ``options.cell_states`` c of the last layer at every step, (R, D·H).
-    """
-    directions = options.directions
-    if reset is not None and steps.dense and steps.length == 1 and directions == 1:
-        # An agent's step: with the mask gone, the backend may take it in its own way, without a walk.
-        states, reset = tuple(state.masked_fill(reset[:, None], 0) for state in states), None
-    resets = None
-    if reset is not None:
-        by_direction = operators if operators.traced(rows, weights[0].hh) else sequences
-        resets = by_direction.resets_by_direction(reset, steps, directions)
-    last = len(weights) - directions
-    ends: list[States] = []
-    cells = None
-    for first in range(0, len(weights), directions):
-        if first and options.dropout and options.training:
-            rows = torch.dropout(rows, options.dropout, True)
-        part = slice(first, first + directions)
-        before = tuple(state[part] for state in states) if last else states
-        wants_cells = options.cell_states and first == last
-        rows, end = _directions(cell, rows, steps, before, tuple(weights[part]), resets, wants_cells, options.lengths is None)
-        if wants_cells:
-            end, cells = end[:-1], end[-1]
-        ends.append(end)
-    return rows, ends[0] if not last else tuple(torch.cat(layers) for layers in zip(*ends, strict=True)), cells
-
-
-def _directions(
-    cell: Cell,
-    rows: Tensor,
-    steps: Steps,
-    states: States,
-    weights: tuple[Weights, ...],
-    resets: tuple[Tensor, ...] | None,
-    cell_states: bool,
-    as_dense: bool,
-) -> tuple[Tensor, States]:
-    """Run one layer; one call for all directions where they have the same resets. Results as of ``autograd.layer``."""
-    reverse = (False, True)[: len(weights)]
-    if resets is None or len(resets) == 1:
-        reset = None if resets is None else resets[0]
-        return entry.layer(cell, rows, steps, states, weights, reverse, reset, cell_states, as_dense=as_dense)
-    outs, ends = [], []
-    for d, (weight, backwards, reset) in enumerate(zip(weights, reverse, resets, strict=True)):
-        before = tuple(state[d : d + 1] for state in states)
-        out, end = entry.layer(cell, rows, steps, before, (weight,), (backwards,), reset, cell_states, as_dense=as_dense)
-        outs.append(out)
-        ends.append(end)
-    # States are stacked by direction; c of every step stands side by side, as the output does.
-    stacked = tuple(torch.cat(parts, 1 if parts[0].dim() == 2 else 0) for parts in zip(*ends, strict=True))
-    return torch.cat(outs, 1), stacked

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn.cells import Weights
-from fused_rnn.layer import COMPUTE, Layer, States, compute_weights, pack
+from fused_rnn.layer import COMPUTE, Layer, States, compute_weights, copied, pack
 from fused_rnn.memory import empty
 from fused_rnn.steps import Steps
 
@@ -104,15 +104,15 @@ class WeightGradients:
         # A hidden part of its own (the GRU's hn) has a gradient of its own for its bias.
         self.apart = len(self.hidden_parts()) > 1
         biased = wanted.bias_ih or wanted.bias_hh
-        self.ih = self.like(weight.ih) if wanted.ih else None
-        self.hh = self.like(weight.hh) if wanted.hh else None
-        self.hr = self.like(weight.hr) if wanted.hr and weight.hr is not None else None
-        self.bias_x = self.like(weight.hh[:, 0]) if biased else None
-        self.bias_apart = self.like(weight.hh[: self.hidden, 0]) if biased and self.apart else None
+        self.ih = self.room(weight.ih.shape) if wanted.ih else None
+        self.hh = self.room(weight.hh.shape) if wanted.hh else None
+        self.hr = self.room(weight.hr.shape) if wanted.hr and weight.hr is not None else None
+        self.bias_x = self.room(weight.hh.shape[:1]) if biased else None
+        self.bias_apart = self.room((self.hidden,)) if biased and self.apart else None
 
-    def like(self, weight: Tensor) -> Tensor:
-        """Room for the gradient of a weight."""
-        return empty(weight.shape, weight.dtype, weight.device)
+    def room(self, shape: Sequence[int]) -> Tensor:
+        """Room for the gradient of a parameter of this shape."""
+        return empty(shape, self.weight.hh.dtype, self.weight.hh.device)
 
     def blocks(self, d_gates: Tensor, names: Sequence[str]) -> Tensor:
         """Neighbouring blocks of d_gates."""
@@ -200,10 +200,12 @@ def backward(
 
     weights = compute_weights(weights, compute)
     d_cells = d_ends[len(states)] if layer.cell_states else None
-    states_0 = tuple(state.to(exact).contiguous() for state in states)
+    states_0 = tuple([state.to(exact).contiguous() for state in states])
     d_states = tuple(
-        torch.zeros_like(state) if d_end is None else d_end.to(exact, copy=True, memory_format=torch.contiguous_format)
-        for state, d_end in zip(states_0, d_ends[: len(states)], strict=True)
+        [
+            torch.zeros_like(state) if d_end is None else copied((d_end,), exact)[0]
+            for state, d_end in zip(states_0, d_ends[: len(states)], strict=True)
+        ]
     )
     out = out.view(rows, recurrences, output)
     tape = out if tape is None else tape
@@ -278,6 +280,7 @@ def backward(
                 )
                 own = slice(span.start - near.start, span.stop - near.start)
                 finish(d, workspace[:n, 0], t_begin, t_end, h, tape_near[own, 0])
-    d_input = None if d_input is None else d_input.to(storage)
-    d_states = tuple(d_state.to(storage) for d_state in d_states)
+    if storage != exact:
+        d_input = None if d_input is None else d_input.to(storage)
+        d_states = tuple([d_state.to(storage) for d_state in d_states])
     return Gradients(d_input, d_states, [each.result() for each in sums])

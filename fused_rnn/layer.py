@@ -77,8 +77,14 @@ def _bias(cell: Cell, weights: Sequence[Weights], dtype: torch.dtype) -> Tensor 
             zero = weight.hh.new_zeros(weight.hh.shape[0])
             ih, hh = zero if ih is None else ih, zero if hh is None else hh
         # In float32 from the start: the sum of two biases is not rounded to a narrower dtype.
-        ih, hh = ih.to(dtype), hh.to(dtype)
-        blocks += (ih[:-apart] + hh[:-apart], ih[-apart:], hh[-apart:]) if apart else (ih + hh,)
+        if ih.dtype != dtype:
+            ih, hh = ih.to(dtype), hh.to(dtype)
+        if apart:
+            both = torch.cat((ih, hh[-apart:]))
+            both[: -2 * apart] += hh[:-apart]
+            blocks.append(both)
+        else:
+            blocks.append(ih + hh)
     return (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).view(len(weights), -1)
 
 
@@ -92,6 +98,13 @@ def compute_weights(weights: Sequence[Weights], dtype: torch.dtype) -> list[Weig
         )
         for weight in weights
     ]
+
+
+def copied(states: States, dtype: torch.dtype) -> States:
+    """States for a kernel to write over: contiguous, in the dtype that it computes in."""
+    if states[0].dtype == dtype:
+        return tuple([state.clone(memory_format=torch.contiguous_format) for state in states])
+    return tuple([state.to(dtype, memory_format=torch.contiguous_format) for state in states])
 
 
 def pack(layer: Layer, weights: Sequence[Weights], backward: bool, with_input: bool = False) -> object:
@@ -147,28 +160,34 @@ def forward(
 
     weights = compute_weights(weights, compute)
     bias = _bias(cell, weights, exact)
-    ends = tuple(state.to(exact, copy=True, memory_format=torch.contiguous_format) for state in states)
+    ends = copied(states, exact)
     # Two-dimensional from the start: an output that is a view made in an autograd Function cannot be changed in place.
     result = empty((rows, recurrences * output), storage, device)
     out = result.view(rows, recurrences, output)
     tape = empty((rows, recurrences, columns), storage, device) if keep and not cell.tape_is_out else None
 
-    cells, c_begin, hidden = None, 0, gates // cell.num_gates
-    if layer.cell_states:
-        # A copy, which the caller may change; the kernel writes c where it writes the whole tape.
-        cells = empty((rows, recurrences * hidden), storage, device)
-        c_begin = cell.tape.index("c") * hidden
+    hidden = gates // cell.num_gates
+    # A copy, which the caller may change; the kernel writes c where it writes the whole tape.
+    cells = empty((rows, recurrences * hidden), storage, device) if layer.cell_states else None
     write_tape = keep or cells is not None
+
+    def copy_cells(tape: Tensor | None, span: slice, recurrence: slice) -> None:
+        """Take c of these rows and recurrences, where it is wanted, from what the kernel wrote."""
+        if cells is not None and tape is not None:
+            first = cell.tape.index("c") * hidden
+            cells.view(rows, recurrences, hidden)[span, recurrence] = tape[..., first : first + hidden]
+
+    def results() -> tuple[Tensor, States, Tensor | None]:
+        after = ends if storage == exact else tuple([end.to(storage) for end in ends])
+        return result, after if cells is None else (*after, cells), tape
 
     takes_input = layer.kernels.takes_input is not None and layer.kernels.takes_input(steps, weights[0])
     if takes_input and storage == compute and (keep or cells is None):
         packed = pack(layer, weights, backward=False, with_input=True)
         kept = out if cell.tape_is_out else tape
         layer.kernels.forward(kept, out, ends, packed, bias, steps, layer.reverse, reset, keep, input)
-        if cells is not None and kept is not None:
-            cells.view(rows, recurrences, hidden).copy_(kept[..., c_begin : c_begin + hidden])
-            ends = (*ends, cells)
-        return result, ends, tape
+        copy_cells(kept, slice(None), slice(None))
+        return results()
 
     # Whole, where nothing would be gained by chunks: the tape is kept anyway, or all of it is small.
     row_bytes = columns * compute.itemsize
@@ -179,11 +198,8 @@ def forward(
             layer.kernels.project(input, weight.ih, whole[:, d, :gates])
         packed = pack(layer, weights, backward=False)
         layer.kernels.forward(whole, out, ends, packed, bias, steps, layer.reverse, reset, write_tape)
-        ends = tuple(end.to(storage) for end in ends)
-        if cells is not None:
-            cells.view(rows, recurrences, hidden).copy_(whole[..., c_begin : c_begin + hidden])
-            ends = (*ends, cells)
-        return result, ends, tape
+        copy_cells(whole, slice(None), slice(None))
+        return results()
 
     workspace: Tensor | None = None
     for d, (weight, backwards) in enumerate(zip(weights, layer.reverse, strict=True)):
@@ -214,13 +230,9 @@ def forward(
                 write_tape,
                 *((x,) if takes_input else ()),
             )
-            if cells is not None:
-                cells.view(rows, recurrences, hidden)[span, d] = chunk[:, 0, c_begin : c_begin + hidden]
+            copy_cells(chunk, span, slice(d, d + 1))
             if storage != compute:
                 out[span, d : d + 1] = chunk_out
                 if tape is not None:
                     tape[span, d : d + 1] = chunk
-    ends = tuple(end.to(storage) for end in ends)
-    if cells is not None:
-        ends = (*ends, cells)
-    return result, ends, tape
+    return results()

@@ -14,7 +14,6 @@ from torch import Tensor
 from fused_rnn.cells import Weights
 from fused_rnn.gradients import WeightGradients
 from fused_rnn.layer import Layer
-from fused_rnn.memory import empty
 
 
 class GroupedWeightGradients(WeightGradients):
@@ -25,9 +24,9 @@ class GroupedWeightGradients(WeightGradients):
         super().__init__(layer, weight, wanted, dtype)
         self.product = self._product
 
-    def like(self, weight: Tensor) -> Tensor:
-        """Room for the gradients of a weight."""
-        return empty((self.groups, *weight.shape), weight.dtype, weight.device)
+    def room(self, shape: Sequence[int]) -> Tensor:
+        """Room for the gradients of a parameter of this shape."""
+        return super().room((self.groups, *shape))
 
     def _by_group(self, rows: Tensor) -> Tensor:
         return rows.reshape(-1, self.groups, rows.shape[1])

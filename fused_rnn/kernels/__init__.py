@@ -57,7 +57,8 @@ It may export ``WHOLE = True``: its row buffers are in the dtype that is stored,
 comes in one call. States, d_states, states_0 and bias are then float32, or float64 with buffers of float64. This is for a GPU.
 
 It may also export ``step(cell, input, states, weight)`` → (out, states) or None: one step without a backward, for streaming,
-with input (N, I), states (1, N, ·) and ``Weights``; out is (N, P). None where it has no better way for these sizes.
+with input (N, I), states (1, N, ·) and ``Weights``; out is (N, P). None where it has no better way for these sizes. It checks
+its arguments itself, and raises before anything is written.
 """
 
 from __future__ import annotations

@@ -70,15 +70,21 @@ def takes_input(steps: Steps, weight: Weights) -> bool:
 
 
 # Each thread copies all of the inputs, for its share of d_weight's rows. With so many times as many rows as columns the copies
-# pay; torch's product is as fast or faster for square weights.
+# pay; torch's product is as fast or faster for square weights. Below so many multiplications, what it does before it multiplies
+# takes longer than they do.
 _ROWS_PER_COLUMN = 2
+_FEW_MULTIPLICATIONS = 1 << 18
 
 
 def weight_gradient(
     d_gates: Tensor, inputs: Sequence[Tensor], d_weight: Tensor | None, d_bias: Tensor | None, add: bool
 ) -> None:
     """Sum a weight's gradient over the rows of many steps; see ``fused_rnn.kernels``."""
-    if d_weight is None or d_weight.shape[0] < _ROWS_PER_COLUMN * d_weight.shape[1]:
+    if d_weight is None:
+        kernels.weight_gradient(d_gates, inputs, d_weight, d_bias, add)
+        return
+    outputs, columns = d_weight.shape
+    if outputs < _ROWS_PER_COLUMN * columns and d_gates.shape[0] * outputs * columns > _FEW_MULTIPLICATIONS:
         kernels.weight_gradient(d_gates, inputs, d_weight, d_bias, add)
         return
     parts = [part if has_rows(part) else part.contiguous() for part in inputs]

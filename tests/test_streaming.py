@@ -1,0 +1,160 @@
+"""Steps of a few rows without a graph, which pass the layers' general way by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tolerances import assert_close_to_reference
+
+import fused_rnn
+from fused_rnn import streaming
+
+pytest.importorskip("fused_rnn._C", reason="the extension is not built here; CI builds it")
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each call so far, whether it took the short way."""
+    calls: list[bool] = []
+    step = streaming.step
+
+    def watched(*args: Any) -> Any:
+        result = step(*args)
+        calls.append(result is not None)
+        return result
+
+    monkeypatch.setattr(streaming, "step", watched)
+    return calls
+
+
+def pair(name: str, **options: Any) -> tuple[torch.nn.Module, torch.nn.Module]:
+    torch.manual_seed(0)
+    theirs = getattr(torch.nn, name)(5, 19, **options).eval()
+    ours = getattr(fused_rnn, name)(5, 19, **options).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def tensors(results: Any) -> list[torch.Tensor]:
+    out, states = results
+    return [out, *(states if isinstance(states, tuple) else (states,))]
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_as_torch(taken: list[bool], name: str, layers: int, batch_first: bool, batch: int, dtype: torch.dtype) -> None:
+    ours, theirs = pair(name, num_layers=layers, batch_first=batch_first, dtype=dtype)
+    exact = pair(name, num_layers=layers, batch_first=batch_first, dtype=torch.float64)[1]
+    exact.load_state_dict(theirs.state_dict())
+    mine = wanted = true = None
+    with torch.no_grad():
+        for _ in range(5):
+            x = torch.randn(batch, 1, 5, dtype=dtype) if batch_first else torch.randn(1, batch, 5, dtype=dtype)
+            found, expected, reference = ours(x, mine), theirs(x, wanted), exact(x.double(), true)
+            mine, wanted, true = found[1], expected[1], reference[1]
+            for actual, other, best in zip(tensors(found), tensors(expected), tensors(reference), strict=True):
+                assert actual.shape == other.shape
+                assert_close_to_reference(actual, other, best)
+    assert taken == [False, True, True, True, True]  # without states, the first takes the general way
+
+
+OTHERWISE: dict[str, Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], Any]] = {
+    "gradients": lambda module, x, h: torch.enable_grad()(module)(x, h),
+    "two steps": lambda module, x, h: module(torch.cat((x, x)), h),
+    "unbatched": lambda module, x, h: module(x[:, 0], h[:, 0]),
+    "many rows": lambda module, x, h: module(x.expand(1, 9, 5), h.expand(1, 9, 19)),
+    "lengths": lambda module, x, h: module(x, h, lengths=torch.tensor([1])),
+    "reset": lambda module, x, h: module(x, h, reset=torch.tensor([[False]])),
+    "packed": lambda module, x, h: module(torch.nn.utils.rnn.pack_sequence([x[0]]), h),
+    "another backend": lambda module, x, h: fused_rnn.backend("reference")(module)(x, h),
+    "autocast": lambda module, x, h: torch.autocast("cpu")(module)(x, h),
+    "no rows": lambda module, x, h: module(x[:, :0], h[:, :0].contiguous()),
+    "compiled": lambda module, x, h: torch.compile(module, backend="eager", fullgraph=True)(x, h),
+    "vmap": lambda module, x, h: torch.vmap(lambda one: module(one, h)[0])(x[None]),
+}
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_what_is_no_such_step_goes_the_general_way(taken: list[bool], case: str) -> None:
+    ours, _ = pair("GRU")
+    x, h = torch.randn(1, 1, 5), torch.randn(1, 1, 19)
+    with torch.no_grad():
+        OTHERWISE[case](ours, x, h)
+    assert True not in taken
+
+
+@pytest.mark.parametrize(
+    "module",
+    [{"bidirectional": True}, {"num_layers": 2, "dropout": 0.5}, {"proj_size": 3}],
+    ids=lambda options: next(iter(options)),
+)
+def test_modules_that_go_the_general_way(taken: list[bool], module: dict[str, Any]) -> None:
+    ours, _ = pair("LSTM", **module)
+    ours.train()
+    with torch.no_grad():
+        state = ours(torch.randn(1, 2, 5))[1]
+        ours(torch.randn(1, 2, 5), state)
+    assert True not in taken
+
+
+WRONG: dict[str, Callable[[torch.Tensor, torch.Tensor], tuple[Any, ...]]] = {
+    "features": lambda x, h: (x[..., :4], h),
+    "hidden": lambda x, h: (x, h[..., :7]),
+    "batch": lambda x, h: (x, torch.cat((h, h), 1)),
+    "layers": lambda x, h: (x, torch.cat((h, h))),
+    "rank of the state": lambda x, h: (x, h[0]),
+    "dtype of the input": lambda x, h: (x.double(), h),
+}
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU"])
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_calls_raise_as_torch(name: str, case: str) -> None:
+    ours, theirs = pair(name)
+    call = WRONG[case](torch.randn(1, 1, 5), torch.randn(1, 1, 19))
+    with torch.no_grad():
+        with pytest.raises(Exception) as expected:  # noqa: PT011 (whatever torch raises)
+            theirs(*call)
+        with pytest.raises(type(expected.value)) as found:
+            ours(*call)
+    assert str(found.value) == str(expected.value)
+
+
+def test_a_state_of_another_dtype_raises() -> None:
+    ours, _ = pair("GRU")
+    with torch.no_grad(), pytest.raises(RuntimeError, match="not the same dtype, found input tensor with Float"):
+        ours(torch.randn(1, 1, 5), torch.randn(1, 1, 19, dtype=torch.float64))
+
+
+def test_states_are_not_written() -> None:
+    ours, _ = pair("LSTM", num_layers=2)
+    with torch.inference_mode():
+        state = ours(torch.randn(1, 2, 5))[1]
+        before = [part.clone() for part in state]
+        out, after = ours(torch.randn(1, 2, 5), state)
+        assert all(torch.equal(part, kept) for part, kept in zip(state, before, strict=True))
+        out.zero_()
+        assert after[0].count_nonzero() == after[0].numel()
+
+
+def test_strided_states_and_input(taken: list[bool]) -> None:
+    ours, _ = pair("GRU")
+    x, h = torch.randn(1, 5, 3).transpose(1, 2), torch.randn(1, 19, 3).transpose(1, 2)
+    with torch.no_grad():
+        found, expected = ours(x, h), ours(x.contiguous(), h.contiguous())
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert taken == [True, True]
+
+
+def test_views_whose_memory_holds_the_other_sign() -> None:
+    ours, _ = pair("GRU")
+    x, h = torch.randn(1, 2, 5), torch.randn(1, 2, 19)
+    with torch.no_grad():
+        found = ours(torch.complex(x, -x).conj().imag, torch.complex(h, -h).conj().imag)
+        torch.testing.assert_close(found, ours(x, h), rtol=0, atol=0)
