@@ -15,10 +15,13 @@ from typing import Any
 import numpy
 import torch
 
+from benchmarks.json_file import write_document
 from benchmarks.peers import Peer, fused
 
 FORMAT = 1
 _ROOT = Path(__file__).resolve().parent.parent
+# What decides the figures. Results that lie about, new or changed, do not make the program another one.
+_SOURCES = ("--", "csrc", "fused_rnn", "setup.py", "benchmarks", ":(exclude)benchmarks/results")
 
 
 class ResultsError(Exception):
@@ -36,7 +39,14 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def commit() -> str | None:
+    """The commit that is checked out, with "+changes" if files differ from it; None without git."""
+
     def git(*arguments: str) -> str | None:
         try:
             done = subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=True)
@@ -44,8 +54,8 @@ def _commit() -> str | None:
             return None
         return done.stdout.strip()
 
-    commit = git("rev-parse", "--short=12", "HEAD")
-    return f"{commit}+changes" if commit and git("status", "--porcelain") else commit
+    name = git("rev-parse", "--short=12", "HEAD")
+    return f"{name}+changes" if name and git("status", "--porcelain", *_SOURCES) else name
 
 
 def describe_run(peers: Mapping[str, Peer], backend: str | None, threads: int) -> dict[str, Any]:
@@ -75,7 +85,7 @@ def describe_run(peers: Mapping[str, Peer], backend: str | None, threads: int) -
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "device": "cpu",
         "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
         # Of the last minute, before the run adds its own.
@@ -87,7 +97,7 @@ def describe_run(peers: Mapping[str, Peer], backend: str | None, threads: int) -
         "providers": list(peers),
         "missing": missing,
         "versions": versions,
-        "commit": _commit(),
+        "commit": commit(),
         # Where on a machine a file lay says nothing to others.
         "command": ["python", "-m", "benchmarks", *(Path(word).name if "/" in word else word for word in sys.argv[1:])],
         "complete": False,
@@ -118,10 +128,8 @@ def check_writable(path: Path) -> None:
 
 def save(results: Mapping[str, Any], path: Path) -> None:
     """Write the file whole or not at all."""
-    part = path.with_name(path.name + ".part")
     try:
-        part.write_text(json.dumps(results, indent=1) + "\n")
-        part.replace(path)
+        write_document(path, results)
     except OSError as error:
         raise ResultsError(f"cannot write {path}: {error.strerror or error}") from error
 

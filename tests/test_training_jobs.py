@@ -258,7 +258,7 @@ def test_results_that_cannot_be_written_in_the_end(run, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(session, "write_json", full)
+    monkeypatch.setattr(session, "write_rows", full)
     code, printed, _ = run("tagger")
     assert code == 2
     assert "No space left" in printed.err.splitlines()[-1]

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.training.command import Parser, add_training, job_parser, number, parse_job, size
+from benchmarks.training.command import Parser, add_model, add_training, job_parser, number, size
 from benchmarks.training.gradient_flow import GradientFlow
-from benchmarks.training.job import guarded
-from benchmarks.training.model import CELLS, recurrent
+from benchmarks.training.job import start
+from benchmarks.training.model import recurrent
 from benchmarks.training.report import Measure
 from benchmarks.training.session import Session, Task
 
@@ -153,12 +153,9 @@ def _parser() -> Parser:
         "batches in the same order. Compare speed and error. Then draw the norm of the gradient on its way back through "
         "time, for RNN, GRU and LSTM, before and after some training, clipped and not clipped.",
     )
-    model = made.add_argument_group("model")
+    model = add_model(made, cell="gru", hidden=32, layers=1)
     lengths = number(int, 2, 1 << 20)
     model.add_argument("--lengths", type=lengths, nargs="+", default=[100, 400, 1000], metavar="T", help="steps of a sequence")
-    model.add_argument("--cell", choices=CELLS, default="gru", help="recurrent layer that learns the sums")
-    model.add_argument("--hidden", type=size, default=32, help="units a layer")
-    model.add_argument("--layers", type=number(int, 1, 64), default=1, help="recurrent layers")
     model.add_argument(
         "--no-chrono", action="store_true", help="torch.nn's initial biases; long sequences take far longer then"
     )
@@ -175,10 +172,8 @@ def _parser() -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the job and return the exit code; wrong options leave through SystemExit(2)."""
-    parser = _parser()
-    options = parse_job(parser, "adding", sys.argv[1:] if arguments is None else arguments, _QUICK)
-    return guarded(parser, lambda: _run(parser, options))
+    """Run the job and return the exit code; what cannot be done leaves through SystemExit(2)."""
+    return start("adding", _parser(), arguments, _QUICK, _run)
 
 
 def _run(parser: Parser, options: argparse.Namespace) -> int:

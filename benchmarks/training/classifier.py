@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.training.command import Parser, add_training, job_parser, number, parse_job, size
-from benchmarks.training.job import guarded
-from benchmarks.training.model import CELLS, recurrent
+from benchmarks.training.command import Parser, add_model, add_training, job_parser, size
+from benchmarks.training.job import start
+from benchmarks.training.model import recurrent
 from benchmarks.training.report import Measure
 from benchmarks.training.session import Session, Task
 
@@ -161,23 +161,18 @@ def _parser() -> Parser:
         "Train a classifier of handwritten digits, read pixel by pixel, twice for each way of pooling, with torch.nn and with "
         "fused_rnn: same initial weights, same batches in the same order. Compare speed and accuracy, beside a linear softmax.",
     )
-    model = made.add_argument_group("model")
+    model = add_model(made, cell="gru", hidden=64, layers=1, units="units a direction")
     model.add_argument(
         "--pooling", choices=POOLINGS, nargs="+", default=list(POOLINGS), help="how the outputs become one vector"
     )
-    model.add_argument("--cell", choices=CELLS, default="gru", help="recurrent layer")
-    model.add_argument("--hidden", type=size, default=64, help="units a direction")
-    model.add_argument("--layers", type=number(int, 1, 64), default=1, help="recurrent layers")
     model.add_argument("--batch", type=size, default=64, help="images read side by side")
     add_training(made, steps=500, lr=2e-2, time_limit=150.0)
     return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the job and return the exit code; wrong options leave through SystemExit(2)."""
-    parser = _parser()
-    options = parse_job(parser, "classifier", sys.argv[1:] if arguments is None else arguments, _QUICK)
-    return guarded(parser, lambda: _run(parser, options))
+    """Run the job and return the exit code; what cannot be done leaves through SystemExit(2)."""
+    return start("classifier", _parser(), arguments, _QUICK, _run)
 
 
 def _run(parser: Parser, options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from benchmarks.training.model import CELLS
 from benchmarks.training.trainer import Settings
 
 EXIT_CODES = (
@@ -52,6 +53,25 @@ def job_parser(name: str, description: str) -> Parser:
         epilog=EXIT_CODES.format(more=" or the two trainings differ in quality"),
         allow_abbrev=False,
     )
+
+
+def add_model(
+    made: argparse.ArgumentParser,
+    *,
+    cell: str,
+    hidden: int,
+    layers: int,
+    embedding: int | None = None,
+    units: str = "units a layer",
+) -> Any:
+    """Add what says which recurrent layers a model has; returns the group. ``embedding`` is None where there is none."""
+    model = made.add_argument_group("model")
+    model.add_argument("--cell", choices=CELLS, default=cell, help="recurrent layer")
+    model.add_argument("--hidden", type=size, default=hidden, help=units)
+    model.add_argument("--layers", type=number(int, 1, 64), default=layers, help="recurrent layers")
+    if embedding is not None:
+        model.add_argument("--embedding", type=size, default=embedding, help="size of the embedding")
+    return model
 
 
 def add_training(made: argparse.ArgumentParser, *, steps: int, lr: float, time_limit: float) -> None:

@@ -7,9 +7,9 @@ import copy
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from torch import nn
 import fused_rnn
 import fused_rnn.cells
 import fused_rnn.dispatch
-from benchmarks.training.command import Parser
+from benchmarks.training.command import Parser, parse_job
 from benchmarks.training.text import TextError
 from benchmarks.training.trainer import Contender, Outcome, apart, disturbed
 
@@ -39,6 +39,18 @@ def guarded(parser: Parser, run: Callable[[], int]) -> int:
         # Before the training or after it; during it the race ends by itself.
         print("interrupted", file=sys.stderr)
         return CODES[Outcome.INTERRUPTED]
+
+
+def start(
+    name: str,
+    parser: Parser,
+    arguments: Sequence[str] | None,
+    quick: Mapping[str, Any],
+    run: Callable[[Parser, argparse.Namespace], int],
+) -> int:
+    """Parse the command line, run a job and return its exit code; wrong options and inputs leave through SystemExit(2)."""
+    options = parse_job(parser, name, sys.argv[1:] if arguments is None else arguments, quick)
+    return guarded(parser, lambda: run(parser, options))
 
 
 def fused_copy(parser: Parser, model: Model) -> tuple[Model, str]:
@@ -127,5 +139,5 @@ class Outputs:
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, object]:
-    """The options as JSON can hold them."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    """The options as JSON can hold them. Where on a machine a file lay says nothing to others."""
+    return {key: value.name if isinstance(value, Path) else value for key, value in vars(options).items() if key != "out"}

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from benchmarks.json_file import write_rows
 from benchmarks.training import job
 from benchmarks.training.command import training_settings
 from benchmarks.training.markov import Trigram
@@ -25,7 +26,7 @@ from benchmarks.training.model import CharacterModel, State, cross_entropy, deta
 from benchmarks.training.options import Parser, parse
 from benchmarks.training.parallel import Processes, processes
 from benchmarks.training.plots import plot_race
-from benchmarks.training.report import Measure, Row, contender_row, environment, json_rows, print_table, write_json
+from benchmarks.training.report import Measure, Row, contender_row, environment, json_rows, print_table
 from benchmarks.training.text import Streams, Vocabulary, from_file, standard_library
 from benchmarks.training.trainer import Contender, Outcome, race
 
@@ -184,7 +185,7 @@ def _report(
         **environment(),
     }
     files = job.Outputs(options.out)
-    write_json(files.path("language_model.json"), json_rows(rows, _MEASURES, facts))
+    write_rows(files.path("language_model.json"), json_rows(rows, _MEASURES, facts))
     if base.losses and ours.losses:
         levels = {
             f"held-out, {row.provider}: {loss:.2f}": loss

@@ -7,8 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.training.command import EXIT_CODES, Parser, add_training, number, parse_job, size
-from benchmarks.training.model import CELLS
+from benchmarks.training.command import EXIT_CODES, Parser, add_model, add_training, number, parse_job, size
 
 
 def parser() -> Parser:
@@ -25,11 +24,7 @@ def parser() -> Parser:
     text.add_argument("--text", type=Path, help="a UTF-8 file; without it, source of this Python's standard library")
     text.add_argument("--batch", type=size, default=32, help="streams read side by side")
     text.add_argument("--bptt", type=size, default=64, help="characters a segment: how far gradients reach back")
-    model = made.add_argument_group("model")
-    model.add_argument("--cell", choices=CELLS, default="lstm", help="recurrent layer")
-    model.add_argument("--hidden", type=size, default=256, help="units a layer")
-    model.add_argument("--layers", type=number(int, 1, 64), default=2, help="recurrent layers")
-    model.add_argument("--embedding", type=size, default=64, help="size of the embedding")
+    model = add_model(made, cell="lstm", hidden=256, layers=2, embedding=64)
     model.add_argument("--tie-weights", action="store_true", help="the embedding is the last layer's matrix, too")
     model.add_argument(
         "--dropout",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import platform
 import statistics
 import sys
@@ -11,14 +9,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.results import cpu_model
+from benchmarks.results import commit, cores, cpu_model
 from benchmarks.training.trainer import Contender, speed_up, total_speed_up
 
 # Single steps are noisy: the training loss is the mean of the last ones.
@@ -167,34 +164,21 @@ def json_rows(rows: Sequence[Row], measures: Sequence[Measure], common: dict[str
     return made
 
 
-def write_json(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write the file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    # NaN is no JSON: a diverged loss is written as null.
-    part.write_text(json.dumps(_finite(rows), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def environment() -> dict[str, Any]:
-    """Device, threads, versions and date."""
+    """Device, CPU, instruction set, threads, versions, commit and date."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     try:
         versions["fused_rnn"] = metadata.version("fused_rnn")
     except metadata.PackageNotFoundError:
         versions["fused_rnn"] = "not installed (run from its source)"
     return {
-        "device": cpu_model(),
+        "device": "cpu",
+        "cpu": cpu_model(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "system": platform.platform(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
         "versions": versions,
+        "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

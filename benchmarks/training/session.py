@@ -15,10 +15,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from benchmarks.json_file import write_rows
 from benchmarks.training import job
 from benchmarks.training.command import Parser, training_settings
 from benchmarks.training.plots import plot_race
-from benchmarks.training.report import Measure, Row, contender_row, environment, json_rows, print_table, write_json
+from benchmarks.training.report import Measure, Row, contender_row, environment, json_rows, print_table
 from benchmarks.training.trainer import Contender, Outcome, apart, race
 
 # How far apart the losses of the first steps may be, relative to the first; 1e-6 is what rounding does.
@@ -160,7 +161,7 @@ class Session:
         common = {"job": self.name, "settings": job.settings_of(self._options), **environment()}
         self._written += [{**row, **common} for row in rows]
         with self.writing(f"{self.name}.json") as path:
-            write_json(path, self._written)
+            write_rows(path, self._written)
 
     def disagree(self) -> None:
         """The two implementations differ in something that the job has said: it will not end with exit code 0."""

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.training.command import Parser, add_training, job_parser, number, parse_job, size
-from benchmarks.training.job import guarded
-from benchmarks.training.model import CELLS, cross_entropy, recurrent
+from benchmarks.training.command import Parser, add_model, add_training, job_parser, size
+from benchmarks.training.job import start
+from benchmarks.training.model import cross_entropy, recurrent
 from benchmarks.training.report import Measure
 from benchmarks.training.session import Session, Task
 from benchmarks.training.text import Text, TextError, Vocabulary, from_file, standard_library
@@ -217,20 +217,14 @@ def _parser() -> Parser:
     text.add_argument("--text", type=Path, help="a file of Python source; without it, this Python's standard library")
     text.add_argument("--batch", type=size, default=32, help="pieces of text read side by side")
     text.add_argument("--length", type=size, default=128, help="characters a piece")
-    model = made.add_argument_group("model")
-    model.add_argument("--cell", choices=CELLS, default="lstm", help="recurrent layer")
-    model.add_argument("--hidden", type=size, default=128, help="units a direction")
-    model.add_argument("--layers", type=number(int, 1, 64), default=1, help="recurrent layers")
-    model.add_argument("--embedding", type=size, default=32, help="size of the embedding")
+    add_model(made, cell="lstm", hidden=128, layers=1, embedding=32, units="units a direction")
     add_training(made, steps=600, lr=5e-3, time_limit=150.0)
     return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the job and return the exit code; wrong options and texts leave through SystemExit(2)."""
-    parser = _parser()
-    options = parse_job(parser, "tagger", sys.argv[1:] if arguments is None else arguments, _QUICK)
-    return guarded(parser, lambda: _run(parser, options))
+    """Run the job and return the exit code; what cannot be done leaves through SystemExit(2)."""
+    return start("tagger", _parser(), arguments, _QUICK, _run)
 
 
 def _run(parser: Parser, options: argparse.Namespace) -> int:
