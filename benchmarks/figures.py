@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +12,9 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from benchmarks.cases import CELLS, MODES
+from benchmarks.cases import CELLS
 from benchmarks.goals import by_case, figure, ratio
 from benchmarks.peers import OURS
 from benchmarks.plots import COLOURS, FAINT, INK
@@ -36,6 +36,17 @@ STYLE = {
     "svg.hashsalt": "fused_rnn",
 }
 
+# What a reader of a section's pictures has to know.
+INTRODUCTIONS = {
+    "Time per step against the floors": "The floors are what this machine could do at best, measured in the same run: the "
+    "matrix products alone, as fast as one large library product (GEMM floor) or as multiply-adds in registers (FMA peak), and "
+    "the inputs and results alone, read and written at memory's speed (memory bus).",
+    "Scaling": "One size changes, the others stay. A straight line is a power law; its exponent and standard error are in the "
+    "legend: 1 is proportional, 0 is free, and with threads −1 would be perfect.",
+    "Memory": "Held for the backward: bytes that stay from the forward to the backward, results included. Peak of a call: how "
+    "far resident memory rises in the first call of a case. Bars are relative to torch.nn, figures absolute.",
+}
+
 # A chart of more rows than this is not read.
 MOST_ROWS = 24
 
@@ -46,10 +57,11 @@ _SLOWER_FASTER = LinearSegmentedColormap.from_list("speed", ["#B2182B", "#FDDBC7
 # Providers in line and bar charts; those of the palette are the cells'.
 _PROVIDERS = {OURS: "#0072B2", "torch": "#D55E00"}
 _OTHERS = ("#CC79A7", "#56B4E9", "#999999", "#F0E442", "#009E73")
+# The first is the longest, so that it is seen where another lies on it.
 _FLOORS = {
-    "gemm": ("GEMM floor", "#555555", "|"),
-    "fma": ("FMA peak", "#009E73", "|"),
-    "bandwidth": ("memory bus", "#E69F00", "|"),
+    "gemm": ("GEMM floor", "#555555", 14),
+    "fma": ("FMA peak", "#009E73", 7),
+    "bandwidth": ("memory bus", "#E69F00", 10),
 }
 
 
@@ -151,8 +163,8 @@ def _floors(results: Results) -> Iterator[Picture]:
                     floors = {name: value * 1e3 / T for name, value in rows[OURS]["floors"].items()}
                     ours = rows[OURS]["ms"]["median"] * 1e3 / T
                     axis.plot([max(floors.values()), ours], [y, y], color=FAINT, linewidth=2, zorder=1)
-                    for name, (label, colour, marker) in _FLOORS.items():
-                        axis.plot(floors[name], y, marker, color=colour, markersize=11, markeredgewidth=2.4, label=label)
+                    for name, (label, colour, length) in _FLOORS.items():
+                        axis.plot(floors[name], y, "|", color=colour, markersize=length, markeredgewidth=2.4, label=label)
                     for provider in (OURS, "torch"):
                         ms = figure(rows.get(provider), "ms")
                         if ms is not None:
@@ -164,7 +176,7 @@ def _floors(results: Results) -> Iterator[Picture]:
                 axis.set_xlabel("µs per step (logarithmic)")
                 axis.grid(axis="x", color=FAINT, linewidth=0.8, zorder=0)
                 _legend(drawn, axis, 3)
-                caption = f"{class_name} {mode}: dots are measured, marks what the machine could do at best. B×T×H on the left."
+                caption = f"{class_name} {mode}: dots are measured, marks are floors. B×T×H on the left."
                 caption += f" {left_out} more cases are in the tables." if left_out else ""
                 yield Picture(f"floors-{mode}-{cell}", "Time per step against the floors", caption, drawn)
 
@@ -202,9 +214,14 @@ def _scaling(results: Results) -> Iterator[Picture]:
                 axis.plot(xs, ys, style, marker="o", markersize=3, color=COLOURS[sweep.cell], label=label)
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
-            axis.xaxis.set_major_locator(FixedLocator(sorted({x for sweep in found for x, _ in sweep.points})))
+            axis.xaxis.set_major_locator(FixedLocator(_apart({x for sweep in found for x, _ in sweep.points})))
             axis.xaxis.set_minor_locator(NullLocator())
             axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
+            low, high = axis.get_ylim()
+            # Numbers without powers of ten; within a few decades, some between these powers.
+            axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 50 * low else (1.0,)))
+            axis.yaxis.set_minor_locator(NullLocator())
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
             axis.set_xlabel(axis_name)
             axis.set_ylabel("ms")
             axis.grid(color=FAINT, linewidth=0.8)
@@ -216,13 +233,23 @@ def _scaling(results: Results) -> Iterator[Picture]:
             yield Picture(f"scaling-{axis_name}-{mode}", "Scaling", caption, drawn)
 
 
+def _apart(values: Iterable[float]) -> list[float]:
+    """Those of the values whose labels do not run into one another."""
+    kept: list[float] = []
+    for value in sorted(values):
+        if not kept or value > 1.5 * kept[-1]:
+            kept.append(value)
+    return kept
+
+
 # Memory
 
 
 def _memory(results: Results) -> Iterator[Picture]:
     words = {"held_bytes": "held for the backward", "peak_bytes": "peak of a call"}
     for quantity, text in words.items():
-        for mode in MODES:
+        # A streaming step needs next to nothing.
+        for mode in ("training", "inference"):
             for cell, (class_name, _) in CELLS.items():
                 cases = [rows for rows in by_case(results["rows"], mode, cell) if figure(rows.get("torch"), quantity)]
                 providers = [p for p in results["run"]["providers"] if any(figure(rows.get(p), quantity) for rows in cases)]

@@ -67,6 +67,7 @@ def _render(results: Results, sections: Mapping[str, Any]) -> str:
         rates=_rates(run),
         headlines=_headlines(results),
         sections=sections,
+        introductions=figures.INTRODUCTIONS,
         slopes=[_slope(sweep) for sweep in sweeps(results)],
         tables=[table for mode in MODES if (table := _table(results, mode))],
         goals=_goals(results),
@@ -85,7 +86,7 @@ def _rates(run: Mapping[str, Any]) -> list[str]:
     return [f"{text} {run[key]['median']:.0f} {unit}" for key, text, unit in words if key in run]
 
 
-def _headlines(results: Results) -> list[dict[str, str]]:
+def _headlines(results: Results) -> list[dict[str, Any]]:
     found = []
     for mode in MODES:
         for cell, (class_name, _) in CELLS.items():
@@ -96,7 +97,15 @@ def _headlines(results: Results) -> list[dict[str, str]]:
                     ratio(rows.get("torch"), rows.get(OURS)) is not None for rows in by_case(results["rows"], mode, cell)
                 )
                 cases = "1 case" if count == 1 else f"{count} cases"
-                found.append({"what": f"{class_name} {mode}", "mean": times(mean), "rest": f"{cases}, least {times(least)}×"})
+                found.append(
+                    {
+                        "what": f"{class_name} {mode}",
+                        "mean": times(mean),
+                        "slower": mean < 1,
+                        "count": cases,
+                        "least": times(least),
+                    }
+                )
     return found
 
 

@@ -5,7 +5,7 @@ import token
 import pytest
 import torch
 
-from benchmarks.training import adding, classifier, gradient_flow, tagger
+from benchmarks.training import adding, classifier, gradient_curves, tagger
 
 # Data
 
@@ -117,13 +117,13 @@ def test_digits_are_split_without_overlap():
 # Gradients through time
 
 
-@pytest.mark.parametrize("cell", gradient_flow.NAMES)
+@pytest.mark.parametrize("cell", gradient_curves.NAMES)
 @pytest.mark.parametrize("length", [7, 250])
 def test_norms_through_time_are_those_of_single_steps(cell, length):
     """Against plain autograd, step by step, of torch.nn's layer."""
     model = adding.AddingModel(cell, 5, 1, length, chrono=True).double()
     inputs, sums = (x.double() for x in adding.sequences(length, 3, 0))
-    steps, norms = gradient_flow.norms_through_time(model, inputs, sums)
+    steps, norms = gradient_curves.norms_through_time(model, inputs, sums)
     assert (steps[0], steps[-1], len(steps) == len(norms) <= 101) == (0, length, True)
 
     zeros = torch.zeros(1, 3, 5, dtype=torch.float64, requires_grad=True)
@@ -139,20 +139,20 @@ def test_norms_through_time_are_those_of_single_steps(cell, length):
 
 
 def test_norms_too_small_to_square_are_seen():
-    assert gradient_flow._mean_norm([torch.full((1, 2, 4), 1e-200, dtype=torch.float64)]) == pytest.approx(2e-200)
-    assert gradient_flow._mean_norm([torch.zeros(1, 2, 4)]) == 0
+    assert gradient_curves._mean_norm([torch.full((1, 2, 4), 1e-200, dtype=torch.float64)]) == pytest.approx(2e-200)
+    assert gradient_curves._mean_norm([torch.zeros(1, 2, 4)]) == 0
 
 
-@pytest.mark.parametrize("cell", gradient_flow.NAMES)
+@pytest.mark.parametrize("cell", gradient_curves.NAMES)
 def test_scaled_matrices_vanish_and_explode(cell):
     left = {}
     for radius in (0.5, 10):
         torch.manual_seed(0)
         model = adding.AddingModel(cell, 16, 1, 40, chrono=False)
-        gradient_flow.scale_recurrent(model, radius)
+        gradient_curves.scale_recurrent(model, radius)
         block = model.rnn.weight_hh_l0[-16:]
         assert torch.linalg.eigvals(block).abs().max().item() == pytest.approx(radius, rel=1e-4)
-        _, norms = gradient_flow.norms_through_time(model.double(), *(x.double() for x in adding.sequences(40, 4, 0)))
+        _, norms = gradient_curves.norms_through_time(model.double(), *(x.double() for x in adding.sequences(40, 4, 0)))
         left[radius] = norms[0] / norms[-1]
     assert left[0.5] < 1e-5
     assert left[10] > 1e3

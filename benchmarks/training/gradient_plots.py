@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-if TYPE_CHECKING:
-    from benchmarks.training.gradient_flow import Curve, Descent
+from benchmarks.training.gradient_curves import NAMES, Curve, Descent
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the lines also differ in style or are labelled.
 _COLOURS = {"rnn_tanh": "#009E73", "gru": "#E69F00", "lstm": "#0072B2"}
-_NAMES = {"rnn_tanh": "RNN", "gru": "GRU", "lstm": "LSTM"}
 _SHADES = ("#56B4E9", "#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7")
 _INK = "#333333"
 # What is smaller is as good as gone; the axis ends there.
@@ -48,7 +45,7 @@ def plot_curves(path: Path, curves: Sequence[Curve], steps: int) -> None:
             for curve in curves:
                 if (curve.stage, curve.length) == (stage, length):
                     chrono = curve.initial == "chrono"
-                    name = _NAMES[curve.cell] + (", chrono biases" if chrono else "")
+                    name = NAMES[curve.cell] + (", chrono biases" if chrono else "")
                     _line(axes, curve, name, _COLOURS[curve.cell], "-" if chrono or curve.cell == "rnn_tanh" else (0, (4, 2)))
             _dress(axes)
             axes.set_title(f"{rows[stage]}, T = {length:,}", fontsize=10, loc="left")
@@ -74,7 +71,7 @@ def plot_exploding(path: Path, curves: Sequence[Curve], descents: Sequence[Desce
     figure.suptitle("Exploding gradients: the recurrent matrices scaled", color=_INK, fontsize=13)
     grid = figure.add_gridspec(2, 6)
     first: Axes | None = None
-    for place, (cell, name) in enumerate(_NAMES.items()):
+    for place, (cell, name) in enumerate(NAMES.items()):
         axes = figure.add_subplot(grid[0, 2 * place : 2 * place + 2], sharey=first)
         radii = [curve for curve in curves if (curve.stage, curve.cell) == ("radius", cell)]
         for curve, colour in zip(radii, _SHADES, strict=False):
