@@ -18,7 +18,7 @@ from benchmarks import peers as peers_module
 from benchmarks.cases import CELLS, ITEM_BYTES, MODES, Case
 from benchmarks.compare import THRESHOLD
 from benchmarks.peers import DEFAULT, OURS, fused
-from benchmarks.report import LOAD, print_cases, print_results, readme_table, rows_line, write_between_markers
+from benchmarks.report import LOAD, print_cases, print_results, rows_line
 from benchmarks.results import ResultsError, check_writable, default_path, describe_run, lines, load, merge, save
 from benchmarks.sets import ALL, SETS, select
 from benchmarks.suite import Listener, Plan, Suite
@@ -189,25 +189,28 @@ def _run_with_progress(suite: Suite, cases: Sequence[Case], path: Path, console:
 
 
 def readme(arguments: Sequence[str]) -> int:
-    """The command that writes the README's table and the picture."""
+    """The command that writes the README's tables, the results' page and the pictures of both."""
     parser = _Parser(
-        prog="python -m benchmarks readme", description="Write the README's speed-up table and picture from a results file."
+        prog="python -m benchmarks readme",
+        description="Write the README's tables, the page of the results and the pictures of both from results files.",
     )
-    parser.add_argument("results", type=Path, help="a file that python -m benchmarks wrote")
+    parser.add_argument("results", type=Path, nargs="+", help="files that python -m benchmarks wrote on one machine")
     parser.add_argument("--readme", type=Path, default=_ROOT / "README.md", help="file with the markers (default README.md)")
-    parser.add_argument("--pictures", type=Path, default=_ROOT / "benchmarks" / "results", help="folder of the picture")
+    parser.add_argument(
+        "--pictures", type=Path, default=_ROOT / "benchmarks" / "results", help="folder of the page and the pictures"
+    )
+    parser.add_argument("--training", type=Path, help="folder of the training jobs' files (default training, beside the page)")
     options = parser.parse_args(arguments)
     # Imported here: measuring needs no matplotlib.
-    from benchmarks import plots
+    from benchmarks import readme_files
 
     try:
-        results = load(options.results)
-        pictures = plots.speedups(results, options.pictures)
-        address = os.path.relpath(pictures[0], options.readme.resolve().parent).replace(os.sep, "/")
-        write_between_markers(options.readme, readme_table(results, address))
+        results = merge([load(path) for path in options.results])
+        training = options.training or options.pictures / "training"
+        written = readme_files.write(results, options.results, options.readme, options.pictures, training)
     except ResultsError as error:
         parser.error(str(error))
-    for path in (options.readme, *pictures):
+    for path in written:
         print(path)
     return 0
 

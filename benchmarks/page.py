@@ -16,6 +16,7 @@ from benchmarks import figures
 from benchmarks.cases import CELLS, MODES
 from benchmarks.goals import by_case, evaluate, figure, ratio
 from benchmarks.peers import OURS
+from benchmarks.png import save_png
 from benchmarks.report import case_label, compared, format_ms, machine, size, summary, times, title
 from benchmarks.results import ResultsError
 from benchmarks.scaling import sweeps
@@ -45,7 +46,7 @@ def write(results: Results, folder: Path) -> list[Path]:
             with rc_context(figures.STYLE):
                 picture.figure.savefig(vector, format="svg", metadata={"Date": None})
             paths = [folder / f"{picture.name}.{kind}" for kind in ("png", "svg")]
-            picture.figure.savefig(paths[0], dpi=160)
+            save_png(picture.figure, paths[0], 160)
             paths[1].write_bytes(vector.getvalue())
             written += paths
             address = "data:image/svg+xml;base64," + base64.b64encode(vector.getvalue()).decode()

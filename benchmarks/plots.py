@@ -20,6 +20,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from benchmarks.cases import CELLS
 from benchmarks.goals import by_case, goal_rows, ratio
 from benchmarks.peers import OURS
+from benchmarks.png import save_png
 from benchmarks.report import machine, summary, times
 from benchmarks.results import ResultsError
 
@@ -69,8 +70,8 @@ def speedups(results: Mapping[str, Any], folder: Path, name: str = "speedup") ->
         paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for path in paths:
-                figure.savefig(path, dpi=160)
+            save_png(figure, paths[0], 160)
+            figure.savefig(paths[1], metadata={"Date": None})
         except OSError as error:
             raise ResultsError(f"cannot write to {folder}: {error.strerror or error}") from error
         finally:

@@ -1,10 +1,9 @@
-"""Tables: in the terminal and in the README, only from results."""
+"""Tables in the terminal, only from results."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -12,11 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.cases import CELLS, MODES, Case
-from benchmarks.goals import by_case, evaluate, figure, goal_rows, ratio
+from benchmarks.goals import by_case, evaluate, figure, ratio
 from benchmarks.peers import OURS, Peer, peers
-from benchmarks.results import ResultsError
-
-BEGIN, END = "<!-- speedup:begin -->", "<!-- speedup:end -->"
 
 # A table with more peers than this shows time and ratio in one column.
 _APART = 3
@@ -299,87 +295,6 @@ def print_cases(cases: Sequence[Case], known: Mapping[str, Peer], console: Conso
 def print_results(results: Results, console: Console) -> None:
     """Print ``terminal(results)``."""
     console.print(terminal(results))
-
-
-def readme_table(results: Results, picture: str | None = None) -> str:
-    """The README's block, in Markdown: speed-ups per shape, geometric means, machine.
-
-    Args:
-        picture: address of the picture, relative to the README.
-    """
-    results = {**results, "rows": goal_rows(results)}
-    modes = [mode for mode in ("training", "inference") if any(row["mode"] == mode for row in results["rows"])]
-    columns = [(mode, cell) for mode in modes for cell in CELLS if by_case(results["rows"], mode, cell)]
-    if not columns:
-        raise ResultsError("these results hold neither training nor inference: nothing for the README")
-    cases = {column: {_shape(rows)["name"]: rows for rows in by_case(results["rows"], *column)} for column in columns}
-    names = list(dict.fromkeys(name for column in columns for name in cases[column]))
-    lines = ["Times as fast as `torch.nn`, same weights, same results (float32):", ""]
-    lines.append("| B × T × H | " + " | ".join(f"{CELLS[cell][0]} {mode}" for mode, cell in columns) + " |")
-    lines.append("|---|" + "---:|" * len(columns))
-    for name in names:
-        shown = [_markdown_cell(cases[column].get(name, {})) for column in columns]
-        lines.append(f"| {name.replace('x', ' × ')} | " + " | ".join(shown) + " |")
-    means = [summary(results, mode, cell, "torch", statistics.geometric_mean) for mode, cell in columns]
-    lines.append("| **geometric mean** | " + " | ".join(f"**{_markdown_ratio(mean)}**" for mean in means) + " |")
-    noisy = any("\\*" in line for line in lines)
-    remark = "\\* The spread between rounds is too wide for this figure to mean much." if noisy else ""
-    for sentence in (remark, _streaming_sentence(results), _onnx_sentence(results)):
-        lines += ["", sentence] if sentence else []
-    lines += ["", f"Measured with `python -m benchmarks` on {machine(results)}."]
-    lines += ["", f"![Speed-up over torch.nn for each shape and cell]({picture})"] if picture else []
-    return "\n".join(lines)
-
-
-def _shape(rows: Mapping[str, Any]) -> Mapping[str, Any]:
-    shape: Mapping[str, Any] = next(iter(rows.values()))["shape"]
-    return shape
-
-
-def _markdown_cell(rows: Mapping[str, Any]) -> str:
-    value = ratio(rows.get("torch"), rows.get(OURS))
-    noisy = value is not None and rows["torch"].get("noisy")
-    return _markdown_ratio(value) + ("\\*" if noisy else "")
-
-
-def _markdown_ratio(value: float | None) -> str:
-    return "–" if value is None else f"{times(value)}×"
-
-
-def _streaming_sentence(results: Results) -> str:
-    parts = []
-    for cell, (class_name, _) in CELLS.items():
-        value = summary(results, "streaming", cell, "torch", min)
-        parts += [f"{class_name} {times(value)}×"] if value is not None else []
-    return f"One streaming step (B = T = 1, H = 512): {', '.join(parts)}." if parts else ""
-
-
-def _onnx_sentence(results: Results) -> str:
-    parts = []
-    for cell, (class_name, _) in CELLS.items():
-        mean = summary(results, "inference", cell, "onnxruntime", statistics.geometric_mean)
-        least = summary(results, "inference", cell, "onnxruntime", min)
-        parts += [f"{class_name} {times(mean)}× (least {times(least)}×)"] if mean is not None else []
-    return f"Inference against ONNX Runtime, geometric mean: {', '.join(parts)}." if parts else ""
-
-
-def write_between_markers(path: Path, block: str) -> None:
-    """Replace what stands between the markers of a Markdown file.
-
-    Raises:
-        ResultsError: if the file cannot be read or written, or has not exactly one pair of markers.
-    """
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise ResultsError(f"cannot read {path}: {error.strerror or error}") from error
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ResultsError(f"{path}: expected one {BEGIN} and one {END} after it")
-    head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    try:
-        path.write_text(f"{head}\n{block}\n{tail}")
-    except OSError as error:
-        raise ResultsError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def rows_line(case_rows: Sequence[Mapping[str, Any]]) -> Text:

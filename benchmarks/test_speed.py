@@ -55,7 +55,8 @@ def threads(request: pytest.FixtureRequest, case: Case) -> Iterator[int]:
 def test_speed(benchmark: BenchmarkFixture, case: Case, peer: Peer, threads: int) -> None:
     reason = peer.reason(replace(case, threads=threads))
     if reason:
-        pytest.skip(f"{peer.title}: {reason}")
+        # As in the table of python -m benchmarks: a peer that cannot run here, or not this case, is a line that says why.
+        pytest.skip(f"no figure of {peer.title}: {reason}")
     problem, gate = _problem(case)
     provider = peer.prepare(problem, case, threads)
     benchmark.group = case.key

@@ -11,7 +11,7 @@ from benchmarks_support import TINY, no_pause, rendered, run_info  # noqa: F401,
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import goals, memory, plots, report, results
+from benchmarks import goals, memory, plots, readme, report, results
 from benchmarks.cases import CELLS, SHAPES
 from benchmarks.floors import Floors
 from benchmarks.peers import fused, peers, torch_nn
@@ -154,7 +154,7 @@ def test_what_is_no_results_file_is_one_line(tmp_path, capsys, content):
         assert_one_line(capsys, str(path))
 
 
-README = f"# A title\n\n{report.BEGIN}\nold\n{report.END}\nthe rest\n"
+README = f"# A title\n\n{readme.BEGIN}\nold\n{readme.END}\nthe rest\n"
 
 
 def test_readme_command_rewrites_its_block_only(tmp_path, capsys):
@@ -168,8 +168,8 @@ def test_readme_command_rewrites_its_block_only(tmp_path, capsys):
     for _ in range(2):
         assert command.main(arguments) == 0
     text = target.read_text()
-    assert text.startswith(f"# A title\n\n{report.BEGIN}\n")
-    assert text.endswith(f"{report.END}\nthe rest\n")
+    assert text.startswith(f"# A title\n\n{readme.BEGIN}\n")
+    assert text.endswith(f"{readme.END}\nthe rest\n")
     assert "old" not in text
     assert r"| 1 × 100 × 128 | 2.00×\* | 2.00× |" in text
     assert "a CPU, 1 thread on 2 cores, cpp backend (avx0)" in text
@@ -179,14 +179,14 @@ def test_readme_command_rewrites_its_block_only(tmp_path, capsys):
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("text", ["# A title\n", f"{report.END}\n{report.BEGIN}\n", README + README])
+@pytest.mark.parametrize("text", ["# A title\n", f"{readme.END}\n{readme.BEGIN}\n", README + README])
 def test_readme_without_one_pair_of_markers_stays_as_it_is(tmp_path, capsys, text):
     pytest.importorskip("matplotlib")
     path, target = tmp_path / "r.json", tmp_path / "README.md"
     results.save(synthetic(), path)
     target.write_text(text)
     assert exit_code(["readme", str(path), "--readme", str(target), "--pictures", str(tmp_path)]) == 2
-    assert_one_line(capsys, report.BEGIN)
+    assert_one_line(capsys, readme.BEGIN)
     assert target.read_text() == text
 
 

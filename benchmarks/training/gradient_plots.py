@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from benchmarks.png import save_png
 from benchmarks.training.gradient_curves import NAMES, Curve, Descent
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the lines also differ in style or are labelled.
@@ -36,7 +37,7 @@ def plot_curves(path: Path, curves: Sequence[Curve], steps: int) -> None:
     stages = [stage for stage in rows if any(curve.stage == stage for curve in curves)]
     lengths = sorted({curve.length for curve in curves if curve.stage in rows})
     size = (2.2 + 3.6 * len(lengths), 1.6 + 2.5 * len(stages))
-    figure = Figure(figsize=(max(size[0], 7.0), size[1]), dpi=130, layout="constrained")
+    figure = Figure(figsize=(max(size[0], 7.0), size[1]), layout="constrained")
     figure.suptitle("Norm of the gradient on its way back through time, adding problem", color=_INK, fontsize=13)
     panels = figure.subplots(len(stages), len(lengths), squeeze=False, sharey=True)
     seen = [norm for curve in curves if curve.stage in rows for norm in curve.norms if norm > _FLOOR and math.isfinite(norm)]
@@ -56,7 +57,7 @@ def plot_curves(path: Path, curves: Sequence[Curve], steps: int) -> None:
     panels[0][0].set_ylim(max(_FLOOR, min(seen, default=1) / 10), max(seen, default=1) * 10)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.savefig(path)
+    save_png(figure, path, 120)
 
 
 def plot_exploding(path: Path, curves: Sequence[Curve], descents: Sequence[Descent]) -> None:
@@ -67,7 +68,7 @@ def plot_exploding(path: Path, curves: Sequence[Curve], descents: Sequence[Desce
         curves: those of stage "radius" are drawn.
         descents: one clipped, one not, or the first of them alone.
     """
-    figure = Figure(figsize=(13, 8.6), dpi=130, layout="constrained")
+    figure = Figure(figsize=(13, 8.6), layout="constrained")
     figure.suptitle("Exploding gradients: the recurrent matrices scaled", color=_INK, fontsize=13)
     grid = figure.add_gridspec(2, 6)
     first: Axes | None = None
@@ -102,7 +103,7 @@ def plot_exploding(path: Path, curves: Sequence[Curve], descents: Sequence[Desce
         axes.set(xlabel="training step", ylabel=label)
         axes.set_title(title, fontsize=10, loc="left")
         axes.legend(frameon=False, fontsize=8.5)
-    figure.savefig(path)
+    save_png(figure, path, 120)
 
 
 def _line(axes: Axes, curve: Curve, name: str, colour: str, style: str | tuple[int, tuple[int, ...]]) -> None:

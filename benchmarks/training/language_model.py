@@ -169,7 +169,8 @@ def _report(
     base, ours = contenders
     layers = f"{options.layers}-layer {options.cell}, hidden {options.hidden}, batch {options.batch}, bptt {options.bptt}"
     print()
-    print_table(rows, f"Character-level language model: {layers}", _MEASURES)
+    title = f"Character-level language model: {layers}"
+    print_table(rows, title, _MEASURES)
     job.print_remarks(outcome, contenders)
     if written:
         style = f"temperature {options.temperature:g}, top-k {options.top_k or 'all'}"
@@ -177,6 +178,7 @@ def _report(
 
     facts = {
         "job": "language_model",
+        "title": title,
         "outcome": outcome.value,
         "settings": job.settings_of(options),
         "backend": backend,

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from benchmarks.png import save_png
 from benchmarks.training.trainer import Contender, disturbed, speed_up, total_speed_up
 
 _BASE_COLOR = "#e8a33d"
@@ -39,7 +40,7 @@ def plot_race(
         unit: of the loss.
         log: whether the axes of the loss are logarithmic.
     """
-    figure = Figure(figsize=(12, 5.4), dpi=130, layout="constrained")
+    figure = Figure(figsize=(12, 5.4), layout="constrained")
     figure.suptitle(title, color=_TEXT_COLOR, fontsize=12)
     grid = figure.add_gridspec(2, 2, height_ratios=(3.2, 1), width_ratios=(1, 1))
     steps = figure.add_subplot(grid[0, 0])
@@ -88,7 +89,7 @@ def plot_race(
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.set_xlim(left=0)
-    figure.savefig(path)
+    save_png(figure, path, 120)
 
 
 def moving_mean(values: Sequence[float], window: int) -> list[float]:
