@@ -32,20 +32,21 @@ def write(results: Results, files: Sequence[Path], readme: Path, folder: Path, t
     Raises:
         ResultsError: if something cannot be read or written, or there is nothing to show.
     """
+    page = folder / "README.md"
+    if page.resolve() == readme.resolve():
+        raise ResultsError(f"{page} would be written over with the results' page: expected another folder for the pictures")
     trained = load_jobs(training)
     speedups = plots.speedups(results, folder)
     pictures = {"Speed-up over torch.nn": [(_relative(speedups[0], folder), "speed-up for each shape and cell")]}
     pictures |= _pictures(results, folder / "pictures", folder)
     drawn = _job_pictures(training, trained, folder)
     pictures |= {"Whole trainings: loss and gradients": drawn} if drawn else {}
-    page = folder / "README.md"
     names = [_relative(path, folder) for path in (*files, *(training / f"{name}.json" for name in trained))]
     try:
         page.write_text(results_page(results, trained, pictures, names), encoding="utf-8")
     except OSError as error:
         raise ResultsError(f"cannot write {page}: {error.strerror or error}") from error
-    addresses = (_relative(path, readme.resolve().parent) for path in (speedups[0], page))
-    picture, more = addresses
+    picture, more = (_relative(path, readme.resolve().parent) for path in (speedups[0], page))
     write_between_markers(readme, readme_block(results, picture, trained, more))
     return [readme, page, *speedups]
 

@@ -129,6 +129,12 @@ def test_pictures_that_cannot_be_written_are_one_line(folder):
         readme_files.write(everything(), [], folder / "README.md", folder / "results", folder / "nowhere")
 
 
+def test_the_page_does_not_write_over_the_readme(folder):
+    with pytest.raises(results.ResultsError, match="would be written over"):
+        readme_files.write(everything(), [], folder / "README.md", folder, folder / "nowhere")
+    assert (folder / "README.md").read_text() == README
+
+
 # Files
 
 

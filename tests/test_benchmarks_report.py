@@ -185,7 +185,7 @@ def test_readme_without_one_pair_of_markers_stays_as_it_is(tmp_path, capsys, tex
     path, target = tmp_path / "r.json", tmp_path / "README.md"
     results.save(synthetic(), path)
     target.write_text(text)
-    assert exit_code(["readme", str(path), "--readme", str(target), "--pictures", str(tmp_path)]) == 2
+    assert exit_code(["readme", str(path), "--readme", str(target), "--pictures", str(tmp_path / "pictures")]) == 2
     assert_one_line(capsys, readme.BEGIN)
     assert target.read_text() == text
 
