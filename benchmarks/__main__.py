@@ -205,9 +205,9 @@ def readme(arguments: Sequence[str]) -> int:
     from benchmarks import readme_files
 
     try:
-        results = merge([load(path) for path in options.results])
+        files = {path: load(path) for path in options.results}
         training = options.training or options.pictures / "training"
-        written = readme_files.write(results, options.results, options.readme, options.pictures, training)
+        written = readme_files.write(files, options.readme, options.pictures, training)
     except ResultsError as error:
         parser.error(str(error))
     for path in written:

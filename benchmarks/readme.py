@@ -133,18 +133,18 @@ def write_between_markers(path: Path, block: str) -> None:
 
 
 def results_page(
-    results: Results, trained: Jobs, pictures: Mapping[str, Sequence[tuple[str, str]]], names: Sequence[str]
+    results: Results, trained: Jobs, pictures: Mapping[str, Sequence[tuple[str, str]]], sources: Sequence[tuple[str, str]]
 ) -> str:
     """The page of the results folder.
 
     Args:
         trained: rows of the training jobs, by name.
         pictures: heading -> (address relative to the page, caption).
-        names: of the results files beside the page.
+        sources: (address of a results file relative to the page, the command that wrote it).
     """
     lines = ["# Results of one machine", "", f"{machine(results)}. Commit {results['run'].get('commit') or 'unknown'}."]
     lines += ["", "`python -m benchmarks readme` writes this page and its pictures from the JSON files beside it:", ""]
-    lines += [f"- [{name}]({name})" for name in names]
+    lines += [f"- [{address}]({address})" + (f": `{made_by}`" if made_by else "") for address, made_by in sources]
     for heading, found in pictures.items():
         lines += ["", f"## {heading}", ""]
         # Three in a row on a wide screen, one on a phone.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,16 @@ from benchmarks import figures, plots
 from benchmarks.jobs import load_jobs
 from benchmarks.png import save_png
 from benchmarks.readme import Jobs, readme_block, results_page, write_between_markers
-from benchmarks.results import ResultsError
+from benchmarks.results import ResultsError, merge
 
 Results = Mapping[str, Any]
 
 
-def write(results: Results, files: Sequence[Path], readme: Path, folder: Path, training: Path) -> list[Path]:
+def write(files: Mapping[Path, Results], readme: Path, folder: Path, training: Path) -> list[Path]:
     """Write all of them.
 
     Args:
-        results: of all the files together.
-        files: the results files.
+        files: results of one machine by the file they are from.
         readme: with the markers; what is between them is replaced.
         folder: of the results' page, ``README.md``, and of the pictures.
         training: where the training jobs left their files; it may be missing.
@@ -35,15 +34,16 @@ def write(results: Results, files: Sequence[Path], readme: Path, folder: Path, t
     page = folder / "README.md"
     if page.resolve() == readme.resolve():
         raise ResultsError(f"{page} would be written over with the results' page: expected another folder for the pictures")
-    trained = load_jobs(training)
+    results, trained = merge(list(files.values())), load_jobs(training)
     speedups = plots.speedups(results, folder)
     pictures = {"Speed-up over torch.nn": [(_relative(speedups[0], folder), "speed-up for each shape and cell")]}
     pictures |= _pictures(results, folder / "pictures", folder)
     drawn = _job_pictures(training, trained, folder)
     pictures |= {"Whole trainings: loss and gradients": drawn} if drawn else {}
-    names = [_relative(path, folder) for path in (*files, *(training / f"{name}.json" for name in trained))]
+    sources = [(_relative(path, folder), " ".join(found["run"].get("command", ()))) for path, found in files.items()]
+    sources += [(_relative(training / f"{name}.json", folder), f"python -m benchmarks.training.{name}") for name in trained]
     try:
-        page.write_text(results_page(results, trained, pictures, names), encoding="utf-8")
+        page.write_text(results_page(results, trained, pictures, sources), encoding="utf-8")
     except OSError as error:
         raise ResultsError(f"cannot write {page}: {error.strerror or error}") from error
     picture, more = (_relative(path, readme.resolve().parent) for path in (speedups[0], page))

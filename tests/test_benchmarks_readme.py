@@ -38,7 +38,7 @@ def everything():
     rows += case_rows("training/gru/64x128x128/float32/resets=32", 3.0, 34.5)
     for T in (2, 4, 8):
         rows += case_rows(f"inference/lstm/3x{T}x5/float32", 1.0 * T, 0.5 * T**2)
-    return {"run": run_info(commit="abc"), "rows": rows, "growth": []}
+    return {"run": run_info(commit="abc", command=["python", "-m", "benchmarks", "--quick"]), "rows": rows, "growth": []}
 
 
 def job_rows(**more):
@@ -80,7 +80,11 @@ def test_everything_is_made_from_the_files(folder, capsys):
     line = "| Digits, last | accuracy | 96.0% | 95.5% | 20.0 | 5.0 | 4.00× | 4.00× |"
     assert block.count(line) == page.count(line) == 1
     assert "[results/README.md](results/README.md)" in block
-    for part in ("Commit abc", "[cpu.json](cpu.json)", "[training/classifier.json](training/classifier.json)"):
+    for part in (
+        "Commit abc",
+        "- [cpu.json](cpu.json): `python -m benchmarks --quick`",
+        "- [training/classifier.json](training/classifier.json): `python",
+    ):
         assert part in page
     assert "| GRU training 64×128×128 resets=32 | 3.00 | 2.00 | 1.50 | torch.nn 34.5 (11.50×) |" in page
     assert "| T = 2 4 8 | inference | LSTM | 1.00 ± 0.00 | 2.00 ± 0.00 |" in page
@@ -126,12 +130,12 @@ def test_a_job_that_was_stopped_has_no_quality_to_show():
 def test_pictures_that_cannot_be_written_are_one_line(folder):
     (folder / "results" / "pictures").write_text("in the way")
     with pytest.raises(results.ResultsError, match="cannot write to"):
-        readme_files.write(everything(), [], folder / "README.md", folder / "results", folder / "nowhere")
+        readme_files.write({folder / "r.json": everything()}, folder / "README.md", folder / "results", folder / "nowhere")
 
 
 def test_the_page_does_not_write_over_the_readme(folder):
     with pytest.raises(results.ResultsError, match="would be written over"):
-        readme_files.write(everything(), [], folder / "README.md", folder, folder / "nowhere")
+        readme_files.write({folder / "r.json": everything()}, folder / "README.md", folder, folder / "nowhere")
     assert (folder / "README.md").read_text() == README
 
 

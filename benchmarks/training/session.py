@@ -90,6 +90,7 @@ class Session:
         self._end = time.perf_counter() + options.time_limit if options.time_limit else None
         self._written: list[dict[str, Any]] = []
         self._agree = True
+        self._backend = ""
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         for task in tasks:
@@ -114,7 +115,7 @@ class Session:
             settings = dataclasses.replace(settings, time_limit=seconds / left)
         torch.manual_seed(settings.seed)
         model = task.model()
-        fused, backend = job.fused_copy(self._parser, model)
+        fused, self._backend = job.fused_copy(self._parser, model)
 
         def loss_of(model: nn.Module, batch: Any, carry: None) -> tuple[Tensor, None]:
             return task.loss(model, batch), None
@@ -124,7 +125,7 @@ class Session:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print(
             f"\n{task.title}: {parameters:,} parameters, {settings.steps:,} steps of {task.items_per_step:,} {task.items}, "
-            f"{torch.get_num_threads()} threads, fused_rnn on {backend}",
+            f"{torch.get_num_threads()} threads, fused_rnn on {self._backend}",
             flush=True,
         )
         outcome = race([base, ours], task.batch, settings, task.name or "training")
@@ -143,7 +144,7 @@ class Session:
             print_table(rows, task.title, task.measures)
         job.print_remarks(outcome, (base, ours))
         self._compare((base, ours), task.measures, rows)
-        facts = {"task": task.name, "title": task.title, "backend": backend, "parameters": parameters}
+        facts = {"task": task.name, "title": task.title, "parameters": parameters}
         self.add(json_rows(rows, task.measures, facts | {"outcome": outcome.value}))
         if base.losses and ours.losses:
             first = task.measures[0]
@@ -158,7 +159,8 @@ class Session:
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write rows of the JSON, with those before them: even a kill leaves what was measured."""
-        common = {"job": self.name, "settings": job.settings_of(self._options), **environment()}
+        settings = job.settings_of(self._options)
+        common = {"job": self.name, "backend": self._backend, "settings": settings, **environment()}
         self._written += [{**row, **common} for row in rows]
         with self.writing(f"{self.name}.json") as path:
             write_rows(path, self._written)
