@@ -130,8 +130,12 @@ def measure(arguments: Sequence[str]) -> int:
     load = suite.run_info["load"]
     if load > LOAD:
         console.print(f"[yellow]Other programs use this machine (load {load:.1f}): expect wide spreads.[/yellow]")
-    results = _run_with_progress(suite, cases, path, console)
-    save(results, path)
+    try:
+        results = _run_with_progress(suite, cases, path, console)
+        save(results, path)
+    except ResultsError as error:
+        # The disk is full, say. The file of the case before is whole.
+        parser.error(str(error))
     if results["rows"]:
         print_results(results, console)
     console.print(f"{len(results['rows'])} rows in {path}", soft_wrap=True)

@@ -28,8 +28,12 @@ def write_document(path: Path, document: Mapping[str, Any]) -> None:
 
 def _write(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(path)
+    try:
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _list(rows: Sequence[Mapping[str, Any]]) -> str:

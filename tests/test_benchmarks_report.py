@@ -262,6 +262,24 @@ def test_command_measures_prints_and_writes(stand_in, monkeypatch, tmp_path, cap
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_results_that_cannot_be_written_any_more(stand_in, monkeypatch, tmp_path, capsys):
+    path = tmp_path / "r.json"
+    write, calls = results.write_document, []
+
+    def full(path, document):
+        calls.append(path)
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        write(path, document)
+
+    monkeypatch.setattr(results, "write_document", full)
+    monkeypatch.setattr(command, "SECONDS", 1e-9)
+    options = "--shapes 2x3x4,2x3x5 --cells gru --modes inference --peers torch --no-memory --threads 1".split()
+    assert exit_code([*options, "--json", str(path)]) == 2
+    assert_one_line(capsys, "No space left on device")
+    assert {row["shape"]["name"] for row in json.loads(path.read_text())["rows"]} == {"2x3x4"}, "the first case is kept"
+
+
 def test_module_runs_as_a_command():
     done = subprocess.run([sys.executable, "-m", "benchmarks", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0

@@ -73,7 +73,8 @@ def plot_race(
         title="Loss against wall time", xlabel="seconds spent in training steps", ylabel=f"training loss, {unit}{smoothing}"
     )
     for axes in (steps, clock):
-        _draw_levels(axes, levels)
+        # Against the clock the faster curve is at the left edge all the way down: no room for names there.
+        _draw_levels(axes, levels, named=axes is steps)
         axes.legend(loc="upper right", frameon=False)
     # Room for the arrow, below everything that was drawn.
     if log:
@@ -98,13 +99,15 @@ def moving_mean(values: Sequence[float], window: int) -> list[float]:
     return [(end - start) / window for start, end in zip(sums, sums[window:], strict=False)]
 
 
-def _draw_levels(axes: Axes, levels: Mapping[str, float]) -> None:
-    """Draw each level across the axes and write its name beside it, at the left edge where the curves are high.
+def _draw_levels(axes: Axes, levels: Mapping[str, float], *, named: bool) -> None:
+    """Draw each level across the axes; where ``named``, write its name beside it, at the left edge where the curves are high.
 
     The name of the highest one is above its line and the others' below, for two levels may lie close together.
     """
     for name, level in levels.items():
         axes.axhline(level, color=_TEXT_COLOR, linewidth=1, linestyle=(0, (2, 3)))
+        if not named:
+            continue
         axes.annotate(
             name,
             xy=(0.01, level),
