@@ -143,9 +143,16 @@ def _time(row: Mapping[str, Any] | None) -> str:
 def _other(row: Mapping[str, Any] | None, ours: Mapping[str, Any] | None) -> dict[str, str]:
     value = ratio(row, ours)
     if value is None or row is None:
-        return {"ms": _time(row), "ratio": "", "kind": ""}
+        return {"ms": _time(row), "ratio": "", "kind": "", "spread": ""}
     kind = "faster" if value >= 1.05 else "even" if value >= 0.95 else "slower"
-    return {"ms": _time(row), "ratio": times(value) + ("~" if row.get("noisy") else ""), "kind": kind}
+    # Two rounds have no middle.
+    spread = row.get("ratio") if row.get("rounds", 0) > 2 else None
+    return {
+        "ms": _time(row),
+        "ratio": times(value) + ("~" if row.get("noisy") else ""),
+        "kind": kind,
+        "spread": f"{times(spread['p20'])} – {times(spread['p80'])}" if spread else "",
+    }
 
 
 def _slope(sweep: Any) -> dict[str, str]:
