@@ -140,11 +140,11 @@ def results_page(
     Args:
         trained: rows of the training jobs, by name.
         pictures: heading -> (address relative to the page, caption).
-        sources: (address of a results file relative to the page, the command that wrote it).
+        sources: (link to a results file, where it comes from).
     """
-    lines = ["# Results of one machine", "", f"{machine(results)}. Commit {results['run'].get('commit') or 'unknown'}."]
+    lines = ["# Results of one machine", "", f"{machine(results)}."]
     lines += ["", "`python -m benchmarks readme` writes this page and its pictures from the JSON files beside it:", ""]
-    lines += [f"- [{address}]({address})" + (f": `{made_by}`" if made_by else "") for address, made_by in sources]
+    lines += [f"- {source}: {origin}" for source, origin in sources]
     for heading, found in pictures.items():
         lines += ["", f"## {heading}", ""]
         # Three in a row on a wide screen, one on a phone.

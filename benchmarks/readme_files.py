@@ -40,8 +40,10 @@ def write(files: Mapping[Path, Results], readme: Path, folder: Path, training: P
     pictures |= _pictures(results, folder / "pictures", folder)
     drawn = _job_pictures(training, trained, folder)
     pictures |= {"Whole trainings: loss and gradients": drawn} if drawn else {}
-    sources = [(_relative(path, folder), " ".join(found["run"].get("command", ()))) for path, found in files.items()]
-    sources += [(_relative(training / f"{name}.json", folder), f"python -m benchmarks.training.{name}") for name in trained]
+    sources = [(_source(path, folder), _origin(found["run"])) for path, found in files.items()]
+    for name, rows in trained.items():
+        run = {**rows[-1], "command": [f"python -m benchmarks.training.{name}"]} if rows else {}
+        sources.append((_source(training / f"{name}.json", folder), _origin(run)))
     try:
         page.write_text(results_page(results, trained, pictures, sources), encoding="utf-8")
     except OSError as error:
@@ -49,6 +51,21 @@ def write(files: Mapping[Path, Results], readme: Path, folder: Path, training: P
     picture, more = (_relative(path, readme.resolve().parent) for path in (speedups[0], page))
     write_between_markers(readme, readme_block(results, picture, trained, more))
     return [readme, page, *speedups]
+
+
+def _source(path: Path, folder: Path) -> str:
+    """A link to a file in the folder; of another one the name: where on a machine it lies says nothing to others."""
+    inside = path.resolve().is_relative_to(folder.resolve())
+    address = _relative(path, folder)
+    return f"[{address}]({address})" if inside else path.name
+
+
+def _origin(run: Mapping[str, Any]) -> str:
+    """The command, the date and the commit of a run, as far as they are known."""
+    command, date, commit = " ".join(run.get("command", ())), run.get("date"), run.get("commit")
+    return ", ".join(
+        part for part in (f"`{command}`" * bool(command), str(date or "")[:10], f"commit {commit}" * bool(commit)) if part
+    )
 
 
 def _pictures(results: Results, folder: Path, base: Path) -> dict[str, list[tuple[str, str]]]:

@@ -81,8 +81,7 @@ def test_everything_is_made_from_the_files(folder, capsys):
     assert block.count(line) == page.count(line) == 1
     assert "[results/README.md](results/README.md)" in block
     for part in (
-        "Commit abc",
-        "- [cpu.json](cpu.json): `python -m benchmarks --quick`",
+        "- [cpu.json](cpu.json): `python -m benchmarks --quick`, 2020-02-02, commit abc\n",
         "- [training/classifier.json](training/classifier.json): `python",
     ):
         assert part in page
@@ -93,6 +92,16 @@ def test_everything_is_made_from_the_files(folder, capsys):
     assert "pictures/scaling-T-inference.png" in addresses
     assert all((folder / "results" / address).is_file() for address in addresses)
     assert "partial" not in page
+
+
+def test_a_file_from_elsewhere_is_named_without_its_folder(folder):
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    (folder / "results" / "cpu.json").rename(elsewhere / "cpu.json")
+    readme_files.write({elsewhere / "cpu.json": everything()}, folder / "README.md", folder / "results", folder / "nowhere")
+    page = (folder / "results" / "README.md").read_text()
+    assert "- cpu.json: `python" in page
+    assert "elsewhere" not in page
 
 
 def test_without_jobs_there_is_no_table_of_them(folder):
