@@ -94,6 +94,7 @@ def _serve(rank: int, store: str, pipe: Any) -> None:
         try:
             answer = (True, function(*args))
         except Exception:
+            # Whatever a test's function raises is raised again in the process of the test: `Pair.run`.
             answer = (False, traceback.format_exc())
         pipe.send_bytes(pickle.dumps(answer))
 

@@ -22,7 +22,7 @@ import fused_rnn
 from benchmarks.training import language_model
 
 if not dist.is_available() or not dist.is_gloo_available():
-    pytest.skip("this torch has no gloo", allow_module_level=True)
+    pytest.skip("two processes need gloo, which this torch was built without", allow_module_level=True)
 
 from distributed_workers import SIZE, Job, Pair, call_a_part, data_parallel, train, what_is_seen
 from torch.distributed.fsdp import MixedPrecisionPolicy

@@ -21,6 +21,7 @@ import fused_rnn
 LAYERS, CELLS = ("RNN", "LSTM", "GRU"), ("RNNCell", "LSTMCell", "GRUCell")
 modules = pytest.mark.parametrize("name", LAYERS + CELLS)
 layers = pytest.mark.parametrize("name", LAYERS)
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork has no forked child")
 ROOT = Path(__file__).parents[1]
 
 
@@ -59,13 +60,14 @@ def run_child(method: str, module: nn.Module, input: Tensor, expected: list[Tens
     assert child.exitcode == 0
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@needs_fork
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("name", ["cpp", "numba"])
 def test_forked_child_after_the_parent_used_its_threads(name: str) -> None:
     """A matrix product of torch's own would hang there, waiting for threads that are gone; ours sees it and uses one thread."""
-    if not fused_rnn.backends()[name].available:
-        pytest.skip(f"{name} is not available here")
+    status = fused_rnn.backends()[name]
+    if not status.available:
+        pytest.skip(f"{name} cannot run here: {status.detail}")
     module, input = fused_rnn.LSTM(128, 128), torch.randn(40, 32, 128)
     with fused_rnn.backend(name):
         expected = trained(module, input)
@@ -75,6 +77,7 @@ def test_forked_child_after_the_parent_used_its_threads(name: str) -> None:
     assert torch.get_num_threads() == 2
 
 
+@needs_fork
 def test_forked_child_says_that_it_uses_one_thread() -> None:
     program = (
         "import os, sys, torch, warnings, fused_rnn\n"
@@ -88,8 +91,6 @@ def test_forked_child_says_that_it_uses_one_thread() -> None:
         "    os._exit(0 if len(found) == {warnings} and torch.get_num_threads() == 1 else 3)\n"
         "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
     )
-    if not hasattr(os, "fork"):
-        pytest.skip("no fork on this system")
     for set_first, warned in ((False, 1), (True, 0)):
         text = program.format(set_first=set_first, warnings=warned)
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", text], cwd=ROOT, timeout=120, check=False)
