@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -66,7 +66,12 @@ def dtypes_of(
 
 def cast(weights: Sequence[Weights], dtype: torch.dtype) -> tuple[Weights, ...]:
     """The parameters in another dtype; their gradients come back in their own."""
-    return tuple(Weights._make(None if tensor is None else tensor.to(dtype) for tensor in weight) for weight in weights)
+
+    def one(tensor: Tensor | None) -> Any:
+        return None if tensor is None else tensor.to(dtype)
+
+    # Not by `_make`, which Dynamo of torch 2.6 does not trace.
+    return tuple(Weights(*[one(tensor) for tensor in weight]) for weight in weights)
 
 
 def without(function: Callable[P, R]) -> Callable[P, R]:

@@ -82,7 +82,7 @@ def layer(
     tensors = [tensor for tensor in flat if tensor is not None]
     # What leaves Python is as a rule run without gradients, and should not compute a tape each time. It can be trained all the
     # same: see `_backward`.
-    leaving = torch.compiler.is_exporting() or torch.jit._trace.is_tracing()  # type: ignore[no-untyped-call]
+    leaving = _exporting() or torch.jit._trace.is_tracing()  # type: ignore[no-untyped-call]
     keep = not leaving and torch.is_grad_enabled() and any(t.requires_grad for t in (input, *states, *tensors))
     outputs = torch.ops.fused_rnn.layer_forward(
         cell.name,
@@ -97,6 +97,13 @@ def layer(
         cell_states,
     )
     return outputs[0], tuple(outputs[1:-1])
+
+
+def _exporting() -> bool:
+    if hasattr(torch.compiler, "is_exporting"):
+        return torch.compiler.is_exporting()
+    # torch 2.6 cannot tell the export that runs Dynamo from torch.compile: a program exported so keeps its tape.
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def _refuse_traced_tangents() -> None:
@@ -135,8 +142,13 @@ def packed_steps(batch_sizes: Tensor, rows: int, states: States | None, sorted_i
 
 def _first(batch_sizes: Tensor) -> int:
     """N, which stands in no shape here but in the first value alone."""
-    with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
-        batch: Any = batch_sizes[0].item()
+    batch: Any
+    if hasattr(torch._dynamo, "patch_dynamo_config"):
+        with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
+            batch = batch_sizes[0].item()
+    else:
+        # torch 2.6 takes such a value into the graph where its own torch._dynamo.config.capture_scalar_outputs says so.
+        batch = batch_sizes[0].item()
     torch._check(batch >= 0)  # type: ignore[no-untyped-call]
     # Not int(), which would ask for the value that a trace does not have.
     return batch  # type: ignore[no-any-return]
@@ -285,18 +297,8 @@ def _forward(
     return [out, *ends, input.new_empty(0) if tape is None else tape]
 
 
-def _forward_fake(
-    cell_name: str,
-    input: Tensor,
-    states: list[Tensor],
-    tensors: list[Tensor],
-    present: list[int],
-    batch_sizes: Tensor | None,
-    reset: Tensor | None,
-    reverse: list[int],
-    keep: bool,
-    cell_states: bool,
-) -> list[Tensor]:
+def _forward_fake(cell_name: str, input: Tensor, states: list[Tensor], tensors: list[Tensor], *rest: Any) -> list[Tensor]:
+    *_, reverse, keep, cell_states = rest
     cell, hh = CELLS[cell_name], tensors[1]
     rows, recurrences = input.shape[0], len(reverse)
     out = input.new_empty((rows, recurrences * hh.shape[1]))
@@ -358,22 +360,8 @@ def _gradients(
     return [grad for grad in found if grad is not None]
 
 
-def _gradients_fake(
-    cell_name: str,
-    input: Tensor,
-    states: list[Tensor],
-    tensors: list[Tensor],
-    present: list[int],
-    batch_sizes: Tensor | None,
-    reset: Tensor | None,
-    reverse: list[int],
-    out: Tensor,
-    tape: Tensor,
-    d_outputs: list[Tensor],
-    given: list[int],
-    wanted: list[int],
-) -> list[Tensor]:
-    into = (input, *states, *tensors)
+def _gradients_fake(_: str, input: Tensor, states: list[Tensor], tensors: list[Tensor], *rest: Any) -> list[Tensor]:
+    into, wanted = (input, *states, *tensors), rest[-1]
     return [tensor.new_empty(tensor.shape) for tensor, asked in zip(into, wanted, strict=True) if asked]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from compile_support import IN, MODULES, H, assert_same, flat, fresh, make, packed, results, states_of  # noqa: F401
+from older_torch import dynamo_with_values
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -21,7 +22,13 @@ from fused_rnn import operators
 
 
 @pytest.mark.parametrize(
-    ("case", "kind"), [("rnn_relu", "dense"), ("lstm_proj", "dense"), ("lstm", "packed"), ("gru", "packed")]
+    ("case", "kind"),
+    [
+        ("rnn_relu", "dense"),
+        ("lstm_proj", "dense"),
+        pytest.param("lstm", "packed", marks=dynamo_with_values),
+        pytest.param("gru", "packed", marks=dynamo_with_values),
+    ],
 )
 def test_training_is_that_of_eager_code(case: str, kind: str) -> None:
     """Two layers, two directions, dropout, with and without initial states; no graph breaks, and no T and N traced again."""
@@ -64,6 +71,7 @@ def test_sizes_that_torch_finds_to_vary_compile_twice() -> None:
     assert counter.frame_count == 2
 
 
+@dynamo_with_values
 def test_packed_lengths_compile_once() -> None:
     """The number of sequences is in no shape of a sorted PackedSequence: it is read when the program runs."""
     module = make("lstm", num_layers=2)
@@ -94,12 +102,14 @@ class _Padded(torch.nn.Module):
         return pad_packed_sequence(out)[0], h
 
 
+@dynamo_with_values
 def test_packed_sequence_made_inside() -> None:
     module, data, sizes = _FromBatchSizes(), torch.randn(7, IN, dtype=torch.float64), torch.tensor([4, 2, 1])
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     assert_same(flat(compiled(data, sizes)), flat(module(data, sizes)))
 
 
+@dynamo_with_values
 def test_packing_inside_breaks_the_graph_and_stays_right() -> None:
     """Not traced by torch: pack_padded_sequence and pad_packed_sequence; what is around them is."""
     module, x, lengths = _Padded(), torch.randn(6, 3, IN, dtype=torch.float64), torch.tensor([2, 6, 3])
@@ -140,7 +150,7 @@ def test_other_dtypes(case: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("kind", ["dense", "packed"])
+@pytest.mark.parametrize("kind", ["dense", pytest.param("packed", marks=dynamo_with_values)])
 def test_inductor(kind: str) -> None:
     module = make("lstm_proj", num_layers=2, bidirectional=True, dropout=0.5)
     compiled = torch.compile(module, fullgraph=True, dynamic=True)
@@ -287,7 +297,7 @@ KEYWORDS = {
 }
 
 
-@pytest.mark.parametrize("case", KEYWORDS)
+@pytest.mark.parametrize("case", ["reset", *(pytest.param(case, marks=dynamo_with_values) for case in ("lengths", "all"))])
 def test_keywords(case: str) -> None:
     """Two layers in training, for any number of steps and sequences, and any lengths of them."""
     names, bidirectional = KEYWORDS[case]
@@ -313,6 +323,7 @@ def test_keywords(case: str) -> None:
             assert_same(run(compiled), run(module))
 
 
+@dynamo_with_values
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_lengths_in_inductor(batch_first: bool) -> None:
     module = make("gru", batch_first=batch_first, bidirectional=True)
@@ -323,6 +334,7 @@ def test_lengths_in_inductor(batch_first: bool) -> None:
         assert_same(*(results(each, module, x, None, []) for each in both))
 
 
+@dynamo_with_values
 def test_wrong_lengths_raise_when_the_program_runs() -> None:
     module = make("gru")
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -360,6 +372,7 @@ def test_lengths_that_other_tracers_see() -> None:
             torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
+@dynamo_with_values
 def test_packed_resets() -> None:
     """Checked when the program runs; two directions, whose masks differ."""
     module = fused_rnn.GRU(IN, H, 2, bidirectional=True, dtype=torch.float64)

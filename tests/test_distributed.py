@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from older_torch import shards_on_the_cpu
 from tolerances import assert_close_to_reference
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from distributed_workers import SIZE, Job, Pair, call_a_part, data_parallel, tra
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 cells = pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+fsdp = pytest.param("fsdp", marks=shards_on_the_cpu)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def _check(pair: Pair, job: Job, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("convert", ["before", "after"])
-@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+@pytest.mark.parametrize("wrap", ["ddp", fsdp])
 @cells
 def test_gradients_equal_those_of_one_process(pair: Pair, cell: str, wrap: str, convert: str) -> None:
     """Converted before or after the model is wrapped and sharded."""
@@ -86,7 +88,7 @@ def test_gradients_equal_those_of_one_process(pair: Pair, cell: str, wrap: str, 
     ],
     ids=lambda changes: " ".join(map(str, changes)),
 )
-@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+@pytest.mark.parametrize("wrap", ["ddp", fsdp])
 def test_with_other_features(pair: Pair, wrap: str, changes: dict[str, Any]) -> None:
     _check(pair, Job("GRU", wrap=wrap, **changes))
 
@@ -97,8 +99,8 @@ def test_with_other_features(pair: Pair, wrap: str, changes: dict[str, Any]) -> 
         ("ddp", {"bucket_cap_mb": 0.001, "gradient_as_bucket_view": True}),
         ("ddp", {"static_graph": True}),
         ("ddp", {"find_unused_parameters": True}),
-        ("fsdp", {"reshard_after_forward": False}),
-        ("fsdp", {"reshard_after_forward": True}),
+        pytest.param("fsdp", {"reshard_after_forward": False}, marks=shards_on_the_cpu),
+        pytest.param("fsdp", {"reshard_after_forward": True}, marks=shards_on_the_cpu),
     ],
     ids=str,
 )
@@ -106,6 +108,7 @@ def test_options_of_the_wrapper(pair: Pair, wrap: str, options: dict[str, Any]) 
     _check(pair, Job("LSTM", wrap=wrap, options=options))
 
 
+@shards_on_the_cpu
 @cells
 def test_mixed_precision(pair: Pair, cell: str) -> None:
     """Weights in bfloat16, reduction in float32: all in all as near to the reference as torch.nn under the same policy."""
@@ -119,6 +122,7 @@ def test_mixed_precision(pair: Pair, cell: str) -> None:
     assert actual["loss 0"].item() == pytest.approx(reference["loss 0"].item(), rel=2**-8)
 
 
+@shards_on_the_cpu
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_the_modules_see_gathered_weights(pair: Pair, dtype: torch.dtype | None) -> None:
     job = Job("LSTM", wrap="fsdp", options={"mp_policy": MixedPrecisionPolicy(param_dtype=dtype)})
@@ -137,7 +141,7 @@ def test_a_sharded_module_on_its_own_says_so(pair: Pair, cell: str) -> None:
         assert all("DTensor" in message for message in messages)
 
 
-@pytest.mark.parametrize("save", ["ddp", "fsdp"])
+@pytest.mark.parametrize("save", ["ddp", fsdp])
 def test_checkpoints_of_two_processes_load_in_one(pair: Pair, tmp_path: Path, save: str) -> None:
     """Sharded or not, with the optimizer's state: the training goes on as if it had never stopped, converted or not."""
     pair.run(train, Job("LSTM", wrap=save, save=str(tmp_path)))
@@ -148,6 +152,7 @@ def test_checkpoints_of_two_processes_load_in_one(pair: Pair, tmp_path: Path, sa
             assert_close_to_reference(value, whole[name], reference[name], name)
 
 
+@shards_on_the_cpu
 def test_a_checkpoint_of_one_process_loads_in_two(pair: Pair, tmp_path: Path) -> None:
     train(Job("GRU", convert="no", save=str(tmp_path)))
     whole, reference = (_alone("GRU", dtype, steps=5) for dtype in (torch.float32, torch.float64))

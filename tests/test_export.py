@@ -15,6 +15,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from older_torch import dynamo_with_values
 from torch import Tensor
 from torch.export import Dim
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -77,7 +78,7 @@ def test_export_with_states() -> None:
         assert_same(program.module(), module, (batch(module, length, count), states(count)))
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=dynamo_with_values)], ids=["non_strict", "strict"])
 def test_export_with_lengths(strict: bool) -> None:
     module = make("lstm")
 
@@ -103,6 +104,7 @@ class _Packed(torch.nn.Module):
         return out.data, h
 
 
+@dynamo_with_values
 def test_export_of_packed_rows() -> None:
     """The number of sequences is then a size that only the values tell."""
     module = _Packed()

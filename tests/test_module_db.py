@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from older_torch import checks_of_2_13
 from torch.nn.utils.rnn import PackedSequence
 from torch.testing._internal import common_modules
 from torch.testing._internal.common_modules import ErrorModuleInput, ModuleErrorEnum, ModuleInfo, ModuleInput
@@ -79,6 +80,7 @@ modes_and_dtypes = pytest.mark.parametrize(
 )
 
 
+@checks_of_2_13
 @each
 def test_sample_counts(name: str) -> None:
     info = _ours(name)

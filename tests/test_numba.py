@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,10 +41,11 @@ def test_numba_with_narrower_vectors(cpu: str, features: str, bits: int) -> None
         f"assert '{bits}-bit' in fused_rnn.backends()['numba'].detail\n"
         "check('numba', 'lstm', Case(batch=21, hidden=33, projection=9, steps=4, reset=True), torch.float32)"
     )
-    environment = {**os.environ, "NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features}
+    tests = Path(__file__).parent
+    environment = {**os.environ, "NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features, "PYTHONPATH": str(tests.parent)}
     done = subprocess.run(
         [sys.executable, "-c", program],
-        cwd=os.path.dirname(__file__),
+        cwd=tests,
         env=environment,
         capture_output=True,
         text=True,
