@@ -14,6 +14,9 @@ from fused_rnn.steps import mapped
 
 DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
+# The kernels walk one set of steps.
+MAPPED_LENGTHS = "lengths: expected the same for all members of torch.func.vmap, got lengths that are mapped over"
+
 # As torch prints a dtype in the messages that come from C++.
 _DTYPE_NAMES = {
     torch.float16: "Half",
@@ -239,7 +242,7 @@ def check_lengths(lengths: object, batch: int, batched: bool, input: Tensor) -> 
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths: expected an integer tensor, got one of {lengths.dtype}")
     if mapped(lengths):
-        raise RuntimeError("lengths: expected the same for all members of torch.func.vmap, got lengths that are mapped over")
+        raise RuntimeError(MAPPED_LENGTHS)
     if lengths.is_meta and not input.is_meta:
         raise ValueError("lengths: expected a tensor with values, as the input has them, got one on the meta device")
     shape = (batch,) if batched else ()

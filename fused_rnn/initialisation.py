@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,12 @@ class Initialised(nn.Module):
         """Draw all parameters anew, as the constructor did: torch.nn's values, then those that the options ask for."""
         super().reset_parameters()  # type: ignore[misc]
         init_(self, forget_bias=self.forget_bias, recurrent_init=self.recurrent_init)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise NotImplementedError(
+            "torch.jit.script cannot compile the kernels of fused_rnn: script fused_rnn.revert(model), or use torch.export, "
+            "torch.compile or torch.jit.trace"
+        )
 
     def extra_repr(self) -> str:
         """As torch.nn's, and the options that were given."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from fused_rnn import derivatives, dispatch
+from fused_rnn import checks, derivatives, dispatch
 from fused_rnn.batching import BackwardCall
 from fused_rnn.cells import CELLS
 from fused_rnn.layer import Layer
@@ -180,7 +180,18 @@ def _mapped(operator: Callable[..., list[Tensor]]) -> Callable[..., Any]:
     return mapped
 
 
+def _mapped_ragged(
+    info: Any, in_dims: Any, lengths: Tensor, padded: Tensor, batch_first: bool
+) -> tuple[tuple[Tensor, ...], tuple[None, ...]]:
+    """Of the padded batch only T is read, which all members share."""
+    if in_dims[0] is not None:
+        raise RuntimeError(checks.MAPPED_LENGTHS)
+    found = torch.ops.fused_rnn.ragged(lengths, padded.select(in_dims[1], 0), batch_first)
+    return found, (None,) * len(found)
+
+
 library.impl("layer_forward", _forward_recorded, "Autograd")
 library.impl("layer_backward", _backward_recorded, "Autograd", with_keyset=True)
 torch.library.register_vmap("fused_rnn::layer_forward", _mapped(_forward), lib=library)
 torch.library.register_vmap("fused_rnn::layer_backward", _mapped(_backward), lib=library)
+torch.library.register_vmap("fused_rnn::ragged", _mapped_ragged, lib=library)

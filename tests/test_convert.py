@@ -383,3 +383,28 @@ def test_a_report_that_is_no_list_raises_before_anything_is_swapped() -> None:
     with pytest.raises(TypeError, match="report: expected a list or None, got tuple"):
         fused_rnn.convert(model, ())  # type: ignore[arg-type]
     assert type(model[0]) is nn.LSTM
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scripting_says_what_to_do_instead(name: str) -> None:
+    model = nn.Sequential(getattr(nn, name)(4, 6))
+    expected = model(torch.ones(2, 4))
+    fused_rnn.convert(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with pytest.raises(NotImplementedError, match=r"script fused_rnn\.revert\(model\)"):
+            torch.jit.script(model)
+        torch.testing.assert_close(torch.jit.script(fused_rnn.revert(model))(torch.ones(2, 4)), expected)
+
+
+def test_symbolic_trace_with_fused_leaves() -> None:
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return isinstance(m, (nn.RNNBase, nn.RNNCellBase)) or super().is_leaf_module(m, module_qualified_name)
+
+    model, input = Model(), torch.randn(5, 2, 4)
+    expected = model(input)
+    fused_rnn.convert(model)
+    graph = Tracer().trace(model)
+    assert [node.target for node in graph.nodes if node.op == "call_module"] == ["encoder.a", "encoder.b", "cell", "head"]
+    torch.testing.assert_close(torch.fx.GraphModule(model, graph)(input), expected)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from older_torch import dynamo_with_values
 from test_transforms import Module, assert_as_plain, draw, each, make, members, state
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacrev, jvp, linearize, vmap
@@ -142,6 +143,22 @@ def test_mapped_lengths_raise() -> None:
     sizes = torch.tensor([[1, 1, 1], [2, 1, 0]])
     with pytest.raises(RuntimeError, match="vmap cannot map over the batch_sizes"):
         vmap(grad(lambda x, sizes: module(PackedSequence(x, sizes))[0].data.sum()))(x, sizes)
+
+
+@dynamo_with_values
+def test_compiled_maps_share_lengths_or_raise() -> None:
+    module, x, lengths = make("GRU", bidirectional=True), draw(2, 3, 2, 3), torch.tensor([[3, 1], [0, 2]])
+
+    def value(x: Tensor, lengths: Tensor) -> Tensor:
+        return module(x, lengths=lengths)[0].sin().sum()
+
+    compiled = torch.compile(lambda x, n: vmap(value, (0, None))(x, n), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, lengths[0]), vmap(value, (0, None))(x, lengths[0]), rtol=1e-12, atol=1e-12)
+    # At any depth of the wrappers.
+    for function in (value, grad(value)):
+        mapped = torch.compile(lambda x, n, function=function: vmap(function)(x, n), fullgraph=True, backend="aot_eager")
+        with pytest.raises(Exception, match=r"expected the same for all members of torch\.func\.vmap"):
+            mapped(x, lengths)
 
 
 def test_linearize_of_ragged_steps_raises() -> None:

@@ -27,7 +27,7 @@ ALLOWED = {
     "operators": DATA | {"autocast", "checks", "dispatch", "layer", "gradients", "sequences"},
     "autograd": DATA
     | {"autocast", "dispatch", "reference", "layer", "gradients", "operators", "per_sample", "batching", "derivatives"},
-    "operators_autograd": DATA | {"dispatch", "layer", "operators", "batching", "derivatives"},
+    "operators_autograd": DATA | {"checks", "dispatch", "layer", "operators", "batching", "derivatives"},
     "onnx": DATA | {"operators"},
     "entry": DATA | {"autocast", "autograd"},
     "sequences": {"steps"},
