@@ -101,7 +101,8 @@ class _Kept:
         for i in range(first, len(tensors), each):
             for place in (i + _BIAS_IH, i + _BIAS_HH):
                 bias = tensors[place]
-                if bias is not None:
+                # torch says what is wrong with one from torch.inference_mode, which counts no versions.
+                if bias is not None and not bias.is_inference():
                     self.biases.append((place, bias, bias._version))
 
     def output_changed(self) -> bool:

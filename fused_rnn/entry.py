@@ -42,7 +42,8 @@ def layer(
     with torch.autocast(rows.device.type, enabled=False):
         out, ends = autograd.layer(cell, rows, steps, states, weights, reverse, *options)
     # What comes after the states has their last one's dtype already.
-    return out.to(dtypes[0]), (*(end.to(dtype) for end, dtype in zip(ends, dtypes, strict=False)), *ends[len(dtypes) :])
+    count = len(dtypes)
+    return out.to(dtypes[0]), (*(end.to(dtype) for end, dtype in zip(ends[:count], dtypes, strict=True)), *ends[count:])
 
 
 def _any_negated(rows: Tensor, states: States, weights: tuple[Weights, ...]) -> bool:

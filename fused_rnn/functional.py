@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_rnn import checks, operators, sequences, stack, streaming
 from fused_rnn.cell_functional import gru_cell, lstm_cell, pair, rnn_relu_cell, rnn_tanh_cell, single
 from fused_rnn.cells import GRU, LSTM, RNN_RELU, RNN_TANH, Cell, Weights
-from fused_rnn.stack import Options
+from fused_rnn.stack import Options, directions_of, is_plain
 from fused_rnn.steps import Steps
 
 __all__ = ["Weights", "gru", "gru_cell", "lstm", "lstm_cell", "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell"]
@@ -199,14 +199,14 @@ def _sequence(
     Returns:
         out, the states after the last step, and with ``options.cell_states`` c of every step.
     """
-    checks.check_count(weights, options.directions)
+    checks.check_count(weights, directions_of(options))
     if isinstance(input, PackedSequence):
         return _packed(cell, input, weights, states, options)
-    if options.plain:
+    checks.check_rank(cell, input)
+    if is_plain(options):
         step = streaming.step(cell, input, states, weights, options.batch_first)
         if step is not None:
             return step[0], step[1], None
-    checks.check_rank(cell, input)
     batched = input.dim() == 3
     if states is not None:
         checks.check_state_ranks(states, batched)
@@ -235,7 +235,7 @@ def _sequence(
             input, reset = input.transpose(0, 1), None if reset is None else reset.t()
         rows = input.reshape(length * batch, input.shape[-1])
         reset = None if reset is None else reset.reshape(-1)
-    states = _states(cell, rows, weights, states, batch, options.directions)
+    states = _states(cell, rows, weights, states, batch, directions_of(options))
     if length == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
@@ -279,9 +279,9 @@ def _packed(
             checks.check_packed_alike(mask.batch_sizes, mask.sorted_indices, batch_sizes, sorted_indices)
     if states is not None and sorted_indices is not None:
         # Sizes first: an index into a batch that is too small has a message that nobody understands.
-        _states(cell, data, weights, states, steps.batch, options.directions)
+        _states(cell, data, weights, states, steps.batch, directions_of(options))
         states = tuple(state.index_select(1, sorted_indices) for state in states)
-    states = _states(cell, data, weights, states, steps.batch, options.directions)
+    states = _states(cell, data, weights, states, steps.batch, directions_of(options))
     out, states, cells = stack.layers(cell, data, steps, states, weights, reset, options)
     if unsorted_indices is not None:
         states = tuple(state.index_select(1, unsorted_indices) for state in states)

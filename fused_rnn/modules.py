@@ -342,7 +342,7 @@ class LSTM(_Layers):
         return_cell_states: bool = False,
     ) -> Any:
         """Run the layers; shapes and errors in the class docstring."""
-        options = self._options() | {"lengths": lengths, "reset": reset, "return_cell_states": return_cell_states}
+        options = {**self._options(), "lengths": lengths, "reset": reset, "return_cell_states": return_cell_states}
         return functional.lstm(input, self._weights(), hx, **options)
 
 

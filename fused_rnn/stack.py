@@ -27,16 +27,17 @@ class Options(NamedTuple):
     reset: Tensor | PackedSequence | None
     cell_states: bool = False
 
-    @property
-    def directions(self) -> int:
-        """D."""
-        return 2 if self.bidirectional else 1
 
-    @property
-    def plain(self) -> bool:
-        """Whether nothing is asked for that a stack of layers in one direction does not do by itself."""
-        dropout = self.dropout and self.training
-        return not (self.bidirectional or dropout or self.cell_states) and self.lengths is None and self.reset is None
+# Functions, because torch.compile of torch 2.6 knows no properties of a NamedTuple.
+def directions_of(options: Options) -> int:
+    """D."""
+    return 2 if options.bidirectional else 1
+
+
+def is_plain(options: Options) -> bool:
+    """Whether nothing is asked for that a stack of layers in one direction does not do by itself."""
+    dropout = options.dropout and options.training
+    return not (options.bidirectional or dropout or options.cell_states) and options.lengths is None and options.reset is None
 
 
 def layers(
@@ -58,7 +59,7 @@ def layers(
     Returns:
         out (R, D·P), the states after the walk, and with ``options.cell_states`` c of the last layer at every step, (R, D·H).
     """
-    directions = options.directions
+    directions = directions_of(options)
     if reset is not None and steps.dense and steps.length == 1 and directions == 1:
         # An agent's step: with the mask gone, the backend may take it in its own way, without a walk.
         states, reset = tuple(state.masked_fill(reset[:, None], 0) for state in states), None
