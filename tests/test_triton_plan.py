@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +28,7 @@ from fused_rnn.kernels.triton.plan import Call, Device
 A100 = Device("A100", (8, 0), 108, 163 << 10)
 H100 = Device("H100", (9, 0), 132, 227 << 10)
 SMALL = Device("a small chip", (8, 6), 20, 99 << 10)
+MANY = Device("a chip of more processors", (8, 9), 100, 99 << 10)
 
 
 def regime(hidden: int, batch: int, dtype: torch.dtype = torch.bfloat16, device: Device = H100, **options: bool) -> str:
@@ -72,6 +75,35 @@ def test_every_plan_fits(
     if made.regime in ("resident", "cooperative"):
         assert heuristic.shared_bytes(call, made) <= device.shared_bytes
         assert made.launches == math.ceil(made.tiles / made.tiles_at_once)
+
+
+def test_odd_sizes_get_smaller_tiles() -> None:
+    """Where rows are not aligned each number has an address of its own, which takes registers from the tile."""
+    for hidden, batch in ((64, 5000), (1024, 65)):
+        for backward in (False, True) if hidden == 64 else (False,):
+            call = Call(GRU, backward, hidden, batch, 1, torch.bfloat16)
+            odd = dataclasses.replace(call, hidden=hidden - 1)
+            assert choose(call, H100).batch == 32
+            assert choose(odd, H100).batch == (16 if backward or hidden == 1024 else 32)
+    assert regime(128, 16) == "resident"
+    assert regime(127, 16) == "cooperative"
+    assert (regime(64, 16, torch.float32), regime(63, 16, torch.float32)) == ("resident", "cooperative")
+
+
+@pytest.mark.parametrize("device", [A100, H100, SMALL, MANY], ids=lambda device: device.name)
+def test_every_choice_is_among_those_that_are_compiled(device: Device) -> None:
+    """The tests that compile enumerate what can be picked; here sizes are drawn, and none is picked that they have missed."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    import triton_support as support
+
+    chips = (support.H100,) if device.capability >= (9, 0) else (support.A100, support.L40S)
+    known, draw = support.every_configuration(*chips), random.Random(0)
+    for _ in range(3000):
+        hidden = draw.choice([draw.randint(1, 300), draw.randint(1, 2700), 16 * draw.randint(1, 300)])
+        batch, directions = draw.choice([draw.randint(1, 99), draw.randint(1, 6000)]), draw.randint(1, 3)
+        cell, dtype = draw.choice(list(CELLS.values())), draw.choice(support.DTYPES)
+        call = Call(cell, draw.random() < 0.5, hidden, batch, directions, dtype)
+        assert support.key(call, choose(call, device)) in known, f"{call}: {choose(call, device)}"
 
 
 def test_explain_says_which_and_why() -> None:

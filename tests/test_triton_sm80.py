@@ -1,4 +1,4 @@
-"""Configurations that the plan picks on an Ampere chip, compiled without one: registers, spills, shared memory."""
+"""What the plan picks on chips before Hopper, compiled without one: registers, spills, shared memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton_support import A100, Configuration, check_resources, configurations, record
+from triton_support import A100, L40S, Configuration, check_resources, chosen, record
 
 from benchmarks.gpu.barrier import meet
 from benchmarks.gpu.floors import BARRIER_OPTIONS
@@ -21,19 +21,15 @@ from fused_rnn.kernels.triton.plan import Call
 from fused_rnn.kernels.triton.walk_backward import walk_backward
 from fused_rnn.kernels.triton.walk_forward import walk_forward
 
-CONFIGURATIONS = [
-    *configurations(A100, (64, 128, 256, 512, 768, 1024, 1536), (16, 256), (LSTM,), (torch.bfloat16,)),
-    *configurations(A100, (128, 1024), (16, 256), (GRU,), (torch.bfloat16,)),
-    *configurations(A100, (64, 256), (16,), (LSTM,), (torch.float32,)),
-    *configurations(A100, (512,), (16,), (RNN_RELU,), (torch.float16,)),
-    # Sizes of one are known to the compiler.
-    *configurations(A100, (1,), (1,), (GRU, RNN_RELU), (torch.float32,)),
-]
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "configuration" in metafunc.fixturenames:
+        metafunc.parametrize("configuration", chosen(metafunc.config, A100, L40S), ids=str)
 
 
-@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
 def test_resources(configuration: Configuration, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_resources(configuration, A100, monkeypatch)
+    """Of what the heuristic picks here: all with ``make test-extended``, else the heaviest of each kind."""
+    check_resources(configuration, monkeypatch)
 
 
 class _Absent:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_rnn.cells import Cell
+from fused_rnn.cells import CELLS, Cell
 from fused_rnn.kernels.triton import gru, launch, lstm, rnn
 from fused_rnn.kernels.triton.heuristic import choose, shared_bytes
 from fused_rnn.kernels.triton.plan import Call, Device, Plan
@@ -34,6 +35,8 @@ REGISTERS = 65536
 MODULES = {"lstm": lstm, "gru": gru, "rnn_tanh": rnn, "rnn_relu": rnn}
 A100 = Device("A100", (8, 0), 108, 163 << 10)
 H100 = Device("H100", (9, 0), 132, 227 << 10)
+# Little shared memory: what fits here fits every chip.
+L40S = Device("L40S", (8, 9), 142, 99 << 10)
 _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -156,30 +159,91 @@ class Configuration:
 
     call: Call
     plan: Plan
+    chip: Device
     everything: bool = True
 
     def __str__(self) -> str:
         call, plan = self.call, self.plan
         walk = "backward" if call.backward else "forward"
         dtype = str(call.dtype).removeprefix("torch.")
-        return f"{call.cell.name}-{walk}-{dtype}-H{call.hidden}-N{call.batch}-D{call.directions}-{plan.regime}"
+        return f"{self.chip.name}-{call.cell.name}-{walk}-{dtype}-H{call.hidden}-N{call.batch}-{plan.regime}"
 
 
-def configurations(
-    device: Device, hidden: Sequence[int], batch: Sequence[int], cells: Sequence[Cell], dtypes: Sequence[torch.dtype]
-) -> list[Configuration]:
-    """What the plan picks over a grid, one call for each kernel that would be compiled."""
+# Where the choice, or what is compiled for it, changes: chunks of K in each dtype, units, rows that are aligned or not, sizes
+# of one, which the compiler knows. And numbers of sequences, from one to more than any chip walks at once.
+_EDGES = [*range(32, 256, 32), *range(256, 2688, 128), 5120]
+HIDDEN = sorted({1, 2, 16, 17, *_EDGES, *(edge + more for edge in _EDGES for more in (1, 16))})
+BATCH = (1, 17, 33, 65, 129, 257, 513, 1025, 2049, 5000)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def key(call: Call, plan: Plan) -> tuple[Any, ...]:
+    """What a kernel is compiled for. Two calls with the same key run the same code, but for the options of a call."""
+    return (
+        call.cell.name,
+        call.backward,
+        call.dtype,
+        plan.regime,
+        plan.units,
+        plan.batch,
+        plan.chunk,
+        plan.chunks if plan.unrolled else 1,
+        plan.split,
+        plan.stacked,
+        plan.warps,
+        call.hidden % 16 == 0,
+        call.hidden == 1,
+    )
+
+
+@functools.cache
+def every_configuration(*chips: Device) -> dict[tuple[Any, ...], Configuration]:
+    """All that the heuristic can pick on these chips, of any size, by key; what several pick is there for the first of them."""
     found: dict[tuple[Any, ...], Configuration] = {}
-    for cell, backward, dtype, h, n, d in itertools.product(cells, (False, True), dtypes, hidden, batch, (1, 2)):
-        call = Call(cell, backward, h, n, d, dtype)
-        plan = choose(call, device)
-        # What the kernel is specialised on; H itself is an argument.
-        key = (cell.name, backward, dtype, plan.regime, plan.units, plan.batch, plan.chunk, plan.chunks, plan.warps, h % 16)
-        found.setdefault(key, Configuration(call, plan))
-    return list(found.values())
+    for chip in chips:
+        for cell, backward, dtype, h, n in itertools.product(CELLS.values(), (False, True), DTYPES, HIDDEN, BATCH):
+            call = Call(cell, backward, h, n, 1, dtype)
+            plan = choose(call, chip)
+            found.setdefault(key(call, plan), Configuration(call, plan, chip))
+    return found
 
 
-def examples(found: Sequence[Configuration]) -> list[Configuration]:
+def _load(configuration: Configuration) -> tuple[int, ...]:
+    """How much a configuration asks of the registers: the heaviest has the largest."""
+    call, plan = configuration.call, configuration.plan
+    return (call.hidden % 16 != 0, plan.units * plan.batch, plan.chunks if plan.unrolled else 1, plan.chunk)
+
+
+def heaviest(found: Iterable[Configuration]) -> list[Configuration]:
+    """Fewer configurations, among which is the heaviest of every cell, walk, dtype and regime.
+
+    Of the LSTM in bfloat16 every shape of tile is there, aligned and not, with the most chunks of K. Of the GRU in bfloat16 the
+    heaviest aligned one is there too. Left out are fewer chunks of K and smaller tiles of the others, and two dtypes of each
+    simple recurrence, whose kernels differ in one line: rnn_tanh in float16, rnn_relu in bfloat16 and float32.
+    """
+    left_out = {("rnn_tanh", torch.float16), ("rnn_relu", torch.bfloat16), ("rnn_relu", torch.float32)}
+    groups: dict[tuple[Any, ...], Configuration] = {}
+    for each in found:
+        call, plan = each.call, each.plan
+        if (call.cell.name, call.dtype) in left_out:
+            continue
+        group: tuple[Any, ...] = (call.cell.name, call.backward, call.dtype, plan.regime)
+        if call.dtype == torch.bfloat16 and call.cell.name in ("lstm", "gru"):
+            group = (*group, call.hidden % 16 == 0)
+        if call.dtype == torch.bfloat16 and call.cell.name == "lstm":
+            group = (*group, plan.units, plan.batch, plan.chunk, plan.warps)
+        if group not in groups or _load(each) > _load(groups[group]):
+            groups[group] = each
+    return list(groups.values())
+
+
+def chosen(config: pytest.Config, *chips: Device) -> list[Configuration]:
+    """What the tests of these chips compile: the heaviest, or everything with the extended profile."""
+    found = every_configuration(*chips).values()
+    return list(found) if config.getoption("--hypothesis-profile") == "extended" else heaviest(found)
+
+
+def examples(found: Iterable[Configuration]) -> list[Configuration]:
     """One configuration of each cell, regime and walk."""
     first: dict[tuple[Any, ...], Configuration] = {}
     for each in found:
@@ -187,30 +251,37 @@ def examples(found: Sequence[Configuration]) -> list[Configuration]:
     return list(first.values())
 
 
-_built: dict[tuple[Configuration, Device], Usage] = {}
+_built: dict[Configuration, Usage] = {}
 
 
-def usage(configuration: Configuration, device: Device, monkeypatch: pytest.MonkeyPatch) -> Usage:
-    """Compile a configuration, once in this process."""
-    if (configuration, device) not in _built:
+def usage(configuration: Configuration, monkeypatch: pytest.MonkeyPatch) -> Usage:
+    """Compile a configuration for its chip, once in this process."""
+    if configuration not in _built:
         arguments = record(configuration.call, configuration.plan, configuration.everything, monkeypatch)
         kernel = walk_backward if configuration.call.backward else walk_forward
-        _built[configuration, device] = build(kernel, arguments, 10 * device.capability[0] + device.capability[1])
-    return _built[configuration, device]
+        major, minor = configuration.chip.capability
+        _built[configuration] = build(kernel, arguments, 10 * major + minor)
+    return _built[configuration]
 
 
-def check_resources(configuration: Configuration, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_resources(configuration: Configuration, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hold a configuration to the stated limits."""
-    found = usage(configuration, device, monkeypatch)
-    plan, call = configuration.plan, configuration.call
+    found = usage(configuration, monkeypatch)
+    plan, call, chip = configuration.plan, configuration.call, configuration.chip
     limit = MOST_BACKWARD_SPILLS if call.backward else MOST_FORWARD_SPILLS
     assert found.spills <= limit, f"{found.spills} bytes spilled, {found.registers} registers"
-    assert found.shared <= device.shared_bytes
+    # A launch a step is what is left where nothing else fits, so it has to fit the smallest chip.
+    assert found.shared <= (chip.shared_bytes if plan.unrolled else L40S.shared_bytes)
     assert found.registers * 32 * plan.warps <= REGISTERS
-    if plan.regime in ("resident", "cooperative"):
+    if plan.unrolled:
         assert found.shared <= shared_bytes(call, plan), "the plan's estimate is too low"
         if call.dtype.itemsize == 2:
             # The weights go to shared memory once, before the walk.
             before = found.ttgir[: found.ttgir.index("scf.for")]
             piles = 1 if plan.stacked and not call.backward else call.cell.num_gates
             assert before.count("ttg.local_alloc") >= piles * plan.chunks
+    if chip.capability >= (9, 0) and plan.unrolled and not call.backward and call.dtype.itemsize == 2 and call.hidden > 1:
+        # Weights fill the 64 rows of a Hopper tile, so the products are wgmma however few sequences there are.
+        wide = plan.units * (4 if plan.stacked else 1) >= 64
+        assert ("wgmma.mma_async" in found.ptx) == wide
+        assert ("mma.sync" in found.ptx) != wide

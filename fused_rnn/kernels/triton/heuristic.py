@@ -15,7 +15,7 @@ from fused_rnn.kernels.triton import tuned
 from fused_rnn.kernels.triton.plan import REGIMES, Call, Device, Plan, forced
 
 # Shared memory that the compiler takes beside the weights and the chunks of h or d_gates: room to change layouts in, this much
-# or one tile in float32. The tests hold it to what compiled kernels use.
+# or one product in float32. The tests hold it to what compiled kernels use.
 _SCRATCH_BYTES = 10 << 10
 # The least batch tile, and chunk of K: a tensor core's.
 _LEAST_TILE = 16
@@ -23,6 +23,9 @@ _LEAST_TILE = 16
 _SHARED_UNITS = 16
 # Gates of all units of a resident program in the forward: beyond so many, its sums leave no registers for a tile of 32.
 _MOST_ROWS_OF_LARGE_TILE = 192
+# The same for the least batch tile, forward and backward, by the bytes of a number: where rows are aligned, and where they are
+# not and keep more addresses. A product without tensor cores keeps its operands too.
+_MOST_ROWS = {2: (512, 384), 4: (256, 192)}
 # Without tensor cores a product keeps all its operands in registers: beyond this, code that is slow to compile and spills.
 _MOST_FLOAT32_UNITS = 256
 # Cooperative launches that follow one another. Beyond so many, every step is better done for the whole batch at once. A guess
@@ -99,9 +102,14 @@ def _chunks(call: Call) -> tuple[int, int]:
     most = 128 if call.dtype.itemsize == 2 else 32
     if call.backward and call.dtype.itemsize == 2:
         # Large ones, of which each warp has a part that is worth a product. Only as large as pads K no further.
-        most = 512 if math.ceil(call.hidden / 256) % 2 == 0 else 256
+        most = 512 if math.ceil(call.hidden / 256) % 2 == 0 and _aligned(call) else 256
     chunk = max(_LEAST_TILE, min(most, power_of_two(call.hidden)))
     return chunk, math.ceil(call.hidden / chunk)
+
+
+def _aligned(call: Call) -> bool:
+    """Whether rows begin where a thread can read several numbers at once. If not, each has an address and a mask of its own."""
+    return call.hidden % _LEAST_TILE == 0
 
 
 def _make(call: Call, regime: str, units: int, batch: int, warps: int | None, reason: str) -> Plan:
@@ -109,8 +117,8 @@ def _make(call: Call, regime: str, units: int, batch: int, warps: int | None, re
     chunk, chunks = _chunks(call)
     split = 1 if units >= 64 else max(1, min(8, chunk // 32))
     if warps is None:
-        large = call.backward and split >= 8
-        warps = 8 if large or call.dtype.itemsize > 2 or units >= 128 else 4
+        large = (call.backward and split >= 8) or (regime == "resident" and units > _SHARED_UNITS)
+        warps = 8 if large or call.dtype.itemsize > 2 else 4
     tiles = math.ceil(call.batch / batch)
     return Plan(
         regime=regime,
@@ -138,7 +146,8 @@ def weight_bytes(call: Call, plan: Plan) -> int:
 def shared_bytes(call: Call, plan: Plan) -> int:
     """Shared memory that one program of a resident or cooperative plan takes, at most."""
     moving = plan.chunk * plan.batch * call.dtype.itemsize * (1 if call.backward else plan.ahead)
-    return weight_bytes(call, plan) + moving + max(_SCRATCH_BYTES, 4 * plan.units * plan.batch)
+    rows = 4 * plan.units if plan.stacked and not call.backward else plan.units
+    return weight_bytes(call, plan) + moving + max(_SCRATCH_BYTES, 4 * rows * plan.batch)
 
 
 def _tile(call: Call, fields: dict[str, object], wanted: int, most: int) -> int:
@@ -177,9 +186,14 @@ def _resident(call: Call, device: Device, fields: dict[str, object]) -> Plan | s
         return f"{units} units of a program are fewer than H={call.hidden}"
     if units > 128:
         return f"H={call.hidden} is more than the 128 units of which one program has room for all gates"
+    rows = call.cell.num_gates * units
+    aligned, not_aligned = _MOST_ROWS[call.dtype.itemsize]
+    if rows > (aligned if _aligned(call) else not_aligned) and "regime" not in fields:
+        return f"{rows} gates are more than the registers of one program have room for"
     # Small tiles first: they spread the batch over the processors. Larger ones once every processor has one.
     wanted = math.ceil(call.batch * call.directions / device.processors)
-    room = call.dtype.itemsize == 2 and (call.backward or call.cell.num_gates * units <= _MOST_ROWS_OF_LARGE_TILE)
+    room = _aligned(call) if call.backward else rows <= _MOST_ROWS_OF_LARGE_TILE
+    room = room and call.dtype.itemsize == 2
     batch = _tile(call, fields, wanted, most=32 if room else 16)
     plan = _make(call, "resident", units, batch, _warps(fields), "one program holds all weights in its shared memory")
     needed = shared_bytes(call, plan)
@@ -233,7 +247,7 @@ def _rounds(call: Call, plan: Plan) -> int:
 
 def _cooperative_tiles(call: Call) -> list[int]:
     """Batch tiles for which the registers of a program suffice, smallest first; read from compiled code."""
-    if call.dtype.itemsize > 2 or call.hidden > (256 if call.backward else 1024):
+    if call.dtype.itemsize > 2 or not _aligned(call) or call.hidden > (256 if call.backward else 1024):
         return [16]
     return [16, 32]
 
@@ -244,7 +258,8 @@ def _stepwise(call: Call, device: Device, fields: dict[str, object]) -> Plan | s
         return reason
     if call.batch > _MOST_STEPWISE_ROWS and "regime" not in fields:
         return f"the library's product is made for {call.batch} rows"
-    batch = _tile(call, fields, call.batch, most=16 if call.dtype.itemsize > 2 else 32)
+    small = call.dtype.itemsize > 2 or (call.backward and not _aligned(call))
+    batch = _tile(call, fields, call.batch, most=16 if small else 32)
     units = _units(fields, _shared_units(call))
     return _make(call, "stepwise", units, batch, _warps(fields), "one launch a step, each of which reads the weights again")
 

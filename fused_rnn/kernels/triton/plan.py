@@ -117,6 +117,11 @@ class Plan:
         return self.chunk * self.chunks
 
     @property
+    def unrolled(self) -> bool:
+        """Whether the kernel holds its weights, chunk by chunk, so that their number is a constant of its code."""
+        return self.regime in ("resident", "cooperative")
+
+    @property
     def ahead(self) -> int:
         """Chunks of h that the forward has under way at once, in the registers of the program."""
         room = _AHEAD_NUMBERS if self.width <= _WIDE else _AHEAD_NUMBERS // 2

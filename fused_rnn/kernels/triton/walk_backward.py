@@ -20,11 +20,10 @@ from fused_rnn.kernels.triton.product import STAGES, dot
 
 
 @triton.jit
-def _load_weight(p_weight, i_program, i_tile, TILES: tl.constexpr, SPLIT: tl.constexpr, UNITS: tl.constexpr,
-                 CHUNK: tl.constexpr):  # fmt: skip
+def _load_weight(p_weight, i_program, i_tile, tiles, SPLIT: tl.constexpr, UNITS: tl.constexpr, CHUNK: tl.constexpr):
     """Tile ``i_tile`` (of gate and chunk of K) of a program's weights: (UNITS, CHUNK), or (SPLIT, UNITS, CHUNK / SPLIT)."""
     PART: tl.constexpr = CHUNK // SPLIT
-    p = p_weight + (i_program.to(tl.int64) * TILES + i_tile) * (UNITS * CHUNK)
+    p = p_weight + (i_program.to(tl.int64) * tiles + i_tile) * (UNITS * CHUNK)
     if SPLIT == 1:
         o = tl.arange(0, UNITS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     else:
@@ -38,13 +37,13 @@ def _load_d_gates(p_rows, mask, gate, k, H, SPLIT: tl.constexpr, CHUNK: tl.const
     """d_gates of one gate and chunk of K: (CHUNK, BATCH), or (SPLIT, CHUNK / SPLIT, BATCH). p_rows, mask: (1, BATCH)."""
     PART: tl.constexpr = CHUNK // SPLIT
     if SPLIT == 1:
-        o_k = k * CHUNK + tl.arange(0, CHUNK)[:, None]
-        p = p_rows + (gate * H + o_k)
-        m = mask & (o_k < H)
+        o_k = tl.arange(0, CHUNK)[:, None]
+        p = p_rows + o_k + (gate * H + k * CHUNK)
+        m = mask & (o_k < H - k * CHUNK)
     else:
-        o_k = k * CHUNK + tl.arange(0, SPLIT)[:, None, None] * PART + tl.arange(0, PART)[None, :, None]
-        p = p_rows[None, :, :] + (gate * H + o_k)
-        m = mask[None, :, :] & (o_k < H)
+        o_k = tl.arange(0, SPLIT)[:, None, None] * PART + tl.arange(0, PART)[None, :, None]
+        p = p_rows[None, :, :] + o_k + (gate * H + k * CHUNK)
+        m = mask[None, :, :] & (o_k < H - k * CHUNK)
     return tl.load(p, mask=m, other=0.0, cache_modifier=".cg")
 
 
@@ -63,9 +62,11 @@ def _product(p_weight, weights, p_rows, mask, i_program, H, GATES: tl.constexpr,
                 d = _load_d_gates(p_rows, mask, gate, k, H, SPLIT, CHUNK)
                 total = dot(weights[gate * CHUNKS + k], d, total, PRECISION)
     else:
-        for i in tl.range(0, GATES * CHUNKS, num_stages=STAGES):
-            w = _load_weight(p_weight, i_program, i, GATES * CHUNKS, SPLIT, UNITS, CHUNK)
-            d = _load_d_gates(p_rows, mask, i // CHUNKS, i % CHUNKS, H, SPLIT, CHUNK)
+        # K is no constant here: one kernel serves every H.
+        chunks = tl.cdiv(H, CHUNK)
+        for i in tl.range(0, GATES * chunks, num_stages=STAGES):
+            w = _load_weight(p_weight, i_program, i, GATES * chunks, SPLIT, UNITS, CHUNK)
+            d = _load_d_gates(p_rows, mask, i // chunks, i % chunks, H, SPLIT, CHUNK)
             total = dot(w, d, total, PRECISION)
     if SPLIT > 1:
         total = tl.sum(total, 0)
@@ -96,7 +97,7 @@ def walk_backward(
         p_tape: (R, D, TAPE blocks·H).
         p_before: where the carry of every step lies, one column block of (R, D, ·); p_before_0: that before the first step,
             (D, N, H). Both are read with CARRY alone.
-        p_weight: (D, slices, GATES·CHUNKS, UNITS, CHUNK), padded with zeros.
+        p_weight: (D, slices, GATES·⌈H / CHUNK⌉, UNITS, CHUNK), padded with zeros. CHUNKS is ⌈H / CHUNK⌉ if RESIDENT.
         p_product: (D, N, H): Wᵀ·d_gates of the step before, if GIVEN.
         p_reset, p_lengths, p_offsets, p_counters: as in the forward, the last for n + 1 steps.
     """

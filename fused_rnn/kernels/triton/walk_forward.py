@@ -47,7 +47,7 @@ def _split(product, UNITS: tl.constexpr, BATCH: tl.constexpr):
 
 
 @triton.jit
-def _product(p_weight, weights, p_h, mask, i_program, GATES: tl.constexpr, STACKED: tl.constexpr, RESIDENT: tl.constexpr,
+def _product(p_weight, weights, p_h, mask, i_program, H, GATES: tl.constexpr, STACKED: tl.constexpr, RESIDENT: tl.constexpr,
              UNITS: tl.constexpr, BATCH: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr,
              PRECISION: tl.constexpr):  # fmt: skip
     """W·hᵀ of a program's units, a tile of (UNITS, BATCH) per gate. p_h: (1, BATCH) pointers to the rows of h."""
@@ -57,26 +57,30 @@ def _product(p_weight, weights, p_h, mask, i_program, GATES: tl.constexpr, STACK
     sums = ()
     for _ in tl.static_range(PILES):
         sums = sums + (ZERO,)
-    o_k = tl.arange(0, CHUNK)[:, None]
+    # One set of addresses, from which every chunk is a constant away: each with its own would keep registers of its own.
+    p_h = p_h + tl.arange(0, CHUNK)[:, None]
     if RESIDENT:
         # Many loads before the first product: one after another, each would wait for memory on its own.
         for first in tl.static_range(0, CHUNKS, AHEAD):
             parts = ()
             for k in tl.static_range(first, min(first + AHEAD, CHUNKS)):
-                parts = parts + (tl.load(p_h + (k * CHUNK + o_k), mask=mask, other=0.0, cache_modifier=".cg"),)
+                parts = parts + (tl.load(p_h + k * CHUNK, mask=mask, other=0.0, cache_modifier=".cg"),)
             for k in tl.static_range(first, min(first + AHEAD, CHUNKS)):
                 added = ()
                 for pile in tl.static_range(PILES):
                     added = added + (dot(weights[pile * CHUNKS + k], parts[k - first], sums[pile], PRECISION),)
                 sums = added
     else:
-        p = p_weight + i_program.to(tl.int64) * (PILES * ROWS * CHUNKS * CHUNK)
-        o = tl.arange(0, ROWS)[:, None] * (CHUNKS * CHUNK) + tl.arange(0, CHUNK)[None, :]
-        for k in tl.range(0, CHUNKS, num_stages=STAGES):
-            h = tl.load(p_h + (k * CHUNK + o_k), mask=mask, other=0.0)
+        # K is no constant here: one kernel serves every H.
+        chunks = tl.cdiv(H, CHUNK)
+        width = chunks * CHUNK
+        p = p_weight + i_program.to(tl.int64) * (PILES * ROWS * width)
+        o = tl.arange(0, ROWS)[:, None] * width + tl.arange(0, CHUNK)[None, :]
+        for k in tl.range(0, chunks, num_stages=STAGES):
+            h = tl.load(p_h + k * CHUNK, mask=mask, other=0.0)
             added = ()
             for pile in tl.static_range(PILES):
-                w = tl.load(p + pile * ROWS * CHUNKS * CHUNK + k * CHUNK + o)
+                w = tl.load(p + pile * ROWS * width + k * CHUNK + o)
                 added = added + (dot(w, h, sums[pile], PRECISION),)
             sums = added
     if STACKED:
@@ -100,10 +104,10 @@ def walk_forward(
     Args:
         p_tape: (R, D, TAPE blocks·H), gates_x in its first blocks.
         p_out: (R, D, H), if HAS_OUT.
-        p_ring: (2, D, ring_rows, ring_row): h, zero beyond H up to CHUNKS·CHUNK; slot s % 2 is read in step s.
+        p_ring: (2, D, ring_rows, ring_row): h, zero beyond H up to the next multiple of CHUNK; slot s % 2 is read in step s.
         p_carry: (D, N, H), in and out; unused without CARRY (1: c, 2: h).
         p_h_n: (D, N, H): h of every sequence's last step, if HAS_OUT; unused where h is the carry.
-        p_weight: (D, slices, piles, rows, CHUNKS·CHUNK), padded with zeros.
+        p_weight: (D, slices, piles, rows, ⌈H / CHUNK⌉·CHUNK), padded with zeros. CHUNKS is ⌈H / CHUNK⌉ if RESIDENT.
         p_product: (D, N, GATES·H): W·h of this one step, if GIVEN.
         p_bias: (D, BIAS blocks·H).
         p_reset: (R,) bytes.
@@ -177,7 +181,7 @@ def walk_forward(
                 product = product + (tl.load(p_product + o_product, mask=m_u & m_h, other=0.0).to(COMPUTE),)
         else:
             p_h = p_ring + (slot * ring_rows + o_b) * ring_row
-            product = _product(p_weight, weights, p_h, m_h, i_program, GATES, STACKED, RESIDENT, UNITS, BATCH, CHUNKS, CHUNK,
+            product = _product(p_weight, weights, p_h, m_h, i_program, H, GATES, STACKED, RESIDENT, UNITS, BATCH, CHUNKS, CHUNK,
                                AHEAD, PRECISION)  # fmt: skip
 
         x = ()
