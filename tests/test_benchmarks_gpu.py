@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -225,3 +228,93 @@ def test_the_table_is_made_of_the_rows(tmp_path: Path) -> None:
 def test_torchrl_is_asked_for_only_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(problem.importlib.util, "find_spec", lambda name: None)
     assert problem.torchrl_missing() == "torchrl is not installed"
+
+
+@pytest.fixture
+def _cuda_in_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the benchmark asks of torch.cuda, answered without one, by names and signatures that torch has."""
+
+    class Event:
+        def __init__(self, enable_timing: bool = False) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = time.perf_counter()
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, other: Event) -> float:
+            return 1e3 * (other.at - self.at)
+
+    properties = SimpleNamespace(multi_processor_count=132, total_memory=80 << 30, name="a GPU", major=9, minor=0)
+    answers = {
+        "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "synchronize": lambda device: None,
+        "Event": Event,
+        "memory_allocated": lambda device: 5,
+        "max_memory_allocated": lambda device: 12,
+        "reset_peak_memory_stats": lambda device: None,
+        "mem_get_info": lambda device: (70 << 30, 80 << 30),
+        "get_device_name": lambda device: "a GPU",
+        "get_device_properties": lambda device: properties,
+        "device": lambda device: contextlib.nullcontext(),
+    }
+    for name, answer in answers.items():
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
+    # The numbers stay on the CPU, whatever they are asked for.
+    make, judge = problem.make, gate.judge
+    monkeypatch.setattr(problem, "make", lambda case, device, steps=None: make(case, CPU, steps))
+    monkeypatch.setattr(gate, "judge", lambda case, device, backend: judge(case, device, "numba"))
+    ours = problem.ours
+    monkeypatch.setattr(problem, "ours", lambda made, backend: ours(made, backend or "numba"))
+    monkeypatch.setattr(run, "Floors", lambda clock: floors.Floors(Clock(CPU), 8, 64))
+    monkeypatch.setattr(run, "barrier_microseconds", lambda clock, programs: programs / 100)
+    monkeypatch.setattr(run, "_regime", lambda case, backward, options: "resident")
+    monkeypatch.setattr(gate, "REGIMES", {"resident": (5, 3)})
+
+
+@pytest.mark.usefixtures("_cuda_in_name")
+def test_the_command_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the arguments to the file and the table, with all that is asked of CUDA on the way."""
+    from fused_rnn.kernels import triton as backend
+
+    monkeypatch.setattr(backend, "unavailable", lambda: None)
+    monkeypatch.setattr(cases, "select", lambda quick: [TINY, Case("lstm", 5, 3, 4, "float32", 2, "ragged")])
+    path = tmp_path / "rows.json"
+    assert main(["gpu", "--quick", "--json", str(path)]) == 0
+    kept = json.loads(path.read_text())
+    assert kept["run"]["device"] == "a GPU"
+    assert (kept["run"]["processors"], kept["run"]["cudnn"]) == (132, 91000)
+    assert kept["run"]["barrier_us"] == {"8": 0.08, "32": 0.32, "64": 0.64, "132": 1.32}
+    assert [row["status"] for row in kept["rows"]] == ["ok"] * 4
+    assert {row["ours_peak_bytes"] for row in kept["rows"]} == {7}
+    told = capsys.readouterr().out
+    assert "gate: 2 of 2 right" in told
+    assert "132 programs 1.32 µs" in told
+    assert "4 rows in" in told
+
+
+@pytest.mark.usefixtures("_cuda_in_name")
+def test_a_case_beyond_the_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 200))
+    results = run.measure(run.Options(torch.device("cuda", 0), quick=True), [TINY], lambda text: None)
+    assert [row["status"] for row in results["rows"]] == ["left out: too large for the memory"]
+    assert command.exit_code(results) == 0
+
+
+@pytest.mark.usefixtures("_cuda_in_name")
+def test_the_tuner_s_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from benchmarks.gpu import tune
+    from fused_rnn.kernels import triton as backend
+
+    asked: list[object] = []
+    monkeypatch.setattr(backend, "unavailable", lambda: None)
+    monkeypatch.setattr(tune, "tune", lambda *arguments: asked.extend(arguments[:3]) or 7)
+    assert main(["gpu", "--tune", "--seconds", "9", "--table", str(tmp_path / "tuned.json")]) == 0
+    assert asked == [torch.device("cuda", 0), 9.0, tmp_path / "tuned.json"]
+    assert "7 rows in" in capsys.readouterr().out

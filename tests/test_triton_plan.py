@@ -106,6 +106,21 @@ def test_every_choice_is_among_those_that_are_compiled(device: Device) -> None:
         assert support.key(call, choose(call, device)) in known, f"{call}: {choose(call, device)}"
 
 
+def test_no_launch_has_more_programs_than_can_be_co_resident(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted at the launches themselves: all of a call's tiles and directions, never more at once than processors."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    import triton_support as support
+
+    for hidden, batch, directions in ((160, 40, 2), (320, 60, 1), (250, 20, 2)):
+        for cell, backward in itertools.product((LSTM, GRU), (False, True)):
+            call = Call(cell, backward, hidden, batch, directions, torch.bfloat16)
+            made = choose(call, SMALL)
+            grids = support.grids(call, made, monkeypatch)
+            assert made.regime == "cooperative"
+            assert max(math.prod(grid) for grid in grids) <= SMALL.processors
+            assert sum(math.prod(grid) for grid in grids) == made.slices * made.tiles * directions > SMALL.processors
+
+
 def test_explain_says_which_and_why() -> None:
     told = backend.explain("gru", 4096, 1024, dtype=torch.float16, bidirectional=True, device=H100)
     forward, backward = told.splitlines()

@@ -64,8 +64,10 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.arguments: dict[str, Any] = {}
+        self.grids: list[tuple[int, ...]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> _Recorder:
+        self.grids.append(grid)
         return self
 
     def __call__(self, **arguments: Any) -> None:
@@ -78,7 +80,16 @@ def _states(cell: Cell, call: Call) -> tuple[torch.Tensor, ...]:
 
 
 def record(call: Call, plan: Plan, everything: bool, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The arguments of the first launch of a call, with every option of the kernel in use, or none."""
+    """The arguments of the last launch of a call of one step, with every option of the kernel in use, or none."""
+    return _launched(call, plan, everything, monkeypatch).arguments
+
+
+def grids(call: Call, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The programs of every launch of a call of one step."""
+    return _launched(call, plan, False, monkeypatch).grids
+
+
+def _launched(call: Call, plan: Plan, everything: bool, monkeypatch: pytest.MonkeyPatch) -> _Recorder:
     cell = call.cell
     recorder = _Recorder()
     monkeypatch.setattr(launch, "walk_backward" if call.backward else "walk_forward", recorder)
@@ -110,7 +121,7 @@ def record(call: Call, plan: Plan, everything: bool, monkeypatch: pytest.MonkeyP
         bias = torch.zeros(d, len(cell.bias) * h)
         function = getattr(module, f"{cell.name}_forward")
         function(tape, out, _states(cell, call), packed, bias, steps, reverse, reset, True)
-    return recorder.arguments
+    return recorder
 
 
 def build(kernel: Any, arguments: dict[str, Any], capability: int) -> Usage:
@@ -275,8 +286,8 @@ def check_resources(configuration: Configuration, monkeypatch: pytest.MonkeyPatc
     assert found.registers * 32 * plan.warps <= REGISTERS
     if plan.unrolled:
         assert found.shared <= shared_bytes(call, plan), "the plan's estimate is too low"
-        if call.dtype.itemsize == 2:
-            # The weights go to shared memory once, before the walk.
+        if call.dtype.itemsize == 2 and plan.width > 16:
+            # The weights go to shared memory once, before the walk. Those of one small product may stay in registers.
             before = found.ttgir[: found.ttgir.index("scf.for")]
             piles = 1 if plan.stacked and not call.backward else call.cell.num_gates
             assert before.count("ttg.local_alloc") >= piles * plan.chunks

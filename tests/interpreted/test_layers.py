@@ -80,7 +80,7 @@ def test_other_dtypes_are_refused() -> None:
     from fused_rnn.kernels.triton import gru
     from fused_rnn.steps import Steps
 
-    with pytest.raises(TypeError, match=r"expected weights of bfloat16, float16, float32, float64, got torch\.int32"):
+    with pytest.raises(TypeError, match=r"expected weights of bfloat16, .*, got torch\.int32, which no backend"):
         gru.gru_pack([torch.zeros(12, 4, dtype=torch.int32)], None, Steps(9, 3), False)
 
 

@@ -93,7 +93,7 @@ def make_call(cell: Cell, weight_hh: Tensor, steps: Steps, directions: int, back
     """What is to be planned, of the tensors of a call."""
     if weight_hh.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise TypeError(f"triton: expected weights of {names}, got {weight_hh.dtype}; convert the module and its input")
+        raise TypeError(f"triton: expected weights of {names}, got {weight_hh.dtype}, which no backend computes in")
     hidden = weight_hh.shape[0] // cell.num_gates
     tf32 = weight_hh.dtype == torch.float32 and allows_tf32()
     return Call(cell, backward, hidden, steps.batch, directions, weight_hh.dtype, projected, tf32)
