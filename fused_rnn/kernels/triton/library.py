@@ -15,7 +15,7 @@ from torch import Tensor
 from fused_rnn.steps import Steps
 
 if TYPE_CHECKING:
-    from fused_rnn.kernels.triton.launch import Walk
+    from fused_rnn.kernels.triton.walk import Walk
 
 
 def _rows(steps: Steps, t: int) -> tuple[slice, int]:
