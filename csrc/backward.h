@@ -37,6 +37,7 @@ class BackwardWalk {
       const Index t = s == length ? -1 : reverse_ ? args_.t_begin + s : args_.t_end - 1 - s;
       const Index n = t < 0 ? 0 : clip(steps_.count(t), batch_);
       if (n == 0 && active == 0) continue;
+      scratch_.descending = s % 2;
       if (args_.weight_hr) {
         feed_back<Projected>(t, n, walked, active);
         meet();

@@ -35,6 +35,7 @@ class ForwardWalk {
       const Index t = reverse ? steps_.length - 1 - s : s;
       const Index n = clip(steps_.count(t), batch_);
       if (n == 0) continue;
+      scratch_.descending = s % 2;
       step(t, previous, n);
       if (args_.weight_hr) {
         meet();

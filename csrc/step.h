@@ -18,6 +18,9 @@ void step(const StepArgs<T>& args) {
   const double bytes = static_cast<double>(kGates) * H * (args.inputs + H) * sizeof(T);
   parallel(threads_for(bytes, args.threads), [&](int rank, int size) {
     const Range mine = share(vectors_of(H, kLanes<T>), size, rank);
+    // Every other call from the last unit to the first, as the walks do (Scratch).
+    thread_local bool descending = false;
+    descending = !descending;
     alignas(64) Vec<T> of_x[kChunk * kGroup], of_h[kChunk * kGroup];
     const T *x[kChunk], *h[kChunk];
     for (Index first = 0; first < args.rows; first += kChunk) {
@@ -26,7 +29,8 @@ void step(const StepArgs<T>& args) {
         x[j] = args.input + (first + j) * args.input_stride;
         h[j] = args.h + (first + j) * H;
       }
-      for (Index v = mine.begin; v < mine.end; ++v) {
+      for (Index i = 0; i < mine.size(); ++i) {
+        const Index v = descending ? mine.end - 1 - i : mine.begin + i;
         const auto ahead = [](Index) {};
         product_chunk<T>(weight_ih, {kGates, H}, v * kGates, kGates, x, rows, false, of_x, nullptr, ahead);
         product_chunk<T>(weight_hh, {kGates, H}, v * kGates, kGates, h, rows, false, of_h, nullptr, ahead);

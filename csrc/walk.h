@@ -25,7 +25,7 @@ inline Index clip(Index count, Range rows) {
   return count < rows.begin ? 0 : (count < rows.end ? count - rows.begin : rows.size());
 }
 
-inline Index vectors_of(Index columns, int lanes) { return (columns + lanes - 1) / lanes; }
+inline Index vectors_of(Index columns, Index lanes) { return (columns + lanes - 1) / lanes; }
 
 // Zero-initialised memory on a boundary of whole vectors. The standard containers are kept out of these files where their
 // element type is not of this namespace: the linker would merge the copies of all instruction sets into one of them.
@@ -79,6 +79,10 @@ inline std::vector<Range> batch_parts(const StepRows& steps, int parts) {
 template <class T>
 struct Scratch {
   explicit Scratch(Index batch, bool with_inputs = false) : rows(batch), inputs(with_inputs ? batch : 0) {}
+  // Whether products take their columns from the last to the first. A walk turns round at every step: what the step before read
+  // last is then read first, while the caches still have it. Always from the first, weights larger than a cache would find
+  // nothing of theirs there.
+  bool descending = false;
   alignas(64) Vec<T> products[kChunk * kGroup];
   Buffer<const T*> rows;
   Buffer<const T*> inputs;
@@ -107,12 +111,14 @@ inline void product(const Matrix<T>* w_inputs, const Matrix<T>& w, Index hidden,
   static_assert(kApart < 0 || kGates < kGroup);
   // A group is all gates of one vector of units, or several vectors of units where a cell has one gate.
   constexpr Index kVectors = kGates == 1 ? kGroup : 1;
-  for (Index v = vectors.begin; v < vectors.end; v += kVectors) {
+  const Index groups = vectors_of(vectors.size(), kVectors);
+  for (Index i = 0; i < groups; ++i) {
+    const Index v = vectors.begin + (scratch.descending ? groups - 1 - i : i) * kVectors;
     const Index count = vectors.end - v < kVectors ? vectors.end - v : kVectors;
     for (Index row = 0; row < n; row += kChunk) {
       const Index end = n - row < kChunk ? n : row + kChunk;
-      // The next chunk reads the same panels again, the next group those after them, and the next step starts over.
-      const Index next = end < n ? v : v + count < vectors.end ? v + count : vectors.begin;
+      // The next chunk reads the same panels again, the next group those beside them, and the next step turns round here.
+      const Index next = end < n || i + 1 == groups ? v : scratch.descending ? v - kVectors : v + kVectors;
       const Index products = known <= row ? 0 : (known < end ? known : end) - row;
       if (products) {
         const Columns columns = {kGates, hidden};
