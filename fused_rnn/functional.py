@@ -86,7 +86,8 @@ def gru(
         dropout: the probability of zeroing an output of all layers but the last, while ``training``.
         training: whether ``dropout`` applies.
         lengths: how many steps of each padded sequence count, 0 .. T in any order: integers (N,), or () unbatched, on any
-            device. No work is done for the other steps; what they hold does not matter. None for all T.
+            device, and the same for all members of torch.func.vmap. No work is done for the other steps; what they hold does
+            not matter. None for all T.
         reset: where the states are zero before a step, as between the episodes of an agent: booleans (T, N), with
             ``batch_first`` (N, T), unbatched (T,), or for a packed input a PackedSequence like it. In every layer and
             direction, the steps before a reset and those after it do not see each other: the second direction comes into the
@@ -107,6 +108,7 @@ def gru(
 
     Source: torch.nn.GRU.
 
+    >>> import torch
     >>> H, I = 4, 3
     >>> weights = [Weights(torch.randn(3 * H, I), torch.randn(3 * H, H))]
     >>> out, h_n = gru(torch.randn(5, 2, I), weights)

@@ -81,7 +81,7 @@ def _bias(cell: Cell, weights: Sequence[Weights], dtype: torch.dtype) -> Tensor 
             ih, hh = ih.to(dtype), hh.to(dtype)
         if apart:
             both = torch.cat((ih, hh[-apart:]))
-            both[: -2 * apart] += hh[:-apart]
+            both[: -2 * apart].add_(hh[:-apart])
             blocks.append(both)
         else:
             blocks.append(ih + hh)

@@ -256,7 +256,7 @@ class LSTM(_Layers):
         - **lengths**: integers (N,), () unbatched, on any device: how many steps of each padded sequence count, 0 … T, in any
           order. As packing, running and padding again: the output is zero beyond a length, h_n and c_n are the states there
           (h_0 and c_0 for length 0), the reverse direction starts there, and no work is done for the steps beyond. Not with a
-          PackedSequence, which has lengths of its own. Default: all T
+          PackedSequence, which has lengths of its own. The same for all members of ``torch.func.vmap``. Default: all T
         - **reset**: booleans (T, N), (N, T) with ``batch_first``, (T,) unbatched, or a PackedSequence like the input. Where
           set, h and c are zero before that step, and no gradient crosses. The steps before a reset and those after it do not
           see each other in any layer or direction: the reverse direction enters the step *before* the reset with zero states.
