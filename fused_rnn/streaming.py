@@ -39,8 +39,14 @@ def step(
     time = 1 if batch_first else 0
     if states is None or torch._C._is_any_autocast_enabled() or input.dim() != 3 or input.shape[time] != 1:
         return None
+    for state in states:
+        # The kernel is given the layers' parts and would not see that there are too many.
+        if not isinstance(state, Tensor) or state.dim() != 3 or state.shape[0] != len(weights):
+            return None
+    if input.is_meta or input.numel() == 0:
+        return None
     kernel = dispatch.kernels(cell, input.device).step
-    if kernel is None or input.numel() == 0:
+    if kernel is None:
         return None
     rows = input.select(time, 0)
     ends: list[States] = []

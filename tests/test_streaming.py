@@ -109,6 +109,8 @@ WRONG: dict[str, Callable[[torch.Tensor, torch.Tensor], tuple[Any, ...]]] = {
     "batch": lambda x, h: (x, torch.cat((h, h), 1)),
     "layers": lambda x, h: (x, torch.cat((h, h))),
     "rank of the state": lambda x, h: (x, h[0]),
+    "a pair of states": lambda x, h: (x, (h, h)),
+    "a state that is no tensor": lambda x, h: (x, h.tolist()),
     "dtype of the input": lambda x, h: (x.double(), h),
 }
 
@@ -124,6 +126,38 @@ def test_wrong_calls_raise_as_torch(name: str, case: str) -> None:
         with pytest.raises(type(expected.value)) as found:
             ours(*call)
     assert str(found.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_states_of_another_number_of_layers_raise_as_torch(name: str, layers: int) -> None:
+    ours, theirs = pair(name, num_layers=2)
+    h = torch.randn(layers, 2, 19)
+    state = (torch.randn(2, 2, 19), h) if name == "LSTM" else h
+    with torch.no_grad():
+        with pytest.raises(RuntimeError) as expected:
+            theirs(torch.randn(1, 2, 5), state)
+        with pytest.raises(RuntimeError) as found:
+            ours(torch.randn(1, 2, 5), state)
+    assert str(found.value) == str(expected.value)
+
+
+def test_on_the_meta_device() -> None:
+    ours = fused_rnn.GRU(5, 19, device="meta")
+    with torch.no_grad():
+        out, h = ours(torch.empty(1, 2, 5, device="meta"), torch.empty(1, 2, 19, device="meta"))
+        assert out.shape == h.shape == (1, 2, 19)
+        with pytest.raises(RuntimeError, match="not at the same device"):
+            pair("GRU")[0](torch.empty(1, 2, 5, device="meta"), torch.empty(1, 2, 19))
+
+
+def test_strides_are_torchs_where_a_state_has_others() -> None:
+    torch.manual_seed(0)
+    ours, theirs = fused_rnn.GRU(4, 1), torch.nn.GRU(4, 1)
+    x, h = torch.randn(1, 3, 4), torch.randn(1, 1, 3).permute(0, 2, 1)
+    with torch.no_grad():
+        for actual, expected in zip(ours(x, h), theirs(x, h), strict=True):
+            assert actual.stride() == expected.stride()
 
 
 def test_a_state_of_another_dtype_raises() -> None:

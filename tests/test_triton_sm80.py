@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton_support import A100, L40S, Configuration, check_resources, chosen, record
+from triton_support import A100, L40S, Configuration, check_resources, every_configuration, record
 
 from benchmarks.gpu.barrier import meet
 from benchmarks.gpu.floors import BARRIER_OPTIONS
@@ -22,13 +22,9 @@ from fused_rnn.kernels.triton.walk_backward import walk_backward
 from fused_rnn.kernels.triton.walk_forward import walk_forward
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "configuration" in metafunc.fixturenames:
-        metafunc.parametrize("configuration", chosen(metafunc.config, A100, L40S), ids=str)
-
-
+@pytest.mark.parametrize("configuration", every_configuration(A100, L40S).values(), ids=str)
 def test_resources(configuration: Configuration, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what the heuristic picks here: all with ``make test-extended``, else the heaviest of each kind."""
+    """All that the heuristic can pick here, of any size."""
     check_resources(configuration, monkeypatch)
 
 

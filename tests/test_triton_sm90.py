@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from triton_support import H100, Configuration, check_resources, chosen, every_configuration, examples, record, usage
+from triton_support import H100, Configuration, check_resources, every_configuration, examples, record, usage
 
 from fused_rnn.cells import GRU, LSTM
 from fused_rnn.kernels.triton.heuristic import choose
@@ -22,13 +22,9 @@ OF_OTHERS = r"tt\.load[^\n]* cg\b"
 EXAMPLES = examples(each for each in every_configuration(H100).values() if each.call.dtype == torch.bfloat16)
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "configuration" in metafunc.fixturenames:
-        metafunc.parametrize("configuration", chosen(metafunc.config, H100), ids=str)
-
-
+@pytest.mark.parametrize("configuration", every_configuration(H100).values(), ids=str)
 def test_resources(configuration: Configuration, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what the heuristic picks here: all with ``make test-extended``, else the heaviest of each kind."""
+    """All that the heuristic can pick here, of any size."""
     check_resources(configuration, monkeypatch)
 
 

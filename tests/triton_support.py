@@ -223,41 +223,6 @@ def every_configuration(*chips: Device) -> dict[tuple[Any, ...], Configuration]:
     return found
 
 
-def _load(configuration: Configuration) -> tuple[int, ...]:
-    """How much a configuration asks of the registers: the heaviest has the largest."""
-    call, plan = configuration.call, configuration.plan
-    return (call.hidden % 16 != 0, plan.units * plan.batch, plan.chunks if plan.unrolled else 1, plan.chunk)
-
-
-def heaviest(found: Iterable[Configuration]) -> list[Configuration]:
-    """Fewer configurations, among which is the heaviest of every cell, walk, dtype and regime.
-
-    Of the LSTM in bfloat16 every shape of tile is there, aligned and not, with the most chunks of K. Of the GRU in bfloat16 the
-    heaviest aligned one is there too. Left out are fewer chunks of K and smaller tiles of the others, and two dtypes of each
-    simple recurrence, whose kernels differ in one line: rnn_tanh in float16, rnn_relu in bfloat16 and float32.
-    """
-    left_out = {("rnn_tanh", torch.float16), ("rnn_relu", torch.bfloat16), ("rnn_relu", torch.float32)}
-    groups: dict[tuple[Any, ...], Configuration] = {}
-    for each in found:
-        call, plan = each.call, each.plan
-        if (call.cell.name, call.dtype) in left_out:
-            continue
-        group: tuple[Any, ...] = (call.cell.name, call.backward, call.dtype, plan.regime)
-        if call.dtype == torch.bfloat16 and call.cell.name in ("lstm", "gru"):
-            group = (*group, call.hidden % 16 == 0)
-        if call.dtype == torch.bfloat16 and call.cell.name == "lstm":
-            group = (*group, plan.units, plan.batch, plan.chunk, plan.warps)
-        if group not in groups or _load(each) > _load(groups[group]):
-            groups[group] = each
-    return list(groups.values())
-
-
-def chosen(config: pytest.Config, *chips: Device) -> list[Configuration]:
-    """What the tests of these chips compile: the heaviest, or everything with the extended profile."""
-    found = every_configuration(*chips).values()
-    return list(found) if config.getoption("--hypothesis-profile") == "extended" else heaviest(found)
-
-
 def examples(found: Iterable[Configuration]) -> list[Configuration]:
     """One configuration of each cell, regime and walk."""
     first: dict[tuple[Any, ...], Configuration] = {}

@@ -114,8 +114,9 @@ def step(cell: str, input: Tensor, states: tuple[Tensor, ...], weight: Weights) 
     if input.shape[0] > _FEW_ROWS or hr is not None or not (has_rows(ih) and has_rows(hh)):
         return None
     states = tuple([state.contiguous() for state in states])
-    after = tuple([torch.empty_like(state) for state in states])
-    out = torch.empty_like(states[0]).squeeze_(0)
+    # The format by name, because an axis of one element may have any stride, and a copy would have it too.
+    after = tuple([torch.empty_like(state, memory_format=torch.contiguous_format) for state in states])
+    out = torch.empty_like(states[0], memory_format=torch.contiguous_format).squeeze_(0)
     _C.step(
         cell,
         input.contiguous(),

@@ -26,6 +26,8 @@ _MOST_ROWS_OF_LARGE_TILE = 192
 # The same for the least batch tile, forward and backward, by the bytes of a number: where rows are aligned, and where they are
 # not and keep more addresses. A product without tensor cores keeps its operands too.
 _MOST_ROWS = {2: (512, 384), 4: (256, 192)}
+# Units of one gate, in a backward without tensor cores whose rows are not aligned: it keeps operands and addresses both.
+_MOST_UNALIGNED_FLOAT32_UNITS = 64
 # Without tensor cores a product keeps all its operands in registers: beyond this, code that is slow to compile and spills.
 _MOST_FLOAT32_UNITS = 256
 # Cooperative launches that follow one another. Beyond so many, every step is better done for the whole batch at once. A guess
@@ -190,6 +192,11 @@ def _resident(call: Call, device: Device, fields: dict[str, object]) -> Plan | s
     aligned, not_aligned = _MOST_ROWS[call.dtype.itemsize]
     if rows > (aligned if _aligned(call) else not_aligned) and "regime" not in fields:
         return f"{rows} gates are more than the registers of one program have room for"
+    crowded = call.backward and call.dtype == torch.float32 and not _aligned(call) and units > _MOST_UNALIGNED_FLOAT32_UNITS
+    if crowded and "regime" not in fields:
+        return (
+            f"{units} units in float32, in rows that are not aligned, are more than the registers of one program have room for"
+        )
     # Small tiles first: they spread the batch over the processors. Larger ones once every processor has one.
     wanted = math.ceil(call.batch * call.directions / device.processors)
     room = _aligned(call) if call.backward else rows <= _MOST_ROWS_OF_LARGE_TILE
