@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks import compare as comparison
 from benchmarks import peers as peers_module
+from benchmarks.arguments import Parser, number, positive_seconds
 from benchmarks.cases import CELLS, ITEM_BYTES, MODES, Case
 from benchmarks.compare import THRESHOLD
 from benchmarks.peers import DEFAULT, OURS, fused
@@ -32,31 +32,8 @@ _WIDTH = 150
 _ROOT = Path(__file__).resolve().parent.parent
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def _number(kind: type[int] | type[float], holds: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
-    """A type for argparse: a finite number for which ``holds``, and what else is said of it."""
-
-    def convert(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not math.isfinite(value) or not holds(value):
-            raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
-        return value
-
-    return convert
-
-
-_positive_int = _number(int, lambda value: value >= 1, "a whole number of 1 or more")
-_seconds = _number(float, lambda value: value > 0, "a number of seconds above 0")
-_factor = _number(float, lambda value: value >= 1, "a number of 1 or more")
+_positive_int = number(int, lambda value: value >= 1, "a whole number of 1 or more")
+_factor = number(float, lambda value: value >= 1, "a number of 1 or more")
 
 
 def _names(text: str) -> list[str]:
@@ -64,7 +41,7 @@ def _names(text: str) -> list[str]:
 
 
 def _measure_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m benchmarks",
         description=f"Measure fused_rnn against torch.nn and others. Other commands: {', '.join(COMMANDS)}.",
     )
@@ -85,7 +62,7 @@ def _measure_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds, below a minute")
     parser.add_argument(
         "--seconds",
-        type=_seconds,
+        type=positive_seconds,
         help=f"time for all cases (default for the goals {SECONDS:.0f}, with --quick {QUICK_SECONDS:.0f})",
     )
     parser.add_argument("--no-memory", action="store_true", help="skip bytes held and memory growth")
@@ -194,7 +171,7 @@ def _run_with_progress(suite: Suite, cases: Sequence[Case], path: Path, console:
 
 def readme(arguments: Sequence[str]) -> int:
     """The command that writes the README's tables, the results' page and the pictures of both."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m benchmarks readme",
         description="Write the README's tables, the page of the results and the pictures of both from results files.",
     )
@@ -221,7 +198,7 @@ def readme(arguments: Sequence[str]) -> int:
 
 def show(arguments: Sequence[str]) -> int:
     """The command that prints a results file's tables again."""
-    parser = _Parser(prog="python -m benchmarks show", description="Print the tables of a results file.")
+    parser = Parser(prog="python -m benchmarks show", description="Print the tables of a results file.")
     parser.add_argument("results", type=Path, help="a file that python -m benchmarks wrote")
     parser.add_argument(
         "--rows", action="store_true", help="one row a line as JSON, with machine and versions, instead of tables"
@@ -241,7 +218,7 @@ def show(arguments: Sequence[str]) -> int:
 
 def report(arguments: Sequence[str]) -> int:
     """The command that makes the pictures and the page."""
-    parser = _Parser(prog="python -m benchmarks report", description="Make pictures and one self-contained page from results.")
+    parser = Parser(prog="python -m benchmarks report", description="Make pictures and one self-contained page from results.")
     parser.add_argument("results", type=Path, nargs="+", help="files that python -m benchmarks wrote on one machine")
     parser.add_argument("--out", type=Path, default=_ROOT / "benchmarks" / "out" / "report", help="folder that they go to")
     options = parser.parse_args(arguments)
@@ -259,7 +236,7 @@ def report(arguments: Sequence[str]) -> int:
 
 def compare(arguments: Sequence[str]) -> int:
     """The command that judges two results files. Returns 1 where something is slower or has become wrong."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m benchmarks compare",
         description="Say what got faster or slower beyond the noise. Ends with 1 on a regression.",
     )

@@ -168,10 +168,8 @@ class Packed {
     if (!as_columns) panels_ = Memory(static_cast<std::size_t>(elements) * weights.size() * sizeof(T));
     for (std::size_t d = 0; d < weights.size(); ++d) {
       const std::string name = "weights[" + std::to_string(d) + "]";
-      check_shape<T>(name, weights[d], {rows, columns});
-      if (columns > 1 && weights[d].stride(1) != 1) refuse(name, "contiguous rows", "strides");
+      args.row_stride = matrix<T>(name, weights[d], rows, columns);
       args.weight = weights[d].data<const T>();
-      args.row_stride = weights[d].stride(0);
       if (as_columns) {
         matrices.push_back({args.weight, Layout::kColumns, inner, args.row_stride});
       } else {

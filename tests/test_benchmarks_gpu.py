@@ -51,12 +51,14 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatc
     assert told.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["--seconds", "-1"], ["--seconds", "inf"], ["--fast"]])
+@pytest.mark.parametrize("arguments", [["--seconds", "-1"], ["--seconds", "0"], ["--seconds", "inf"], ["--fast"]])
 def test_bad_options(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["gpu", *arguments])
     assert caught.value.code == 2
-    assert arguments[0] in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert arguments[0] in told
+    assert told.count("\n") == 1
 
 
 @pytest.mark.parametrize("extra", cases.EXTRAS)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from benchmarks.arguments import Parser, positive_seconds
 from benchmarks.results import ResultsError, check_writable, default_path, save
 
 # For everything but the start of Python and the case in hand when the time is up.
@@ -18,13 +19,15 @@ _WIDTH = 150
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks gpu",
         description="Check the Triton kernels on this GPU, then time them against torch.nn (cuDNN). Exit code: 0, 1 if a "
         "result was wrong or a case failed, 2 where nothing can be measured.",
     )
     parser.add_argument("--quick", action="store_true", help="fewer cases, below two minutes")
-    parser.add_argument("--seconds", type=float, help=f"time (default {SECONDS:.0f}, with --quick {QUICK_SECONDS:.0f})")
+    parser.add_argument(
+        "--seconds", type=positive_seconds, help=f"time (default {SECONDS:.0f}, with --quick {QUICK_SECONDS:.0f})"
+    )
     parser.add_argument("--json", type=Path, help="results file (default benchmarks/out/<date>.json)")
     parser.add_argument("--tune", action="store_true", help="write the table of tile sizes instead of measuring the layers")
     parser.add_argument("--table", type=Path, help="the table that --tune writes (default: that of the package)")
@@ -36,8 +39,6 @@ def main(arguments: Sequence[str]) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
-    if not 0 < seconds < float("inf"):
-        parser.error(f"--seconds: expected a number above 0, got {options.seconds}")
     from fused_rnn.kernels import triton as backend
 
     reason = backend.unavailable()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from benchmarks import arguments
+from benchmarks.arguments import Parser
 from benchmarks.training.model import CELLS
 from benchmarks.training.trainer import Settings
 
@@ -17,28 +18,10 @@ EXIT_CODES = (
 )
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the message as one line to standard error and exit with code 2."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
 def number(kind: type[int] | type[float], low: float, high: float, *, above: bool = False) -> Callable[[str], float]:
     """Make a type for argparse: a finite number from ``low`` (or, with ``above``, from just above it) to ``high``."""
     allowed = f"{'a whole' if kind is int else 'a'} number {'above' if above else 'from'} {low:g} to {high:g}"
-
-    def convert(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not math.isfinite(value) or not low <= value <= high or (above and value == low):
-            raise argparse.ArgumentTypeError(f"expected {allowed}, got {text!r}")
-        return value
-
-    return convert
+    return arguments.number(kind, lambda value: low <= value <= high and not (above and value == low), allowed)
 
 
 size = number(int, 1, 1 << 20)

@@ -76,15 +76,16 @@ _ROWS_PER_COLUMN = 2
 _FEW_MULTIPLICATIONS = 1 << 18
 
 
+def _is_faster(rows: int, outputs: int, columns: int) -> bool:
+    """Whether the extension sums a weight's gradient, (outputs, columns), over so many rows sooner than torch."""
+    return outputs >= _ROWS_PER_COLUMN * columns or rows * outputs * columns <= _FEW_MULTIPLICATIONS
+
+
 def weight_gradient(
     d_gates: Tensor, inputs: Sequence[Tensor], d_weight: Tensor | None, d_bias: Tensor | None, add: bool
 ) -> None:
     """Sum a weight's gradient over the rows of many steps; see ``fused_rnn.kernels``."""
-    if d_weight is None:
-        kernels.weight_gradient(d_gates, inputs, d_weight, d_bias, add)
-        return
-    outputs, columns = d_weight.shape
-    if outputs < _ROWS_PER_COLUMN * columns and d_gates.shape[0] * outputs * columns > _FEW_MULTIPLICATIONS:
+    if d_weight is None or not _is_faster(d_gates.shape[0], *d_weight.shape):
         kernels.weight_gradient(d_gates, inputs, d_weight, d_bias, add)
         return
     parts = [part if has_rows(part) else part.contiguous() for part in inputs]
