@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import json
@@ -241,6 +242,38 @@ def test_torchrun_wants_a_batch_that_can_be_split(tmp_path: Path) -> None:
     assert code == 1
     assert "argument --batch: expected a multiple of the 2 processes, got 5" in err
     assert not list((tmp_path / "two").iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the threads of a process are counted in Linux's /proc")
+def test_the_threads_of_the_group_end_with_it() -> None:
+    """One that outlives the group may abort the process when it ends."""
+    program = """if True:
+        import dataclasses
+        from pathlib import Path
+        import torch
+        from benchmarks.training.parallel import processes
+        def threads():
+            return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+        def train(group):
+            model = group.wrap(torch.nn.Linear(3, 2))
+            model(torch.ones(4, 3)).sum().backward()
+            print([name for name in threads() if "gloo" in name])
+        with processes() as group:
+            train(dataclasses.replace(group, size=2))
+        print([name for name in threads() if "gloo" in name])
+    """
+    command = "-m torch.distributed.run --standalone --nproc_per_node 1 --no-python".split()
+    run = subprocess.run(
+        [sys.executable, *command, sys.executable, "-c", program],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    within, after = map(ast.literal_eval, run.stdout.splitlines())
+    assert within
+    assert not after
 
 
 def test_the_first_process_decides_and_the_loss_is_that_of_all(pair: Pair) -> None:

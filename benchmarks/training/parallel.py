@@ -8,6 +8,7 @@ Without torchrun there is one process, and nothing here does anything.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# Before the group exists: its functions take the group of the time of the import for their default, and keep it for good.
+import torch.distributed.nn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -104,7 +108,11 @@ class _WithValue(torch.autograd.Function):
 
 @contextmanager
 def processes() -> Iterator[Processes]:
-    """Join the processes that torchrun has started, until the end of the block."""
+    """Join the processes that torchrun has started, until the end of the block.
+
+    The group's threads end with it, if nothing holds it any more. One that drops a tensor while the interpreter shuts down
+    aborts the process.
+    """
     if not dist.is_available() or not dist.is_torchelastic_launched():
         yield Processes()
         return
@@ -112,4 +120,6 @@ def processes() -> Iterator[Processes]:
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"]))
     finally:
+        # Wrapped models hold the group, and are parts of cycles.
+        gc.collect()
         dist.destroy_process_group()
