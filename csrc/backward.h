@@ -25,9 +25,10 @@ class BackwardWalk {
         inputs_(share(vectors_of(args.inputs, kLanes<T>), members, member)),
         barrier_(barrier),
         shared_(members > 1),
+        fetches_(outgrows_caches<T>(args.sizes, (Cell::kTape + Cell::kGradients) * hidden_ + args.inputs)),
         d_h_(args.d_states[0] + d * steps_.batch * output_),
         d_c_(Cell::kHasC ? args.d_states[1] + d * steps_.batch * hidden_ : nullptr),
-        scratch_(batch.size()) {}
+        scratch_(steps_.batch, batch.size()) {}
 
   void run() {
     const Index length = args_.t_end - args_.t_begin;
@@ -73,8 +74,9 @@ class BackwardWalk {
     const Index after = walked < 0 ? 0 : steps_.offset(walked) + batch_.begin;
     const T** rows = scratch_.rows.get();
     for (Index j = 0; j < active; ++j) rows[j] = resets(after + j) ? zeros_ : d_gates(after + j);
+    if (shared_) fetch_few(rows, active, Cell::kFeedback * hidden_);
     const Range columns = kProjected ? outputs_ : units_;
-    const auto ahead = [&](Index j, Index v) {
+    const auto ahead = [&](Index j, Index v) __attribute__((always_inline)) {
       if (j < n && !kProjected) fetch(t, j, v * kLanes<T>);
     };
     product<T, 1>(nullptr, args_.weight_hh[d_], output_, columns, n > active ? n : active, active, scratch_, ahead,
@@ -108,7 +110,9 @@ class BackwardWalk {
     };
     product<T, 1>(
         nullptr, args_.weight_ih[d_], args_.inputs, inputs_, n, n, scratch_,
-        [&](Index j, Index v) { prefetch_to_write(d_input(j, v)); },
+        [&](Index j, Index v) __attribute__((always_inline)) {
+          if (fetches_) prefetch_to_write(d_input(j, v));
+        },
         [&](Index j, Index v, const Vec<T>* sums) {
           with_io<T>(args_.inputs, v, [&](auto io, Index) { io.store(d_input(j, v), sums[0]); });
         });
@@ -120,7 +124,7 @@ class BackwardWalk {
     const Index first = steps_.offset(t) + batch_.begin;
     const T** rows = scratch_.rows.get();
     for (Index j = 0; j < n; ++j) rows[j] = d_gates(first + j) + Cell::kGradients * hidden_;
-    const auto ahead = [&](Index j, Index v) { fetch(t, j, v * kLanes<T>); };
+    const auto ahead = [&](Index j, Index v) __attribute__((always_inline)) { fetch(t, j, v * kLanes<T>); };
     product<T, 1>(nullptr, args_.weight_hr[d_], hidden_, units_, n, n, scratch_, ahead,
                   [&](Index j, Index v, const Vec<T>* sums) {
                     with_io<T>(hidden_, v, [&](auto io, Index) { point(io, sums[0], t, j, v * kLanes<T>); });
@@ -128,7 +132,8 @@ class BackwardWalk {
   }
 
   // Fetches what point() will touch and no step before it has.
-  void fetch(Index t, Index j, Index unit) const {
+  [[gnu::always_inline]] void fetch(Index t, Index j, Index unit) const {
+    if (!fetches_) return;
     const Index row = steps_.offset(t) + batch_.begin + j;
     const T* tape = args_.tape.at(row, d_) + unit;
     for (int b = 0; b < Cell::kTape; ++b) prefetch(tape + b * hidden_);
@@ -176,7 +181,7 @@ class BackwardWalk {
   const bool reverse_;
   const Range batch_, units_, outputs_, inputs_;
   Barrier& barrier_;
-  const bool shared_;
+  const bool shared_, fetches_;
   T* const d_h_;
   T* const d_c_;
   Scratch<T> scratch_;

@@ -24,9 +24,13 @@ class ForwardWalk {
         outputs_(share(vectors_of(output_, kLanes<T>), members, member)),
         barrier_(barrier),
         shared_(members > 1),
+        blocks_(args.keep        ? Cell::kTape
+                : args.weight_ih ? 0
+                                 : Cell::kGates),
+        fetches_(outgrows_caches<T>(args.sizes, blocks_ * hidden_ + output_)),
         h_(args.states[0] + d * steps_.batch * output_),
         c_(Cell::kHasC ? args.states[1] + d * steps_.batch * hidden_ : nullptr),
-        scratch_(batch.size(), args.weight_ih != nullptr) {}
+        scratch_(steps_.batch, batch.size(), args.weight_ih != nullptr) {}
 
   void run() {
     const bool reverse = args_.sizes.reverse[d_];
@@ -63,15 +67,16 @@ class ForwardWalk {
     for (Index j = 0; j < n; ++j) {
       h[j] = resets(first + j) ? zeros_ : j < going_on ? args_.out.at(before + j, d_) : h_ + (batch_.begin + j) * output_;
     }
+    if (shared_) fetch_few(h, n, output_);
     const Matrix<T>* weight_ih = args_.weight_ih ? args_.weight_ih + d_ : nullptr;
     if (weight_ih) {
       for (Index j = 0; j < n; ++j) scratch_.inputs.get()[j] = args_.input + (first + j) * args_.input_stride;
     }
     const T* bias = args_.bias ? args_.bias + d_ * Cell::kBias * hidden_ : nullptr;
-    const int blocks = args_.keep ? Cell::kTape : weight_ih ? 0 : Cell::kGates;
-    const auto ahead = [&](Index j, Index v) {
+    const auto ahead = [&](Index j, Index v) __attribute__((always_inline)) {
+      if (!fetches_) return;
       const Index unit = v * kLanes<T>;
-      for (int b = 0; b < blocks; ++b) prefetch_to_write(args_.tape.at(first + j, d_) + b * hidden_ + unit);
+      for (int b = 0; b < blocks_; ++b) prefetch_to_write(args_.tape.at(first + j, d_) + b * hidden_ + unit);
       if (!m_ && Cell::kTape > 1) prefetch_to_write(args_.out.at(first + j, d_) + unit);
     };
     const auto point = [&](Index j, Index v, const Vec<T>* sums) {
@@ -129,6 +134,8 @@ class ForwardWalk {
   const Range batch_, units_, outputs_;
   Barrier& barrier_;
   const bool shared_;
+  const int blocks_;  // of the tape that a step touches
+  const bool fetches_;
   T* const h_;
   T* const c_;
   Scratch<T> scratch_;

@@ -32,8 +32,8 @@ constexpr int tile_rows(int vectors) {
 // c[m][v] = sum over k in [k_begin, k_end) of a[m][k] * panel[v][k], or added to it. The caller's c has kGroup vectors a row.
 // Every step fetches one vector from `ahead` on, for a later tile.
 template <class T, int kVectors, int kRows>
-inline void panel_tile(const T* panels, Index panel_stride, Index k_begin, Index k_end, const T* const* a, bool add, Vec<T>* c,
-                       const T* ahead) {
+[[gnu::noinline]] void panel_tile(const T* panels, Index panel_stride, Index k_begin, Index k_end, const T* const* a, bool add,
+                                  Vec<T>* c, const T* ahead) {
   Vec<T> sums[kRows][kVectors];
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
@@ -74,11 +74,62 @@ inline void panel_tile_of(int rows, const T* panels, Index panel_stride, Index k
   }
 }
 
+// Batches of so few sequences are bound by the reading of the weights.
+constexpr Index kFewRows = 2;
+
+// Each sum in so many parts, every one over its own steps of K: with so few rows, one chain of additions would wait for itself.
+constexpr int few_chains(int vectors) {
+#if FUSED_RNN_MANY_REGISTERS
+  return vectors == 4 ? 2 : vectors == 1 ? 8 : 4;
+#else
+  return vectors == 1 ? 4 : 2;
+#endif
+}
+
+// As panel_tile, for batches of at most kFewRows sequences. It fetches nothing for later: what is read so fast and in order the
+// processor fetches itself, and every line that is asked for beside it delays one that is needed.
+template <class T, int kVectors, int kRows>
+[[gnu::noinline]] void few_rows_tile(const T* panels, Index panel_stride, Index k_begin, Index k_end, const T* const* a,
+                                     bool add, Vec<T>* c) {
+  constexpr int kChains = few_chains(kVectors);
+  Vec<T> sums[kChains][kRows][kVectors] = {};
+  const T* rows[kRows];
+  for (int m = 0; m < kRows; ++m) rows[m] = a[m];
+  const T* w = panels + k_begin * kLanes<T>;
+  const auto multiply = [&](Vec<T>(&to)[kRows][kVectors], Index k) {
+    Vec<T> weights[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) weights[v] = *reinterpret_cast<const Vec<T>*>(w + v * panel_stride);
+    w += kLanes<T>;
+#pragma GCC unroll 2
+    for (int m = 0; m < kRows; ++m) {
+      const Vec<T> x = broadcast<T>(rows[m][k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) to[m][v] += x * weights[v];
+    }
+  };
+  Index k = k_begin;
+  for (; k + kChains <= k_end; k += kChains) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kChains; ++i) multiply(sums[i], k + i);
+  }
+  for (; k < k_end; ++k) multiply(sums[0], k);
+#pragma GCC unroll 2
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+#pragma GCC unroll 8
+      for (int i = 1; i < kChains; ++i) sums[0][m][v] += sums[i][m][v];
+      c[m * kGroup + v] = add ? c[m * kGroup + v] + sums[0][m][v] : sums[0][m][v];
+    }
+  }
+}
+
 // All rows of a chunk, cut into tiles of nearly equal height: 8 rows are 4 + 4 and not 6 + 2.
 //
 // While the tiles of one pass work on one stretch of K, they fetch the next stretch, and in the last pass the panels at `next`,
-// which are read after these. `ahead(row)` is called once for every row, between the tiles of the first pass: the caller
-// fetches what it will combine the products with.
+// which are read after these; none are if the whole batch has few rows. `ahead(row)` is called once for every row, between the
+// tiles of the first pass: the caller fetches what it will combine the products with.
 template <class T, int kVectors, class RowAhead>
 inline void panel_chunk(const T* panels, Index inner, const T* const* a, int rows, bool add, Vec<T>* c, const T* next,
                         RowAhead&& ahead) {
@@ -89,6 +140,14 @@ inline void panel_chunk(const T* panels, Index inner, const T* const* a, int row
   const Index passes = (inner + kDepth - 1) / kDepth;
   for (Index pass = 0; pass < passes; ++pass) {
     const Index k = inner * pass / passes, k_end = inner * (pass + 1) / passes;
+    if (!next) {
+      if (rows == 1) {
+        few_rows_tile<T, kVectors, 1>(panels, panel_stride, k, k_end, a, add || k > 0, c);
+      } else {
+        few_rows_tile<T, kVectors, 2>(panels, panel_stride, k, k_end, a, add || k > 0, c);
+      }
+      continue;
+    }
     for (int tile = 0, row = 0; tile < tiles; ++tile) {
       const int height = (rows - row + tiles - tile - 1) / (tiles - tile);
       const T* soon = (k_end < inner ? panels + k_end * kLanes<T> : next) + (tile % kVectors) * panel_stride;
@@ -176,7 +235,7 @@ inline const T* panels_of(const Matrix<T>& w, Index first) {
 }
 
 // c[row][0 .. vectors) of vectors first .. first + vectors - 1 of the columns, for `rows` <= kChunk rows; panels can also be
-// added to it. The product after this one starts at panels `after`; `ahead` as in panel_chunk.
+// added to it. The product after this one starts at panels `after`, null in a batch of few rows; `ahead` as in panel_chunk.
 template <class T, class RowAhead>
 inline void product_chunk(const Matrix<T>& w, Columns columns, Index first, int vectors, const T* const* a, int rows, bool add,
                           Vec<T>* c, const T* after, RowAhead&& ahead) {
@@ -203,7 +262,7 @@ inline void product_chunk(const Matrix<T>& w, Columns columns, Index first, int 
 #else
       // Four vectors by two rows would load more than they multiply; twice two vectors by six rows do not.
       const T* others = panels + 2 * w.inner * kLanes<T>;
-      panel_chunk<T, 2>(panels, w.inner, a, rows, add, c, others, ahead);
+      panel_chunk<T, 2>(panels, w.inner, a, rows, add, c, after ? others : nullptr, ahead);
       return panel_chunk<T, 2>(others, w.inner, a, rows, add, c + 2, after, [](int) {});
 #endif
   }

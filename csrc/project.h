@@ -12,7 +12,7 @@ void project(const ProjectArgs<T>& p) {
   parallel(threads_for(static_cast<double>(p.columns) * p.inner * sizeof(T), p.threads), [&](int rank, int size) {
     const Matrix<T> weight = {p.weight, Layout::kColumns, p.inner, p.weight_stride};
     const Range mine = share(vectors_of(p.columns, kLanes<T>), size, rank);
-    Scratch<T> scratch(p.rows);
+    Scratch<T> scratch(p.rows, p.rows);
     for (Index row = 0; row < p.rows; ++row) scratch.rows.get()[row] = p.input + row * p.input_stride;
     product<T, 1>(
         nullptr, weight, p.columns, mine, p.rows, p.rows, scratch, [](Index, Index) {},

@@ -204,8 +204,8 @@ inline void transpose(Vec<T>* rows) {
 }
 
 // Fetches a line into the second-level cache: to be read, or to be written.
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
-inline void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 2); }
+[[gnu::always_inline]] inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+[[gnu::always_inline]] inline void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 2); }
 
 // Limits x to [-limit, limit]. NaN stays: a comparison with it is false.
 // x86's minimum and maximum give their second operand then; written as a comparison, each would be two instructions.

@@ -78,7 +78,10 @@ inline std::vector<Range> batch_parts(const StepRows& steps, int parts) {
 // One thread's private memory for a walk: the pointers to its rows of the products, and the products' results.
 template <class T>
 struct Scratch {
-  explicit Scratch(Index batch, bool with_inputs = false) : rows(batch), inputs(with_inputs ? batch : 0) {}
+  // For a part of a batch of `all` sequences.
+  Scratch(Index all, Index part, bool with_inputs = false) : few(all <= kFewRows), rows(part), inputs(with_inputs ? part : 0) {}
+  // Of the whole batch, and not of a part: how it is shared must not change the order of the sums.
+  const bool few;
   // Whether products take their columns from the last to the first. A walk turns round at every step: what the step before read
   // last is then read first, while the caches still have it. Always from the first, weights larger than a cache would find
   // nothing of theirs there.
@@ -87,6 +90,26 @@ struct Scratch {
   Buffer<const T*> rows;
   Buffer<const T*> inputs;
 };
+
+// Whether buffers with so many columns of T, for every row of all steps, outgrow the caches: only then is it worth the while to
+// fetch what a step will touch of them.
+template <class T>
+inline bool outgrows_caches(const Sizes& s, Index columns) {
+  const Index last = s.steps.length - 1;
+  const double rows = static_cast<double>(s.steps.offset(last) + s.steps.count(last));
+  const double bytes = rows * static_cast<double>(s.recurrences * columns) * sizeof(T);
+  return bytes > 2 * s.threads * second_level_cache();
+}
+
+// Fetches the rows of a product that other threads have just written: few rows' worth of weights do not take long enough for
+// the lines to come one by one. Inlined always: GCC drops calls of a function that does nothing but fetch.
+template <class T>
+[[gnu::always_inline]] inline void fetch_few(const T* const* rows, Index n, Index columns) {
+  if (n > 4) return;
+  for (Index j = 0; j < n; ++j) {
+    for (Index i = 0; i < columns; i += 64 / static_cast<Index>(sizeof(T))) __builtin_prefetch(rows[j] + i, 0, 3);
+  }
+}
 
 // Calls f(io, v) for vector v, with io for a whole vector or for the last few units.
 template <class T, class F>
@@ -121,14 +144,17 @@ inline void product(const Matrix<T>* w_inputs, const Matrix<T>& w, Index hidden,
       const Index next = end < n || i + 1 == groups ? v : scratch.descending ? v - kVectors : v + kVectors;
       const Index products = known <= row ? 0 : (known < end ? known : end) - row;
       if (products) {
+        const auto panels_after = [&](const Matrix<T>& of, Index first) {
+          return scratch.few ? nullptr : panels_of(of, first * kGates);
+        };
         const Columns columns = {kGates, hidden};
         const int group = static_cast<int>(count * kGates), chunk = static_cast<int>(products);
-        const auto fetch = [&](int j) {
+        const auto fetch = [&](int j) __attribute__((always_inline)) {
           for (Index u = 0; u < count; ++u) ahead(row + j, v + u);
         };
         if (w_inputs) {
           product_chunk<T>(*w_inputs, columns, v * kGates, group, scratch.inputs.get() + row, chunk, false, scratch.products,
-                           panels_of(w, v * kGates), fetch);
+                           panels_after(w, v), fetch);
           if constexpr (kApart >= 0) {
             for (Vec<T>* c = scratch.products; c < scratch.products + chunk * kGroup; c += kGroup) {
               c[kGates] = c[kApart];
@@ -136,10 +162,10 @@ inline void product(const Matrix<T>* w_inputs, const Matrix<T>& w, Index hidden,
             }
           }
           product_chunk<T>(w, columns, v * kGates, group, scratch.rows.get() + row, chunk, true, scratch.products,
-                           panels_of(*w_inputs, next * kGates), [](int) {});
+                           panels_after(*w_inputs, next), [](int) {});
         } else {
           product_chunk<T>(w, columns, v * kGates, group, scratch.rows.get() + row, chunk, false, scratch.products,
-                           panels_of(w, next * kGates), fetch);
+                           panels_after(w, next), fetch);
         }
       }
       for (Index i = products * kGroup; i < (end - row) * kGroup; ++i) scratch.products[i] = Vec<T>{};

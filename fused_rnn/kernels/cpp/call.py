@@ -12,9 +12,19 @@ from fused_rnn import _C
 from fused_rnn.kernels.cpp import has_rows
 from fused_rnn.steps import Steps
 
-# Up to this many rows, weights are read as torch stores them: a dot product per unit. Packing them first costs about as much as
-# one step of a few rows, and the packed product needs several rows to be faster at all.
+# Up to so many rows, weights can be read as torch stores them: a dot product per unit. A step of one row then takes some 10 %
+# longer, and half as long again where rows of the weights begin in the middle of a vector or are multiplied with two rows at
+# once. Packing takes as long as some five steps: it pays from so many steps on.
 _ROWS_WITHOUT_PACKING = 2
+_STEPS_TO_PACK = 64
+_STEPS_TO_PACK_UNALIGNED = 16
+_VECTOR = 16
+
+
+def _as_columns(steps: Steps, inner: int) -> bool:
+    """Whether the forward reads weights of so many columns as they are."""
+    one = steps.batch == 1 and inner % _VECTOR == 0
+    return steps.batch <= _ROWS_WITHOUT_PACKING and steps.length < (_STEPS_TO_PACK if one else _STEPS_TO_PACK_UNALIGNED)
 
 
 class Packed(NamedTuple):
@@ -35,7 +45,7 @@ def kernels_of(cell: str) -> tuple[Callable[..., Packed], Callable[..., None], C
         backward: bool,
         weight_ih: Sequence[Tensor] | None = None,
     ) -> Packed:
-        as_columns = not backward and (steps.batch <= _ROWS_WITHOUT_PACKING or steps.length == 1)
+        as_columns = not backward and (steps.length == 1 or _as_columns(steps, weight_hh[0].shape[1]))
         threads = torch.get_num_threads()
 
         def packed(weights: Sequence[Tensor] | None, product: str) -> Any:
