@@ -162,7 +162,7 @@ struct StepArgs {
   Index weight_ih_stride = 0, weight_hh_stride = 0;
   const T *bias_ih = nullptr, *bias_hh = nullptr;  // or null
   const T *h = nullptr, *c = nullptr;
-  T *out = nullptr, *h_new = nullptr, *c_new = nullptr;
+  T *out = nullptr, *h_new = nullptr, *c_new = nullptr;  // out, a copy of the new h, may be null
   int threads = 1;
 };
 

@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "packed.h"
+#include "single_step.h"
 #include "tensors.h"
 
 namespace fused_rnn {
@@ -273,59 +274,6 @@ void weight_gradient(const Tensor& d_gates, const Tensors& inputs, const Tensor&
   }
 }
 
-template <class T>
-void step_typed(int cell, const Tensor& input, const Tensors& states, const Tensors& new_states, const Tensor& out,
-                const Tensor& weight_ih, const Tensor& weight_hh, const Optional& bias_ih, const Optional& bias_hh,
-                int threads) {
-  const CellShape& shape = kShapes[cell];
-  const std::size_t count = shape.has_c ? 2 : 1;
-  if (states.size() != count || new_states.size() != count)
-    refuse("states, new_states", std::to_string(count) + " each", "others");
-  StepArgs<T> args;
-  args.rows = input.shape(0);
-  args.inputs = input.shape(1);
-  args.hidden = weight_hh.shape(1);
-  args.threads = threads;
-  args.input_stride = matrix<T>("input", input, args.rows, args.inputs);
-  args.input = input.data<const T>();
-  args.weight_ih_stride = matrix<T>("weight_ih", weight_ih, shape.gates * args.hidden, args.inputs);
-  args.weight_hh_stride = matrix<T>("weight_hh", weight_hh, shape.gates * args.hidden, args.hidden);
-  args.weight_ih = weight_ih.data<const T>();
-  args.weight_hh = weight_hh.data<const T>();
-  const Shape bias = {shape.gates * args.hidden};
-  if (bias_ih) args.bias_ih = contiguous<const T>("bias_ih", *bias_ih, bias);
-  if (bias_hh) args.bias_hh = contiguous<const T>("bias_hh", *bias_hh, bias);
-  const Shape size = {1, args.rows, args.hidden};
-  args.h = contiguous<const T>("states[0]", states[0], size);
-  args.h_new = contiguous<T>("new_states[0]", new_states[0], size);
-  args.out = contiguous<T>("out", out, {args.rows, args.hidden});
-  check_apart("new_states[0]", new_states[0], "states[0]", states[0]);
-  check_apart("out", out, "states[0]", states[0]);
-  check_apart("out", out, "new_states[0]", new_states[0]);
-  check_apart("new_states[0]", new_states[0], "input", input);
-  check_apart("out", out, "input", input);
-  if (shape.has_c) {
-    args.c = contiguous<const T>("states[1]", states[1], size);
-    args.c_new = contiguous<T>("new_states[1]", new_states[1], size);
-    check_apart("new_states[1]", new_states[1], "states[1]", states[1]);
-  }
-  const py::gil_scoped_release release;
-  typed<T>(*current().load()).step[cell](args);
-}
-
-void step(const std::string& cell, const Tensor& input, const Tensors& states, const Tensors& new_states, const Tensor& out,
-          const Tensor& weight_ih, const Tensor& weight_hh, const Optional& bias_ih, const Optional& bias_hh, int threads) {
-  check_dimensions("input", input, 2);
-  check_dimensions("weight_hh", weight_hh, 2);
-  if (threads < 1) refuse("threads", "1 or more", std::to_string(threads));
-  const int index = cell_index(cell);
-  if (input.dtype() == Dtype::kFloat32) {
-    step_typed<float>(index, input, states, new_states, out, weight_ih, weight_hh, bias_ih, bias_hh, threads);
-  } else {
-    step_typed<double>(index, input, states, new_states, out, weight_ih, weight_hh, bias_ih, bias_hh, threads);
-  }
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -354,9 +302,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("weight_gradient", &weight_gradient, py::arg("d_gates"), py::arg("inputs"), py::arg("d_weight"), py::arg("d_bias"),
         py::arg("add"), py::arg("threads"),
         "Write d_gates transposed times the inputs to d_weight and the sums of its columns to d_bias, or add them.");
-  m.def("step", &step, py::arg("cell"), py::arg("input"), py::arg("states"), py::arg("new_states"), py::arg("out"),
-        py::arg("weight_ih"), py::arg("weight_hh"), py::arg("bias_ih"), py::arg("bias_hh"), py::arg("threads"),
-        "Take one step of a few rows without a backward.");
+  m.def("step", &step, py::arg("cell"), py::arg("input"), py::arg("states"), py::arg("weights"), py::arg("batch_first"),
+        py::arg("threads"), "Take one step of a stack of layers without a backward, or return None.");
   m.def("backward", &backward, py::arg("cell"), py::arg("d_gates"), py::arg("d_states"), py::arg("d_out"), py::arg("d_cells"),
         py::arg("tape"), py::arg("out"), py::arg("states_0"), py::arg("weight_ih").none(true), py::arg("weight_hh"),
         py::arg("weight_hr").none(true), py::arg("length"), py::arg("batch"), py::arg("batch_sizes"), py::arg("offsets"),

@@ -38,16 +38,18 @@ void pack_backward(const PackArgs<T>& p, const PackShape<Cell, T>& shape, Range 
   constexpr Index kBlock = 16;
   for (Index k = 0; k < shape.inner; k += kBlock) {
     const Index end = shape.inner - k < kBlock ? shape.inner : k + kBlock;
+    const T* rows[kBlock];
+    for (Index i = k; i < end; ++i) {
+      // Only what feeds back has blocks in another order than the weight.
+      const bool ordered = p.product != Product::kHidden;
+      const Index row = ordered ? i : Cell::weight_block(static_cast<int>(i / p.hidden)) * p.hidden + i % p.hidden;
+      rows[i - k] = p.weight + row * p.row_stride;
+    }
     for (Index v = mine.begin; v < mine.end; ++v) {
-      const Index column = v * kLanes<T>;
-      T* panel = p.panels + v * shape.inner * kLanes<T>;
-      for (Index i = k; i < end; ++i) {
-        // Only what feeds back has blocks in another order than the weight.
-        const bool ordered = p.product != Product::kHidden;
-        const Index row = ordered ? i : Cell::weight_block(static_cast<int>(i / p.hidden)) * p.hidden + i % p.hidden;
-        const T* from = p.weight + row * p.row_stride + column;
-        with_io<T>(shape.columns, v, [&](auto io, Index) { store<T>(panel + i * kLanes<T>, io.load(from)); });
-      }
+      T* panel = p.panels + (v * shape.inner + k) * kLanes<T>;
+      with_io<T>(shape.columns, v, [&](auto io, Index) {
+        for (Index i = 0; i < end - k; ++i) store<T>(panel + i * kLanes<T>, io.load(rows[i] + v * kLanes<T>));
+      });
     }
   }
 }

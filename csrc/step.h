@@ -56,7 +56,7 @@ void step(const StepArgs<T>& args) {
             p.keep = false;
             p.h = args.h_new + place;
             Cell::forward(io, hs, p);
-            io.store(args.out + place, io.load(p.h));
+            if (args.out) io.store(args.out + place, io.load(p.h));
           }
         });
       }

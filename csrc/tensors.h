@@ -1,8 +1,9 @@
 // From torch's tensors to checked pointers: whatever is wrong with a call is raised here, before a kernel runs.
 //
-// torch is not needed to build this: a tensor is asked for its data_ptr(), dtype, shape and stride() as Python would. That is
-// faster than an array of NumPy around it, and leaves no mark on it: Tensor.numpy() forbids for good that the tensor's storage
-// is resized, as torch.distributed's fully_shard does with a gathered parameter.
+// torch is not needed to build this: a tensor is read through DLPack's table of functions, or where torch is too old for it or
+// the tensor is of a class of its own, it is asked for its data_ptr(), dtype, shape and stride() as Python would. Both leave no
+// mark on it: Tensor.numpy() forbids for good that the tensor's storage is resized, as torch.distributed's fully_shard does
+// with a gathered parameter.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -19,6 +20,7 @@
 #include <vector>
 
 #include "args.h"
+#include "exchange.h"
 
 namespace fused_rnn {
 
@@ -50,6 +52,11 @@ inline const char* dtype_name(Dtype dtype) {
   return names[static_cast<int>(dtype)];
 }
 
+inline Index dtype_bytes(Dtype dtype) {
+  constexpr Index bytes[] = {4, 8, 8, 1, 0};
+  return bytes[static_cast<int>(dtype)];
+}
+
 // What a tensor on the CPU says of itself. It borrows: whoever made it keeps the tensor alive.
 class Tensor {
  public:
@@ -59,22 +66,10 @@ class Tensor {
 
   explicit Tensor(py::handle tensor) {
     const Names& names = Names::get();
-    if (!tensor.attr(names.is_cpu).cast<bool>()) throw py::value_error("expected a tensor on the CPU, got one elsewhere");
     if (method(tensor, names.is_neg).cast<bool>()) {
       throw py::value_error("expected a tensor whose memory holds its numbers, got a view with the other sign");
     }
-    const py::object dtype = tensor.attr(names.dtype);
-    for (int i = 0; i < static_cast<int>(Dtype::kOther); ++i) {
-      if (dtype.is(names.dtypes[i])) dtype_ = static_cast<Dtype>(i);
-    }
-    const py::tuple shape = tensor.attr(names.shape), strides = method(tensor, names.stride);
-    dimensions_ = static_cast<int>(shape.size());
-    if (dimensions_ > kMostDimensions) throw py::value_error("expected at most 3 dimensions, got more");
-    for (int i = 0; i < dimensions_; ++i) {
-      shape_[i] = shape[i].cast<Index>();
-      strides_[i] = strides[i].cast<Index>();
-    }
-    data_ = reinterpret_cast<void*>(method(tensor, names.data_ptr).cast<std::uintptr_t>());
+    if (!read(names, tensor)) ask(names, tensor);
     if (!data_ && size()) {
       throw std::runtime_error("expected a tensor with memory of its own, got a " +
                                std::string(Py_TYPE(tensor.ptr())->tp_name) +
@@ -83,8 +78,33 @@ class Tensor {
     }
   }
 
+  // Whether an object is a torch.Tensor or a torch.nn.Parameter, and not of a class derived from them.
+  static bool is_plain(py::handle object) {
+    const Names& names = Names::get();
+    const void* type = Py_TYPE(object.ptr());
+    return type == names.tensor.ptr() || type == names.parameter.ptr();
+  }
+
   static bool is_tensor(py::handle object) {
     return PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(Names::get().tensor.ptr()));
+  }
+
+  // The same memory without an axis of one element.
+  Tensor without(int axis) const {
+    Tensor rest = *this;
+    --rest.dimensions_;
+    for (int i = axis; i < rest.dimensions_; ++i) {
+      rest.shape_[i] = shape_[i + 1];
+      rest.strides_[i] = strides_[i + 1];
+    }
+    return rest;
+  }
+  // One entry of the first axis, which stays.
+  Tensor at(Index place) const {
+    Tensor one = *this;
+    one.shape_[0] = 1;
+    one.data_ = static_cast<char*>(data_) + place * strides_[0] * dtype_bytes(dtype_);
+    return one;
   }
 
   Dtype dtype() const { return dtype_; }
@@ -114,10 +134,9 @@ class Tensor {
   std::pair<const char*, const char*> span() const {
     const char* begin = static_cast<const char*>(data_);
     if (!size()) return {begin, begin};
-    constexpr Index bytes[] = {4, 8, 8, 1, 0};
     Index elements = 1;
     for (int i = 0; i < dimensions_; ++i) elements += (shape_[i] - 1) * strides_[i];
-    return {begin, begin + elements * bytes[static_cast<int>(dtype_)]};
+    return {begin, begin + elements * dtype_bytes(dtype_)};
   }
 
  private:
@@ -125,13 +144,19 @@ class Tensor {
   struct Names {
     py::str is_cpu = intern("is_cpu"), is_neg = intern("is_neg"), dtype = intern("dtype"), shape = intern("shape"),
             stride = intern("stride"), data_ptr = intern("data_ptr");
-    py::object tensor;
+    py::object tensor, parameter;
     std::array<py::object, static_cast<std::size_t>(Dtype::kOther)> dtypes;
+    const dlpack::Exchange* exchange = nullptr;
 
     Names() {
       const py::module_ torch = py::module_::import("torch");
       tensor = torch.attr("Tensor");
+      parameter = torch.attr("nn").attr("Parameter");
       dtypes = {torch.attr("float32"), torch.attr("float64"), torch.attr("int64"), torch.attr("bool")};
+      const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
+      if (!PyCapsule_IsValid(capsule.ptr(), dlpack::kCapsule)) return;
+      const auto* table = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsule));
+      if (table->version.major == dlpack::kMajorVersion && table->read) exchange = table;
     }
     static py::str intern(const char* name) { return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(name)); }
     static const Names& get() {
@@ -140,6 +165,50 @@ class Tensor {
       return *names;
     }
   };
+
+  // Through DLPack's table; false where that does not apply, or has no answer.
+  bool read(const Names& names, py::handle tensor) {
+    if (!names.exchange || !is_plain(tensor)) return false;
+    dlpack::Tensor view;
+    if (names.exchange->read(tensor.ptr(), &view) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    if (view.device_type != dlpack::kCpu || view.dimensions > kMostDimensions) return false;
+    dimensions_ = view.dimensions;
+    Index stride = 1;
+    for (int i = dimensions_; i-- > 0;) {
+      shape_[i] = view.shape[i];
+      strides_[i] = view.strides ? view.strides[i] : stride;
+      stride *= shape_[i];
+    }
+    const auto is = [&](std::uint8_t code, int bits) { return view.dtype.code == code && view.dtype.bits == bits; };
+    dtype_ = view.dtype.lanes != 1    ? Dtype::kOther
+             : is(dlpack::kFloat, 32) ? Dtype::kFloat32
+             : is(dlpack::kFloat, 64) ? Dtype::kFloat64
+             : is(dlpack::kInt, 64)   ? Dtype::kInt64
+             : is(dlpack::kBool, 8)   ? Dtype::kBool
+                                      : Dtype::kOther;
+    data_ = view.data ? static_cast<char*>(view.data) + view.byte_offset : nullptr;
+    return true;
+  }
+
+  // Through the tensor's own attributes and methods.
+  void ask(const Names& names, py::handle tensor) {
+    if (!tensor.attr(names.is_cpu).cast<bool>()) throw py::value_error("expected a tensor on the CPU, got one elsewhere");
+    const py::object dtype = tensor.attr(names.dtype);
+    for (int i = 0; i < static_cast<int>(Dtype::kOther); ++i) {
+      if (dtype.is(names.dtypes[i])) dtype_ = static_cast<Dtype>(i);
+    }
+    const py::tuple shape = tensor.attr(names.shape), strides = method(tensor, names.stride);
+    dimensions_ = static_cast<int>(shape.size());
+    if (dimensions_ > kMostDimensions) throw py::value_error("expected at most 3 dimensions, got more");
+    for (int i = 0; i < dimensions_; ++i) {
+      shape_[i] = shape[i].cast<Index>();
+      strides_[i] = strides[i].cast<Index>();
+    }
+    data_ = reinterpret_cast<void*>(method(tensor, names.data_ptr).cast<std::uintptr_t>());
+  }
 
   static py::object method(py::handle object, const py::str& name) {
     PyObject* result = PyObject_CallMethodNoArgs(object.ptr(), name.ptr());

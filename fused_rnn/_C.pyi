@@ -16,14 +16,10 @@ def step(
     cell: str,
     input: Tensor,
     states: Sequence[Tensor],
-    new_states: Sequence[Tensor],
-    out: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
+    weights: Sequence[Tensor | None],
+    batch_first: bool,
     threads: int,
-) -> None: ...
+) -> tuple[Tensor, tuple[Tensor, ...]] | None: ...
 
 class Memory:
     def __init__(self, bytes: int) -> None: ...

@@ -15,10 +15,10 @@ from typing import Literal, TypeVar, overload
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import checks, operators, sequences, stack, streaming
+from fused_rnn import checks, operators, sequences, stack
 from fused_rnn.cell_functional import gru_cell, lstm_cell, pair, rnn_relu_cell, rnn_tanh_cell, single
 from fused_rnn.cells import GRU, LSTM, RNN_RELU, RNN_TANH, Cell, Weights
-from fused_rnn.stack import Options, directions_of, is_plain
+from fused_rnn.stack import Options, directions_of
 from fused_rnn.steps import Steps
 
 __all__ = ["Weights", "gru", "gru_cell", "lstm", "lstm_cell", "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell"]
@@ -205,10 +205,6 @@ def _sequence(
     if isinstance(input, PackedSequence):
         return _packed(cell, input, weights, states, options)
     checks.check_rank(cell, input)
-    if is_plain(options):
-        step = streaming.step(cell, input, states, weights, options.batch_first)
-        if step is not None:
-            return step[0], step[1], None
     batched = input.dim() == 3
     if states is not None:
         checks.check_state_ranks(states, batched)

@@ -121,8 +121,12 @@ def _one_step(
     whole = layer.steps.dense and len(weights) == 1 and reset is None and COMPUTE[input.dtype] == input.dtype
     if layer.cell_states or not whole or layer.kernels.step is None:
         return None
-    taken: tuple[Tensor, States] | None = layer.kernels.step(layer.cell.name, input, states, weights[0])
-    return taken
+    *four, projection = weights[0]
+    taken: tuple[Tensor, States] | None = None
+    if projection is None:
+        taken = layer.kernels.step(layer.cell.name, input.unsqueeze(0), states, four, False)
+    # In place: an output that is a view made in an autograd Function cannot be changed in place.
+    return None if taken is None else (taken[0].squeeze_(0), taken[1])
 
 
 def forward(

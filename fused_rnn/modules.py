@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import functional
-from fused_rnn.cells import Weights
+from fused_rnn import cells, functional, streaming
+from fused_rnn.cells import Cell, Weights
 from fused_rnn.initialisation import Initialised
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -55,6 +55,17 @@ class _Layers(Initialised, torch.nn.RNNBase):
                 one[2:2] = (None, None)
             weights.append(Weights(*one))
         return weights
+
+    def _step(self, cell: Cell, input: Any, states: tuple[Any, ...]) -> tuple[Any, Any] | None:
+        """Take the short way of ``fused_rnn.streaming``, or return None where it does not apply."""
+        if torch.is_grad_enabled() or self.bidirectional or self.proj_size or (self.dropout and self.training):
+            return None
+        parameters = self._parameters
+        # None for a weight that is no parameter, which the short way does not take.
+        weights = [parameters.get(name) for name in self._flat_weights_names]
+        if not self.bias:
+            weights = [part for first in range(0, len(weights), 2) for part in (*weights[first : first + 2], None, None)]
+        return streaming.step(cell, input, states, weights, self.batch_first)
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -140,6 +151,10 @@ class RNN(_Layers):
         self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Input | None = None
     ) -> tuple[Input, Tensor]:
         """Run the layers; shapes and errors in the class docstring."""
+        if hx is not None and lengths is None and reset is None:
+            step = self._step(cells.RNN_TANH if self.mode == "RNN_TANH" else cells.RNN_RELU, input, (hx,))
+            if step is not None:
+                return step[0], step[1][0]
         function = functional.rnn_tanh if self.mode == "RNN_TANH" else functional.rnn_relu
         return function(input, self._weights(), hx, lengths=lengths, reset=reset, **self._options())
 
@@ -216,6 +231,10 @@ class GRU(_Layers):
         self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Input | None = None
     ) -> tuple[Input, Tensor]:
         """Run the layers; shapes and errors in the class docstring."""
+        if hx is not None and lengths is None and reset is None:
+            step = self._step(cells.GRU, input, (hx,))
+            if step is not None:
+                return step[0], step[1][0]
         return functional.gru(input, self._weights(), hx, lengths=lengths, reset=reset, **self._options())
 
 
@@ -342,6 +361,10 @@ class LSTM(_Layers):
         return_cell_states: bool = False,
     ) -> Any:
         """Run the layers; shapes and errors in the class docstring."""
+        if type(hx) is tuple and lengths is None and reset is None and return_cell_states is False:
+            step = self._step(cells.LSTM, input, hx)
+            if step is not None:
+                return step
         options = {**self._options(), "lengths": lengths, "reset": reset, "return_cell_states": return_cell_states}
         return functional.lstm(input, self._weights(), hx, **options)
 

@@ -34,12 +34,6 @@ def directions_of(options: Options) -> int:
     return 2 if options.bidirectional else 1
 
 
-def is_plain(options: Options) -> bool:
-    """Whether nothing is asked for that a stack of layers in one direction does not do by itself."""
-    dropout = options.dropout and options.training
-    return not (options.bidirectional or dropout or options.cell_states) and options.lengths is None and options.reset is None
-
-
 def layers(
     cell: Cell,
     rows: Tensor,

@@ -69,7 +69,7 @@ def make_backward(cell: str) -> dict[str, Any]:
 
 
 def make_step(
-    cell: str, dtype: torch.dtype = torch.float32, rows: int = 3, inputs: int = 21, hidden: int = 37
+    cell: str, dtype: torch.dtype = torch.float32, rows: int = 3, inputs: int = 21, hidden: int = 37, layers: int = 2
 ) -> dict[str, Any]:
     random = torch.Generator().manual_seed(0)
 
@@ -77,17 +77,15 @@ def make_step(
         return torch.randn(shape, generator=random, dtype=dtype) / 4
 
     gates = CELLS[cell][0] * hidden
-    states = [draw(1, rows, hidden) for _ in range(2 if cell == "lstm" else 1)]
+    weights = []
+    for columns in (inputs, *[hidden] * (layers - 1)):
+        weights += [draw(gates, columns), draw(gates, hidden), draw(gates), draw(gates)]
     return {
         "cell": cell,
-        "input": draw(rows, inputs),
-        "states": states,
-        "new_states": [torch.full_like(state, torch.nan) for state in states],
-        "out": torch.full((rows, hidden), torch.nan, dtype=dtype),
-        "weight_ih": draw(gates, inputs),
-        "weight_hh": draw(gates, hidden),
-        "bias_ih": draw(gates),
-        "bias_hh": draw(gates),
+        "input": draw(1, rows, inputs),
+        "states": tuple(draw(layers, rows, hidden) for _ in range(2 if cell == "lstm" else 1)),
+        "weights": weights,
+        "batch_first": False,
         "threads": 2,
     }
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -133,20 +138,29 @@ def test_wrong_projections_raise() -> None:
         _C.project(x, w, out, 0)
 
 
-WRONG_STEP = {
+def with_weight(call: dict[str, Any], place: int, weight: Any) -> dict[str, Any]:
+    return {"weights": [weight if i == place else other for i, other in enumerate(call["weights"])]}
+
+
+WRONG_STEP: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "unknown cell": lambda call: {"cell": "lstn"},
-    "features": lambda call: {"input": call["input"][:, :-1]},
+    "features": lambda call: {"input": call["input"][..., :-1].clone()},
     "dtype of input": lambda call: {"input": call["input"].double()},
-    "1D input": lambda call: {"input": call["input"][0]},
-    "2D states": lambda call: {"states": [state[0] for state in call["states"]]},
-    "rows of states": lambda call: {"states": [state[:, :-1].clone() for state in call["states"]]},
+    "2D states": lambda call: {"states": tuple(state[0] for state in call["states"])},
+    "rows of states": lambda call: {"states": tuple(state[:, :-1].clone() for state in call["states"])},
+    "layers of states": lambda call: {"states": tuple(state[:1].clone() for state in call["states"])},
+    "units of c": lambda call: {"states": (call["states"][0], call["states"][1][..., :-1].clone())},
     "one state": lambda call: {"states": call["states"][:1]},
-    "states in place": lambda call: {"new_states": call["states"]},
-    "out is a state": lambda call: {"out": call["new_states"][0]},
-    "rows of weight_ih": lambda call: {"weight_ih": call["weight_ih"][:-1]},
-    "columns of weight_hh": lambda call: {"weight_hh": call["weight_hh"][:, :-1]},
-    "strides of weight_hh": lambda call: {"weight_hh": every_other_column(call["weight_hh"])},
-    "length of bias": lambda call: {"bias_hh": call["bias_hh"][:-1]},
+    "no units": lambda call: {"states": tuple(state[..., :0].clone() for state in call["states"])},
+    "no weights": lambda call: {"weights": []},
+    "half a layer": lambda call: {"weights": call["weights"][:6]},
+    "rows of weight_ih": lambda call: with_weight(call, 0, call["weights"][0][:-1]),
+    "columns of weight_hh": lambda call: with_weight(call, 1, call["weights"][1][:, :-1]),
+    "columns of the second weight_ih": lambda call: with_weight(call, 4, call["weights"][0]),
+    "dtype of weight_hh": lambda call: with_weight(call, 1, call["weights"][1].double()),
+    "1D weight_ih": lambda call: with_weight(call, 0, call["weights"][0][:, 0].clone()),
+    "length of bias": lambda call: with_weight(call, 7, call["weights"][7][:-1]),
+    "the other sign": lambda call: {"input": torch.complex(call["input"], call["input"]).conj().imag},
     "no threads": lambda call: {"threads": 0},
 }
 
@@ -154,10 +168,36 @@ WRONG_STEP = {
 @pytest.mark.parametrize("case", WRONG_STEP)
 def test_wrong_steps_raise(case: str) -> None:
     call = make_step("lstm")
-    _C.step(**call)
-    assert call["out"].isfinite().all()
+    assert _C.step(**call)[0].isfinite().all()
     with pytest.raises(ValueError, match="expected"):
         _C.step(**call | WRONG_STEP[case](call))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+OTHER_STEP: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "two steps": lambda call: {"input": call["input"].expand(2, -1, -1)},
+    "unbatched input": lambda call: {"input": call["input"][0]},
+    "many rows": lambda call: {"input": torch.zeros(1, 9, 21)},
+    "no rows": lambda call: {"input": torch.zeros(1, 0, 21)},
+    "bfloat16": lambda call: {"input": call["input"].bfloat16()},
+    "strided input": lambda call: {"input": every_other_column(call["input"][0])[None]},
+    "strided states": lambda call: {"states": tuple(state.mT.contiguous().mT for state in call["states"])},
+    "strided weight": lambda call: with_weight(call, 1, every_other_column(call["weights"][1])),
+    "strided bias": lambda call: with_weight(call, 2, call["weights"][2].repeat_interleave(2)[::2]),
+    "a weight that is missing": lambda call: with_weight(call, 5, None),
+    "a subclass as input": lambda call: {"input": call["input"].as_subclass(Subclass)},
+    "a subclass as weight": lambda call: with_weight(call, 4, call["weights"][4].as_subclass(Subclass)),
+    "no tensor": lambda call: {"input": call["input"].numpy()},
+}
+
+
+@pytest.mark.parametrize("case", OTHER_STEP)
+def test_steps_of_another_kind_are_left_to_others(case: str) -> None:
+    call = make_step("lstm")
+    assert _C.step(**call | OTHER_STEP[case](call)) is None
 
 
 def test_unknown_instruction_set_raises() -> None:
@@ -166,14 +206,56 @@ def test_unknown_instruction_set_raises() -> None:
 
 
 def test_what_is_no_tensor_in_cpu_memory_raises() -> None:
-    call = make_step("gru")
+    x, w, out = torch.ones(2, 5), torch.ones(7, 5), torch.empty(2, 7)
     with pytest.raises(TypeError, match="incompatible function arguments"):
-        _C.step(**call | {"input": call["input"].numpy()})
+        _C.project(x.numpy(), w, out, 1)
     with pytest.raises(ValueError, match="expected a tensor on the CPU"):
-        _C.step(**call | {"input": call["input"].to("meta")})
-    freed = call["weight_hh"].clone()
+        _C.project(x.to("meta"), w, out, 1)
+    with pytest.raises(ValueError, match="other sign"):
+        _C.project(torch.complex(x, x).conj().imag, w, out, 1)
+    with pytest.raises(ValueError, match="at most 3 dimensions"):
+        _C.project(x[None, None], w, out, 1)
+    with pytest.raises(ValueError, match=r"expected torch\.float32, got another"):
+        _C.project(x, w.to(torch.int32), out, 1)
+    freed = w.clone()
     freed.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="expected a tensor with memory of its own"):
-        _C.step(**call | {"weight_hh": freed})
-    with pytest.raises(ValueError, match="at most 3 dimensions"):
-        _C.step(**call | {"input": call["input"][None, None]})
+        _C.project(x, freed, out, 1)
+    _C.project(x, w, out, 1)
+    assert out.eq(5).all()
+
+
+def test_tensors_of_other_classes_are_read_by_their_attributes() -> None:
+    x, w, out = torch.randn(3, 6)[:, ::1], torch.randn(5, 9)[:, 2:8], torch.empty(3, 5)
+    _C.project(x.as_subclass(Subclass), w.as_subclass(Subclass), out.as_subclass(Subclass), 1)
+    torch.testing.assert_close(out, x @ w.t())
+
+
+def test_without_the_table_of_dlpack() -> None:
+    """As with a torch that is too old for it: the same values, bit for bit."""
+    program = """if True:
+        import hashlib, sys, torch
+        if sys.argv[1] == "without":
+            torch.Tensor.__dlpack_c_exchange_api__ = None
+        import fused_rnn
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+        digest = hashlib.sha256()
+        for dtype in (torch.float32, torch.float64):
+            rnn = fused_rnn.GRU(5, 19, 2, dtype=dtype)
+            x = torch.randn(7, 3, 5, dtype=dtype, requires_grad=True)
+            reset = torch.rand(7, 3) < 0.3
+            out, h = rnn(x, reset=reset)
+            out.square().sum().backward()
+            with torch.no_grad():
+                results = [out, h, x.grad, *(p.grad for p in rnn.parameters()), *rnn(x[:1], h)]
+            for result in results:
+                digest.update(result.detach().numpy().tobytes())
+        print(digest.hexdigest())
+    """
+    printed = {
+        subprocess.run([sys.executable, "-c", program, case], capture_output=True, text=True, check=True, timeout=120).stdout
+        for case in ("with", "without")
+    }
+    assert len(printed) == 1
+    assert len(printed.pop()) == 65

@@ -34,9 +34,9 @@ ALLOWED = {
     "streaming": DATA | {"dispatch", "operators", "derivatives"},
     "stack": DATA | {"entry", "operators", "sequences"},
     "cell_functional": DATA | {"checks", "entry"},
-    "functional": DATA | {"checks", "operators", "sequences", "stack", "streaming", "cell_functional"},
+    "functional": DATA | {"checks", "operators", "sequences", "stack", "cell_functional"},
     "initialisation": set(),
-    "modules": DATA | {"functional", "initialisation"},
+    "modules": DATA | {"functional", "streaming", "initialisation"},
     "cell_modules": DATA | {"functional", "initialisation"},
     "convert": {"modules", "cell_modules", "checks", "initialisation"},
 }

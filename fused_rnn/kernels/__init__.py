@@ -56,9 +56,10 @@ walked steps, I), which it writes.
 It may export ``WHOLE = True``: its row buffers are in the dtype that is stored, bfloat16 and float16 too, and a whole walk
 comes in one call. States, d_states, states_0 and bias are then float32, or float64 with buffers of float64. This is for a GPU.
 
-It may also export ``step(cell, input, states, weight)`` → (out, states) or None: one step without a backward, for streaming,
-with input (N, I), states (1, N, ·) and ``Weights``; out is (N, P). None where it has no better way for these sizes. It checks
-its arguments itself, and raises before anything is written.
+It may also export ``step(cell, input, states, weights, batch_first)`` → (out, states) or None: one step of a stack of layers in
+one direction without a backward, for streaming, with input (1, N, I), or (N, 1, I) with ``batch_first``, and states (L, N, H);
+out is laid out as the input. weights: four for each layer, ih, hh and the two biases or None. None, with nothing done, where it
+has no better way for this call; it checks its arguments itself, and raises before anything is written.
 """
 
 from __future__ import annotations

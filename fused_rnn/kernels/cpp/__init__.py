@@ -109,25 +109,8 @@ def project(input: Tensor, weight: Tensor, out: Tensor) -> None:
         _C.project(input if has_rows(input) else input.contiguous(), weight, out, torch.get_num_threads())
 
 
-def step(cell: str, input: Tensor, states: tuple[Tensor, ...], weight: Weights) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+def step(
+    cell: str, input: Tensor, states: tuple[Tensor, ...], weights: Sequence[Tensor | None], batch_first: bool
+) -> tuple[Tensor, tuple[Tensor, ...]] | None:
     """Take one step of a few rows; see ``fused_rnn.kernels``."""
-    ih, hh, bias_ih, bias_hh, hr = weight
-    if input.shape[0] > _FEW_ROWS or hr is not None or not (has_rows(ih) and has_rows(hh)):
-        return None
-    states = tuple([state.contiguous() for state in states])
-    # The format by name, because an axis of one element may have any stride, and a copy would have it too.
-    after = tuple([torch.empty_like(state, memory_format=torch.contiguous_format) for state in states])
-    out = torch.empty_like(states[0], memory_format=torch.contiguous_format).squeeze_(0)
-    _C.step(
-        cell,
-        input.contiguous(),
-        states,
-        after,
-        out,
-        ih,
-        hh,
-        None if bias_ih is None else bias_ih.contiguous(),
-        None if bias_hh is None else bias_hh.contiguous(),
-        torch.get_num_threads(),
-    )
-    return out, after
+    return _C.step(cell, input, states, weights, batch_first, torch.get_num_threads())
