@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,8 +67,23 @@ def layer(
     if not recorded and not transformed():
         out, ends, _ = layers.forward(call, input, states, weights, reset, keep=False)
         return out, ends
-    out, *rest = _Layer.apply(call, reset, *tensors)  # type: ignore[no-untyped-call]
+    out, *rest = _applied(_Layer, call, reset, *tensors)
     return out, tuple(rest[: len(states) + cell_states])
+
+
+def _applied(function: type[torch.autograd.Function], call: Layer | BackwardCall, *operands: Tensor | None) -> tuple[Any, ...]:
+    """As ``function.apply``, but where no transform is active without what takes longer than the kernels of a small layer.
+
+    That is to bind the arguments to the forward's signature: all of them come by position.
+    """
+    results: tuple[Any, ...]
+    if torch._C._are_functorch_transforms_active():
+        results = function.apply(call, *operands)  # type: ignore[no-untyped-call]
+        return results
+    # A tensor may have left a transform that has ended.
+    alive = [None if operand is None else torch._C._functorch.unwrap_if_dead(operand) for operand in operands]
+    results = super(torch.autograd.Function, function).apply(call, *alive)  # type: ignore[misc]
+    return results
 
 
 class _Kept:
@@ -164,9 +177,9 @@ class _Layer(torch.autograd.Function):
             kept.put_biases(tensors)
         if changed:
             with torch.no_grad():
-                out, *_ = _Layer.apply(call, reset, *tensors)  # type: ignore[no-untyped-call]
+                out, *_ = _applied(_Layer, call, reset, *tensors)
         if differentiable:
-            grads = _Backward.apply(BackwardCall(call, wanted), reset, out, tape, *d_outputs[:-1], *tensors)  # type: ignore[no-untyped-call]
+            grads = _applied(_Backward, BackwardCall(call, wanted), reset, out, tape, *d_outputs[:-1], *tensors)
         else:
             # A pullback of torch.func.vjp that is called after it holds wrappers of a transform that has ended.
             operands = (reset, out, tape, *d_outputs[:-1], *tensors)
@@ -241,23 +254,3 @@ def _cut(call: BackwardCall, rest: Sequence[Any]) -> tuple[Sequence[Any], Sequen
     """Cut the operands of ``_Backward`` after ``tape`` into the gradients of the results and the layer's tensors."""
     count = len(rest) - len(call.wanted)
     return rest[:count], rest[count:]
-
-
-class _Positional(inspect.Signature):
-    """The signature of a function whose arguments all come by position and have no defaults: there is nothing to bind."""
-
-    def bind(self, *args: Any, **kwargs: Any) -> Any:
-        return _Bound(args) if not kwargs else super().bind(*args, **kwargs)
-
-
-class _Bound(NamedTuple):
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any] = MappingProxyType({})
-
-    def apply_defaults(self) -> None:
-        pass
-
-
-# torch binds the arguments of every call to the forward's signature, which takes longer than the kernels of a small layer.
-_Layer.forward.__signature__ = _Positional()  # type: ignore[attr-defined]
-_Backward.forward.__signature__ = _Positional()  # type: ignore[attr-defined]

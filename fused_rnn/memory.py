@@ -25,11 +25,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     if size < _KEPT_BYTES or _Memory is None or device.type != "cpu" or torch.are_deterministic_algorithms_enabled():
         # In deterministic mode torch fills fresh memory with NaN where it is told to.
         return torch.empty(shape, dtype=dtype, device=device)
-    block = torch.frombuffer(_Memory(size), dtype=dtype)
-    # No view of the block: what a custom Function returns could not be changed in place then.
-    whole = torch.empty(0, dtype=dtype)
-    whole.set_(block.untyped_storage())
-    return whole.resize_(shape)
+    # Its shape in place, no view of it: what a custom Function returns could not be changed in place then.
+    return torch.frombuffer(_Memory(size), dtype=dtype).resize_(shape)
 
 
 def empty_cache() -> None:
