@@ -15,6 +15,7 @@ from fused_rnn import layer as layers
 from fused_rnn.batching import BackwardCall
 from fused_rnn.cells import Cell, Weights, split
 from fused_rnn.derivatives import transformed
+from fused_rnn.gradients import WeightGradients
 from fused_rnn.layer import Layer, States
 from fused_rnn.per_sample import GroupedWeightGradients
 from fused_rnn.steps import Steps, unwrapped
@@ -182,9 +183,8 @@ class _Layer(torch.autograd.Function):
             grads = _applied(_Backward, BackwardCall(call, wanted), reset, out, tape, *d_outputs[:-1], *tensors)
         else:
             # A pullback of torch.func.vjp that is called after it holds wrappers of a transform that has ended.
-            operands = (reset, out, tape, *d_outputs[:-1], *tensors)
-            plain: list[Any] = [None if operand is None else unwrapped(operand) for operand in operands]
-            grads = _Backward.forward(BackwardCall(call, wanted), *plain)
+            reset, out, tape = _unwrapped((reset, out, tape))
+            grads = _gradients(BackwardCall(call, wanted), reset, out, tape, _unwrapped(d_outputs[:-1]), _unwrapped(tensors))
         return (None, None, *grads)
 
     @staticmethod
@@ -208,17 +208,7 @@ class _Backward(torch.autograd.Function):
     def forward(
         call: BackwardCall, reset: Tensor | None, out: Tensor, tape: Tensor | None, *rest: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        layer, groups = call.layer, call.groups
-        d_outputs, tensors = _cut(call, rest)
-        input, states, weights = split(layer.cell, tensors)
-        input_wanted, states_wanted, weights_wanted = split(layer.cell, call.wanted)
-        given = (reset, out, tape, d_outputs[0], d_outputs[1:], input_wanted, weights_wanted)
-        if groups is None:
-            grads = gradients.backward(layer, input, states, weights, *given)
-        else:
-            grads = gradients.backward(layer, input, states, weights, *given, partial(GroupedWeightGradients, groups))
-        d_states = (grad if asked else None for grad, asked in zip(grads.states, states_wanted, strict=True))
-        return (grads.input, *d_states, *(grad for weight in grads.weights for grad in weight))
+        return _gradients(call, reset, out, tape, *_cut(call, rest))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -248,6 +238,29 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: BackwardCall, *operands: Any) -> tuple[Any, Any]:
         return batching.backward_rule(_Backward.apply, info.batch_size, in_dims, call, operands)
+
+
+def _unwrapped(operands: Sequence[Any]) -> list[Any]:
+    return [None if operand is None else unwrapped(operand) for operand in operands]
+
+
+def _gradients(
+    call: BackwardCall,
+    reset: Tensor | None,
+    out: Tensor,
+    tape: Tensor | None,
+    d_outputs: Sequence[Tensor | None],
+    tensors: Sequence[Any],
+) -> tuple[Tensor | None, ...]:
+    """What ``_Backward`` computes: the gradients of ``tensors``, None where they are not wanted."""
+    layer, collect = call.layer, WeightGradients if call.groups is None else partial(GroupedWeightGradients, call.groups)
+    input, states, weights = split(layer.cell, tensors)
+    input_wanted, states_wanted, weights_wanted = split(layer.cell, call.wanted)
+    grads = gradients.backward(
+        layer, input, states, weights, reset, out, tape, d_outputs[0], d_outputs[1:], input_wanted, weights_wanted, collect
+    )
+    d_states = [grad if asked else None for grad, asked in zip(grads.states, states_wanted, strict=True)]
+    return (grads.input, *d_states, *[grad for weight in grads.weights for grad in weight])
 
 
 def _cut(call: BackwardCall, rest: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn.cells import Weights
-from fused_rnn.layer import COMPUTE, Layer, States, compute_weights, copied, pack
+from fused_rnn.layer import COMPUTE, Layer, States, compute_weights, copied, in_dtype, pack
 from fused_rnn.memory import empty
 from fused_rnn.steps import Steps
 
@@ -102,7 +102,8 @@ class WeightGradients:
         self.hidden = weight.hh.shape[0] // layer.cell.num_gates
         self.begun = False
         # A hidden part of its own (the GRU's hn) has a gradient of its own for its bias.
-        self.apart = len(self.hidden_parts()) > 1
+        self.hidden_parts = self._hidden_parts()
+        self.apart = len(self.hidden_parts) > 1
         biased = wanted.bias_ih or wanted.bias_hh
         self.ih = self.room(weight.ih.shape) if wanted.ih else None
         self.hh = self.room(weight.hh.shape) if wanted.hh else None
@@ -116,21 +117,24 @@ class WeightGradients:
 
     def blocks(self, d_gates: Tensor, names: Sequence[str]) -> Tensor:
         """Neighbouring blocks of d_gates."""
+        width = len(names) * self.hidden
+        if width == d_gates.shape[1]:
+            return d_gates
         first = self.cell.d_gates.index(names[0]) * self.hidden
-        return d_gates[:, first : first + len(names) * self.hidden]
+        return d_gates[:, first : first + width]
 
-    def hidden_parts(self) -> list[tuple[str, ...]]:
+    def _hidden_parts(self) -> list[tuple[str, ...]]:
         """The blocks that weight_hh's rows receive, in groups of neighbours, in the order of those rows."""
         gates = self.cell.gates
         return [gates[:-1], ("hn",)] if "hn" in self.cell.d_gates else [gates]
 
-    def walk(self, d_gates: Tensor, input: Tensor, previous: _PreviousH, t_begin: int, t_end: int, tape: Tensor) -> None:
+    def walk(self, d_gates: Tensor, input: Tensor, previous: _PreviousH, t_begin: int, t_end: int, tape: Tensor | None) -> None:
         """Add what steps t_begin .. t_end - 1 contribute.
 
         Args:
             d_gates: (n, columns) of these steps.
             input: (n, I) of these steps.
-            tape: (n, columns) of these steps; read for weight_hr alone.
+            tape: (n, columns) of these steps; read for weight_hr alone, None without.
         """
         add = self.begun
         self.begun = True
@@ -138,14 +142,16 @@ class WeightGradients:
         if self.ih is not None or self.bias_x is not None:
             self.product(d_gates_x, [input], self.ih, self.bias_x, add)
         if self.hh is not None or self.bias_apart is not None:
-            inputs = [] if self.hh is None else [part.to(d_gates.dtype) for part in previous.parts(t_begin, t_end)]
+            inputs = [] if self.hh is None else [in_dtype(part, d_gates.dtype) for part in previous.parts(t_begin, t_end)]
             first = 0
-            for part in self.hidden_parts():
-                d_weight = None if self.hh is None else self.hh.narrow(-2, first, len(part) * self.hidden)
+            for part in self.hidden_parts:
+                d_weight = self.hh
+                if d_weight is not None and self.apart:
+                    d_weight = d_weight.narrow(-2, first, len(part) * self.hidden)
                 d_bias = self.bias_apart if part == ("hn",) else None
                 self.product(self.blocks(d_gates, part), inputs, d_weight, d_bias, add)
                 first += len(part) * self.hidden
-        if self.hr is not None:
+        if self.hr is not None and tape is not None:
             o = tape[:, self.cell.tape.index("o") * self.hidden :][:, : self.hidden]
             c = tape[:, self.cell.tape.index("c") * self.hidden :][:, : self.hidden]
             self.product(d_gates[:, len(self.cell.d_gates) * self.hidden :], [o * c.tanh()], self.hr, None, add)
@@ -200,7 +206,7 @@ def backward(
 
     weights = compute_weights(weights, compute)
     d_cells = d_ends[len(states)] if layer.cell_states else None
-    states_0 = tuple([state.to(exact).contiguous() for state in states])
+    states_0 = tuple([in_dtype(state, exact).contiguous() for state in states])
     d_states = tuple(
         [
             torch.zeros_like(state) if d_end is None else copied((d_end,), exact)[0]
@@ -220,11 +226,11 @@ def backward(
     takes = layer.kernels.takes_input
     takes_input = d_input is not None and recurrences == 1 and takes is not None and takes(steps, weights[0])
 
-    def finish(d: int, d_gates: Tensor, t_begin: int, t_end: int, h: _PreviousH, tape: Tensor) -> None:
+    def finish(d: int, d_gates: Tensor, t_begin: int, t_end: int, h: _PreviousH, tape: Tensor | None) -> None:
         """The products of recurrence d after steps t_begin .. t_end - 1; d_gates and tape hold these steps' rows alone."""
         span = steps.rows(t_begin, t_end)
         x = input[span] if t_end - t_begin < steps.length else input
-        sums[d].walk(d_gates, x if storage == compute else x.to(compute), h, t_begin, t_end, tape)
+        sums[d].walk(d_gates, in_dtype(x, compute), h, t_begin, t_end, tape)
         if d_input is not None and not takes_input:
             d_gates_x = sums[d].blocks(d_gates, cell.gates)
             if d == 0:
@@ -242,7 +248,7 @@ def backward(
             whole, d_states, d_out, d_cells, tape, out, states_0, packed, steps, 0, steps.length, layer.reverse, reset, *extra
         )
         for d, h in enumerate(previous):
-            finish(d, whole[:, d], 0, steps.length, h, tape[:, d])
+            finish(d, whole[:, d], 0, steps.length, h, None if weights[d].hr is None else tape[:, d])
     else:
         workspace: Tensor | None = None
         for d, (h, backwards) in enumerate(zip(previous, layer.reverse, strict=True)):

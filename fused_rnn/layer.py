@@ -88,6 +88,11 @@ def _bias(cell: Cell, weights: Sequence[Weights], dtype: torch.dtype) -> Tensor 
     return (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).view(len(weights), -1)
 
 
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which takes as long as an allocation even where it changes nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def compute_weights(weights: Sequence[Weights], dtype: torch.dtype) -> list[Weights]:
     """The weights in the dtype that the kernels compute in."""
     if weights[0].hh.dtype == dtype:
