@@ -59,17 +59,26 @@ def layer(
         return reference.layer(cell, input, steps, states, weights, reverse, reset, cell_states)
     if operators.traced(input, weights[0].hh):
         return operators.layer(cell, input, steps, states, weights, reverse, reset, cell_states)
-    if input.device.type == "meta" or input.numel() == 0 or weights[0].hh.numel() == 0:
+    if input.is_meta or input.numel() == 0 or weights[0].hh.numel() == 0:
         # Shapes alone, or no row, no feature, no hidden unit: nothing for a kernel, but a graph that gradients flow through.
         return reference.layer(cell, input, steps, states, weights, reverse, reset, cell_states)
     call = Layer(cell, dispatch.kernels(cell, input.device), steps, reverse, cell_states)
-    tensors = [input, *states, *(tensor for weight in weights for tensor in weight)]
-    recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    if not recorded and not transformed():
+    tensors: list[Tensor | None] = [input, *states]
+    for weight in weights:
+        tensors += weight
+    if not (torch.is_grad_enabled() and _any_requires_grad(tensors)) and not transformed():
         out, ends, _ = layers.forward(call, input, states, weights, reset, keep=False)
         return out, ends
     out, *rest = _applied(_Layer, call, reset, *tensors)
     return out, tuple(rest[: len(states) + cell_states])
+
+
+def _any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
+    # A plain loop: any() over a generator takes longer.
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def _applied(function: type[torch.autograd.Function], call: Layer | BackwardCall, *operands: Tensor | None) -> tuple[Any, ...]:

@@ -97,5 +97,5 @@ class Weights(NamedTuple):
 def split(cell: Cell, tensors: Sequence[Any]) -> tuple[Any, tuple[Any, ...], tuple[Weights, ...]]:
     """Split what a layer is a function of, or one value for each of these tensors, into input, states and weights."""
     first, each = 1 + len(cell.states), len(Weights._fields)
-    weights = (Weights(*tensors[i : i + each]) for i in range(first, len(tensors), each))
+    weights = [Weights(*tensors[i : i + each]) for i in range(first, len(tensors), each)]
     return tensors[0], tuple(tensors[1:first]), tuple(weights)

@@ -297,7 +297,9 @@ def _states(cell: Cell, rows: Tensor, weights: Sequence[Weights], states: States
     hidden = weights[0].hh.shape[1] if weights[0].hr is None else weights[0].hr.shape[1]
     sizes = [(recurrences, batch, weights[0].hh.shape[1] if name == "h" else hidden) for name in cell.states]
     if states is None:
-        states = tuple(rows.new_zeros(size) for size in sizes)
+        # Nobody writes to them, so that one tensor may serve as both.
+        one = weights[0].hr is None
+        states = (rows.new_zeros(sizes[0]),) * len(sizes) if one else tuple([rows.new_zeros(size) for size in sizes])
     else:
         checks.check_state_sizes(states, sizes)
         checks.check_same(rows, "hidden", states)
