@@ -68,6 +68,7 @@ _ON_REQUEST = {"reference": ("cuda",)}
 _MODULES = {"rnn_tanh": "rnn", "rnn_relu": "rnn", "lstm": "lstm", "gru": "gru"}
 
 _ENVIRONMENT = "FUSED_RNN_BACKEND"
+_ENCODED = os.environ.encodekey(_ENVIRONMENT)
 _asked_for: contextvars.ContextVar[str | None] = contextvars.ContextVar("fused_rnn_backend", default=None)
 
 
@@ -185,6 +186,15 @@ def _automatic(device_type: str) -> str:
     )
 
 
+def _from_environment() -> str | None:
+    # As a rule there is no such name, and os.environ.get raises and catches two exceptions to say so, at every call of a layer.
+    # What it looks into says it at once.
+    names = getattr(os.environ, "_data", None)
+    if names is not None and _ENCODED not in names:
+        return None
+    return os.environ.get(_ENVIRONMENT) or None
+
+
 def kernels(cell: Cell, device: torch.device) -> Kernels:
     """Choose the kernels of ``cell`` on ``device``.
 
@@ -201,7 +211,7 @@ def kernels(cell: Cell, device: torch.device) -> Kernels:
     name = _asked_for.get()
     source = f"fused_rnn.backend({name!r})"
     if name is None:
-        name = os.environ.get(_ENVIRONMENT) or None
+        name = _from_environment()
         if name is None:
             return _load(cell.name, _automatic(device.type))
         source = f"{_ENVIRONMENT}={name}"
