@@ -66,19 +66,12 @@ def layer(
     tensors: list[Tensor | None] = [input, *states]
     for weight in weights:
         tensors += weight
-    if not (torch.is_grad_enabled() and _any_requires_grad(tensors)) and not transformed():
+    recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if not recorded and not transformed():
         out, ends, _ = layers.forward(call, input, states, weights, reset, keep=False)
         return out, ends
     out, *rest = _applied(_Layer, call, reset, *tensors)
     return out, tuple(rest[: len(states) + cell_states])
-
-
-def _any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
-    # A plain loop: any() over a generator takes longer.
-    for tensor in tensors:
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
 
 
 def _applied(function: type[torch.autograd.Function], call: Layer | BackwardCall, *operands: Tensor | None) -> tuple[Any, ...]:
@@ -108,14 +101,16 @@ class _Kept:
         changes: a tensor that counts the changes of the output. It has no elements: the output's memory belongs to the saved
             tensors alone, which hooks may have moved elsewhere.
         biases: (place among the tensors, bias, its version). The parameters outlive the graph anyway.
+        inside_transform: whether the forward ran inside of one, whose wrappers the saved tensors may be.
     """
 
-    __slots__ = ("biases", "changes", "version")
+    __slots__ = ("biases", "changes", "inside_transform", "version")
 
     def __init__(self, out: Tensor, call: Layer, tensors: Sequence[Tensor | None], inside_transform: bool) -> None:
         self.version = out._version
         self.changes = out.detach()
         self.biases: list[tuple[int, Tensor, int]] = []
+        self.inside_transform = inside_transform
         if inside_transform:
             # No hooks there, and no tensor may be kept but by torch: a transform's wrappers end with it.
             return
@@ -191,9 +186,10 @@ class _Layer(torch.autograd.Function):
         if differentiable:
             grads = _applied(_Backward, BackwardCall(call, wanted), reset, out, tape, *d_outputs[:-1], *tensors)
         else:
-            # A pullback of torch.func.vjp that is called after it holds wrappers of a transform that has ended.
-            reset, out, tape = _unwrapped((reset, out, tape))
-            grads = _gradients(BackwardCall(call, wanted), reset, out, tape, _unwrapped(d_outputs[:-1]), _unwrapped(tensors))
+            if kept.inside_transform:
+                # A pullback of torch.func.vjp that is called after it holds wrappers of a transform that has ended.
+                reset, out, tape, *tensors = _unwrapped((reset, out, tape, *tensors))
+            grads = _gradients(BackwardCall(call, wanted), reset, out, tape, _unwrapped(d_outputs[:-1]), tensors)
         return (None, None, *grads)
 
     @staticmethod

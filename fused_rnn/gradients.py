@@ -213,7 +213,7 @@ def backward(
             for state, d_end in zip(states_0, d_ends[: len(states)], strict=True)
         ]
     )
-    out = out.view(rows, recurrences, output)
+    flat, out = out, out.view(rows, recurrences, output)
     tape = out if tape is None else tape
     if d_out is not None:
         d_out = d_out.resolve_neg().contiguous().view(rows, recurrences, output)
@@ -228,17 +228,22 @@ def backward(
 
     def finish(d: int, d_gates: Tensor, t_begin: int, t_end: int, h: _PreviousH, tape: Tensor | None) -> None:
         """The products of recurrence d after steps t_begin .. t_end - 1; d_gates and tape hold these steps' rows alone."""
-        span = steps.rows(t_begin, t_end)
-        x = input[span] if t_end - t_begin < steps.length else input
+        x, d_x = input, d_input
+        if t_end - t_begin < steps.length:
+            span = steps.rows(t_begin, t_end)
+            x, d_x = x[span], None if d_x is None else d_x[span]
         sums[d].walk(d_gates, in_dtype(x, compute), h, t_begin, t_end, tape)
-        if d_input is not None and not takes_input:
+        if d_x is not None and not takes_input:
             d_gates_x = sums[d].blocks(d_gates, cell.gates)
             if d == 0:
-                torch.mm(d_gates_x, weights[d].ih, out=d_input[span])
+                torch.mm(d_gates_x, weights[d].ih, out=d_x)
             else:
-                d_input[span].addmm_(d_gates_x, weights[d].ih)
+                d_x.addmm_(d_gates_x, weights[d].ih)
 
-    previous = [_PreviousH(steps, backwards, out[:, d], states_0[0][d], reset) for d, backwards in enumerate(layer.reverse)]
+    previous = [
+        _PreviousH(steps, backwards, flat if recurrences == 1 else out[:, d], states_0[0][d], reset)
+        for d, backwards in enumerate(layer.reverse)
+    ]
     row_bytes = columns * compute.itemsize
     if layer.kernels.whole or (storage == compute and rows * recurrences * row_bytes <= _CHUNK_BYTES):
         whole = empty((rows, recurrences, columns), compute, device)

@@ -96,6 +96,7 @@ def weight_gradient(
             else:
                 torch.mm(rows.t(), part, out=d_weight)
             row += part.shape[0]
-    if d_bias is not None:
-        total = d_gates.sum(0)
-        d_bias.add_(total) if add else d_bias.copy_(total)
+    if d_bias is not None and add:
+        d_bias.add_(d_gates.sum(0))
+    elif d_bias is not None:
+        torch.sum(d_gates, 0, out=d_bias)
