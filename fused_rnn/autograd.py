@@ -75,9 +75,9 @@ def layer(
 
 
 def _applied(function: type[torch.autograd.Function], call: Layer | BackwardCall, *operands: Tensor | None) -> tuple[Any, ...]:
-    """As ``function.apply``, but where no transform is active without what takes longer than the kernels of a small layer.
+    """As ``function.apply``, without binding the arguments to the forward's signature: all of them come by position.
 
-    That is to bind the arguments to the forward's signature: all of them come by position.
+    That takes longer than the kernels of a small layer. Under a transform, where time goes elsewhere, it is left to torch.
     """
     results: tuple[Any, ...]
     if torch._C._are_functorch_transforms_active():
