@@ -70,9 +70,8 @@ def takes_input(steps: Steps, weight: Weights) -> bool:
 
 
 # Each thread copies all of the inputs, for its share of d_weight's rows. With so many times as many rows as columns the copies
-# pay; torch's product is as fast or faster for square weights. Below so many multiplications, what it does before it multiplies
-# takes longer than they do.
-_ROWS_PER_COLUMN = 2
+# pay. Below so many multiplications, what torch's product does before it multiplies takes longer than they do.
+_ROWS_PER_COLUMN = 1
 _FEW_MULTIPLICATIONS = 1 << 18
 
 
