@@ -276,9 +276,10 @@ int check_step(const TypedKernels<T>& kernels, const CellSizes& cell, const Shap
 
 template <class T>
 int check(const TypedKernels<T>& kernels, const char* dtype) {
-  const Shape shapes[] = {{1, 1, 1, 1, 1, false, false},  {3, 2, 2, 17, 17, false, true},     {5, 7, 1, 33, 33, true, false},
-                          {4, 13, 2, 50, 50, true, true}, {3, 50, 1, 100, 100, false, false}, {2, 5, 3, 65, 65, false, false},
-                          {6, 9, 2, 37, 11, true, true},  {2, 4, 1, 70, 33, false, false}};
+  const Shape shapes[] = {{1, 1, 1, 1, 1, false, false},   {3, 2, 2, 17, 17, false, true},     {5, 7, 1, 33, 33, true, false},
+                          {4, 13, 2, 50, 50, true, true},  {3, 50, 1, 100, 100, false, false}, {2, 5, 3, 65, 65, false, false},
+                          {6, 9, 2, 37, 11, true, true},   {2, 4, 1, 70, 33, false, false},    {5, 1, 2, 150, 150, false, true},
+                          {5, 2, 1, 150, 150, true, false}};
   int failures = 0;
   for (const CellSizes& cell : kCells) {
     for (const Index hidden : {1, 16, 37}) {
