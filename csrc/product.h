@@ -78,21 +78,15 @@ inline void panel_tile_of(int rows, const T* panels, Index panel_stride, Index k
 constexpr Index kFewRows = 2;
 
 // Each sum in so many parts, every one over its own steps of K: with so few rows, one chain of additions would wait for itself.
-constexpr int few_chains(int vectors) {
-#if FUSED_RNN_MANY_REGISTERS
-  return vectors == 4 ? 2 : vectors == 1 ? 8 : 4;
-#else
-  return vectors == 1 ? 4 : 2;
-#endif
-}
+// The same for any number of vectors: how the units are shared must not change the order of the sums.
+constexpr int kFewChains = 2;
 
 // As panel_tile, for batches of at most kFewRows sequences. It fetches nothing for later: what is read so fast and in order the
 // processor fetches itself, and every line that is asked for beside it delays one that is needed.
 template <class T, int kVectors, int kRows>
 [[gnu::noinline]] void few_rows_tile(const T* panels, Index panel_stride, Index k_begin, Index k_end, const T* const* a,
                                      bool add, Vec<T>* c) {
-  constexpr int kChains = few_chains(kVectors);
-  Vec<T> sums[kChains][kRows][kVectors] = {};
+  Vec<T> sums[kFewChains][kRows][kVectors] = {};
   const T* rows[kRows];
   for (int m = 0; m < kRows; ++m) rows[m] = a[m];
   const T* w = panels + k_begin * kLanes<T>;
@@ -109,17 +103,17 @@ template <class T, int kVectors, int kRows>
     }
   };
   Index k = k_begin;
-  for (; k + kChains <= k_end; k += kChains) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kChains; ++i) multiply(sums[i], k + i);
+  for (; k + kFewChains <= k_end; k += kFewChains) {
+#pragma GCC unroll 2
+    for (int i = 0; i < kFewChains; ++i) multiply(sums[i], k + i);
   }
   for (; k < k_end; ++k) multiply(sums[0], k);
 #pragma GCC unroll 2
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-#pragma GCC unroll 8
-      for (int i = 1; i < kChains; ++i) sums[0][m][v] += sums[i][m][v];
+#pragma GCC unroll 2
+      for (int i = 1; i < kFewChains; ++i) sums[0][m][v] += sums[i][m][v];
       c[m * kGroup + v] = add ? c[m * kGroup + v] + sums[0][m][v] : sums[0][m][v];
     }
   }

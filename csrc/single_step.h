@@ -94,6 +94,11 @@ py::object step_typed(int cell, const Tensor& input, const py::sequence& states,
   // (1, N, H): of one layer as the new h, of several as one of them.
   py::object out = layers == 1 ? empty_like(states[0]) : empty_like(py::object(states[0])[py::slice(0, 1, 1)]);
   const Tensor h_new(after[0]), c_new = shape.has_c ? Tensor(after[1]) : Tensor(), out_read(out);
+  // Whoever intercepts torch's functions may have made something else of them.
+  const auto as_asked = [&](const Tensor& tensor, Index count) {
+    return tensor.dtype() == dtype_of<T>() && tensor.shape() == Shape{count, first.rows, hidden} && tensor.contiguous();
+  };
+  if (!as_asked(h_new, layers) || (shape.has_c && !as_asked(c_new, layers)) || !as_asked(out_read, 1)) return py::none();
   for (Index layer = 0; layer < layers; ++layer) {
     StepArgs<T>& args = calls[static_cast<std::size_t>(layer)];
     args.h = before[0].at(layer).data<const T>();

@@ -61,8 +61,13 @@ class _Layers(Initialised, torch.nn.RNNBase):
         if torch.is_grad_enabled() or self.bidirectional or self.proj_size or (self.dropout and self.training):
             return None
         parameters = self._parameters
-        # None for a weight that is no parameter, which the short way does not take.
-        weights = [parameters.get(name) for name in self._flat_weights_names]
+        weights: list[Tensor | None] = []
+        for name in self._flat_weights_names:
+            weight = parameters.get(name)
+            if weight is None:
+                # A parametrized, pruned or reassigned one is no parameter.
+                return None
+            weights.append(weight)
         if not self.bias:
             weights = [part for first in range(0, len(weights), 2) for part in (*weights[first : first + 2], None, None)]
         return streaming.step(cell, input, states, weights, self.batch_first)

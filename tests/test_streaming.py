@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from tolerances import assert_close_to_reference
+from torch.nn.utils import parametrize, prune
+from torch.overrides import TorchFunctionMode
 
 import fused_rnn
 from fused_rnn import streaming
@@ -192,3 +194,57 @@ def test_views_whose_memory_holds_the_other_sign() -> None:
     with torch.no_grad():
         found = ours(torch.complex(x, -x).conj().imag, torch.complex(h, -h).conj().imag)
         torch.testing.assert_close(found, ours(x, h), rtol=0, atol=0)
+
+
+PARAMETERS: dict[str, Callable[[torch.nn.Module, str], Any]] = {
+    "parametrized": lambda module, name: parametrize.register_parametrization(module, name, Halved()),
+    "pruned": lambda module, name: prune.l1_unstructured(module, name, 0.5),
+    "a buffer": lambda module, name: replace(module, name, lambda value: module.register_buffer(name, value / 2)),
+    "an attribute": lambda module, name: replace(module, name, lambda value: setattr(module, name, value / 2)),
+}
+
+
+class Halved(torch.nn.Module):
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        return value / 2
+
+
+def replace(module: torch.nn.Module, name: str, put: Callable[[torch.Tensor], Any]) -> None:
+    value = getattr(module, name).detach()
+    delattr(module, name)
+    put(value)
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("parameter", ["weight_ih_l0", "weight_hh_l1", "bias_ih_l0", "bias_hh_l1"])
+@pytest.mark.parametrize("case", PARAMETERS)
+def test_what_is_no_parameter_counts(name: str, parameter: str, case: str) -> None:
+    ours, _ = pair(name, num_layers=2)
+    x, h = torch.randn(1, 2, 5), torch.randn(2, 2, 19)
+    state = (h, torch.randn(2, 2, 19)) if name == "LSTM" else h
+    with torch.no_grad():
+        before = ours(x, state)
+        PARAMETERS[case](ours, parameter)
+        found, expected = ours(x, state), ours(x, state, lengths=torch.tensor([1, 1]))
+    for actual, other in zip(tensors(found), tensors(expected), strict=True):
+        torch.testing.assert_close(actual, other, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(tensors(found)[0], tensors(before)[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change", [torch.Tensor.half, torch.Tensor.double, lambda t: t[..., :1], lambda t: t.mT.contiguous().mT]
+)
+def test_results_that_a_mode_has_changed_are_not_written(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = function(*args, **(kwargs or {}))
+            return change(made) if function is torch.empty_like else made
+
+    ours, _ = pair("LSTM")
+    x, state = torch.randn(1, 2, 5), (torch.randn(1, 2, 19), torch.randn(1, 2, 19))
+    with torch.no_grad():
+        expected = ours(x, state)
+        with Mode():
+            found = ours(x, state)
+    for actual, other in zip(tensors(found), tensors(expected), strict=True):
+        torch.testing.assert_close(actual, other, rtol=1e-5, atol=1e-6)
