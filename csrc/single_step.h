@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -38,15 +39,22 @@ inline py::object empty_like(py::handle tensor) {
   return py::reinterpret_steal<py::object>(made);
 }
 
+// check_shape without what only an error needs: names and sizes on the heap take longer than the check.
+template <class T>
+void check_sizes(const char* what, std::size_t place, const Tensor& tensor, std::initializer_list<Index> sizes) {
+  bool fits = tensor.dtype() == dtype_of<T>() && tensor.dimensions() == static_cast<int>(sizes.size());
+  for (int i = 0; fits && i < tensor.dimensions(); ++i) fits = tensor.shape(i) == sizes.begin()[i];
+  if (!fits) check_shape<T>(std::string(what) + "[" + std::to_string(place) + "]", tensor, Shape(sizes));
+}
+
 // The weights of one layer as the kernel reads them; false if rows do not follow one another as they must.
 template <class T>
 bool read_layer(const py::sequence& weights, std::size_t layer, const CellShape& shape, Index inputs, StepArgs<T>& args) {
-  const std::string place = "weights[" + std::to_string(layer) + "]";
   const auto at = [&](std::size_t i) { return py::object(weights[layer * kStepWeights + i]); };
   const Index rows = shape.gates * args.hidden;
   const auto weight = [&](std::size_t i, Index columns, const T*& data, Index& stride) {
     const Tensor tensor(at(i));
-    check_shape<T>(place, tensor, {rows, columns});
+    check_sizes<T>("weights", layer * kStepWeights + i, tensor, {rows, columns});
     if ((columns > 1 && tensor.stride(1) != 1) || tensor.stride(0) < columns) return false;
     data = tensor.data<const T>();
     stride = tensor.stride(0);
@@ -56,7 +64,7 @@ bool read_layer(const py::sequence& weights, std::size_t layer, const CellShape&
     const py::object object = at(i);
     if (object.is_none()) return true;
     const Tensor tensor(object);
-    check_shape<T>(place, tensor, {rows});
+    check_sizes<T>("weights", layer * kStepWeights + i, tensor, {rows});
     data = tensor.data<const T>();
     return tensor.contiguous();
   };
@@ -78,7 +86,7 @@ py::object step_typed(int cell, const Tensor& input, const py::sequence& states,
   first.input = input.data<const T>();
   first.input_stride = input.stride(0);
   for (std::size_t i = 0; i < before.size(); ++i) {
-    check_shape<T>("states[" + std::to_string(i) + "]", before[i], {layers, first.rows, hidden});
+    check_sizes<T>("states", i, before[i], {layers, first.rows, hidden});
     if (!before[i].contiguous()) return py::none();
   }
   if ((input.shape(1) > 1 && input.stride(1) != 1) || (first.rows > 1 && first.input_stride < input.shape(1))) {
@@ -96,7 +104,8 @@ py::object step_typed(int cell, const Tensor& input, const py::sequence& states,
   const Tensor h_new(after[0]), c_new = shape.has_c ? Tensor(after[1]) : Tensor(), out_read(out);
   // Whoever intercepts torch's functions may have made something else of them.
   const auto as_asked = [&](const Tensor& tensor, Index count) {
-    return tensor.dtype() == dtype_of<T>() && tensor.shape() == Shape{count, first.rows, hidden} && tensor.contiguous();
+    return tensor.dtype() == dtype_of<T>() && tensor.dimensions() == 3 && tensor.shape(0) == count &&
+           tensor.shape(1) == first.rows && tensor.shape(2) == hidden && tensor.contiguous();
   };
   if (!as_asked(h_new, layers) || (shape.has_c && !as_asked(c_new, layers)) || !as_asked(out_read, 1)) return py::none();
   for (Index layer = 0; layer < layers; ++layer) {
@@ -153,7 +162,7 @@ inline py::object step(const std::string& cell, const py::object& input_object, 
   std::vector<Tensor> before;
   for (std::size_t i = 0; i < count; ++i) {
     before.emplace_back(py::object(states[i]));
-    check_dimensions("states[" + std::to_string(i) + "]", before[i], 3);
+    if (before[i].dimensions() != 3) check_dimensions("states[" + std::to_string(i) + "]", before[i], 3);
   }
   if (before[0].shape(2) == 0) refuse("states[0]", "at least one unit", text(before[0]));
   return rows.dtype() == Dtype::kFloat32 ? step_typed<float>(index, rows, states, before, weights, batch_first, threads)

@@ -21,7 +21,7 @@ States = tuple[Tensor, ...]
 def step(
     cell: Cell, input: Tensor, states: States, weights: Sequence[Tensor | None], batch_first: bool
 ) -> tuple[Tensor, States] | None:
-    """Take one step of a stack of layers in one direction.
+    """Take one step of a stack of layers in one direction; for calls while gradients are disabled.
 
     Args:
         cell: which cell.
@@ -33,10 +33,10 @@ def step(
         out (1, N, H) or (N, 1, H) and the states after the step; or None, with nothing done, where the call is another or
         something is wrong with it.
     """
-    # What torch.compile and the like trace is no eager call; what requires gradients needs the tape.
-    if torch.is_grad_enabled() or type(input) is not Tensor or operators.traced(input, input):
+    # What torch.compile and the like trace is no eager call.
+    if type(input) is not Tensor or operators.traced(input, input) or transformed() or input.is_meta:
         return None
-    if transformed() or torch._C._is_any_autocast_enabled() or input.is_meta:
+    if torch._C._is_any_autocast_enabled():
         return None
     kernel = dispatch.kernels(cell, input.device).step
     if kernel is None:
