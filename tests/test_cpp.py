@@ -33,7 +33,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.mark.parametrize("batch", [1, 2, 3, 13, 50])
 def test_instruction_sets(isa: str, name: str, dtype: torch.dtype, hidden: int, batch: int) -> None:
     """Outputs and all gradients; units and rows at, below and above the lanes and the register tiles."""
-    check(name, dtype, hidden, torch.randn(4, batch, 7, dtype=dtype))
+    check(name, dtype, hidden, 4, batch)
 
 
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
@@ -42,16 +42,17 @@ def test_instruction_sets(isa: str, name: str, dtype: torch.dtype, hidden: int, 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_few_sequences(isa: str, name: str, dtype: torch.dtype, hidden: int, length: int, batch: int) -> None:
     """With so few, the forward packs its weights for many steps only."""
-    check(name, dtype, hidden, torch.randn(length, batch, 7, dtype=dtype))
+    check(name, dtype, hidden, length, batch)
 
 
-def check(name: str, dtype: torch.dtype, hidden: int, x: torch.Tensor) -> None:
+def check(name: str, dtype: torch.dtype, hidden: int, length: int, batch: int) -> None:
     """Outputs and all gradients in two directions, with the sum of squares for the loss."""
     theirs = getattr(torch.nn, name)(7, hidden, bidirectional=True, dtype=dtype)
     ours = getattr(fused_rnn, name)(7, hidden, bidirectional=True, dtype=dtype)
     ours.load_state_dict(theirs.state_dict())
     exact = getattr(torch.nn, name)(7, hidden, bidirectional=True, dtype=torch.float64)
     exact.load_state_dict(theirs.state_dict())
+    x = torch.randn(length, batch, 7, dtype=dtype)
 
     def results(module: torch.nn.Module) -> list[torch.Tensor]:
         kind = next(module.parameters()).dtype
