@@ -69,7 +69,7 @@ struct ForwardArgs {
   bool keep = true;          // whether the tape is written
   Rows<T> tape;              // in, without weight_ih: gates_x; out: what the backward reads. Null if neither
   Rows<T> out;               // (R, D, P); may be the tape itself for cells whose tape is the output
-  const T* input = nullptr;  // (R, I), or null: what gates_x are formed from, step by step
+  const T* input = nullptr;  // (R, I), or null: what gates_x are formed from on the way
   Index input_stride = 0;
   T* states[2] = {};                     // (D, N, P) and (D, N, H), updated in place; the second only where the cell has one
   const Matrix<T>* weight_hh;            // D matrices, K = P

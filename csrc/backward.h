@@ -10,7 +10,7 @@ namespace FUSED_RNN_ISA {
 template <class Cell, class T>
 class BackwardWalk {
  public:
-  BackwardWalk(const BackwardArgs<T>& args, const T* zeros, Index d, Range batch, Barrier& barrier, int member, int members)
+  BackwardWalk(const BackwardArgs<T>& args, const T* zeros, Index d, Range batch, const Member& member)
       : args_(args),
         steps_(args.sizes.steps),
         hidden_(args.sizes.hidden),
@@ -20,15 +20,17 @@ class BackwardWalk {
         d_(d),
         reverse_(args.sizes.reverse[d]),
         batch_(batch),
-        units_(share(vectors_of(hidden_, kLanes<T>), members, member)),
-        outputs_(share(vectors_of(output_, kLanes<T>), members, member)),
-        inputs_(share(vectors_of(args.inputs, kLanes<T>), members, member)),
-        barrier_(barrier),
-        shared_(members > 1),
+        units_(share(vectors_of(hidden_, kLanes<T>), member.count, member.index)),
+        outputs_(share(vectors_of(output_, kLanes<T>), member.count, member.index)),
+        inputs_(share(vectors_of(args.inputs, kLanes<T>), member.count, member.index)),
+        barrier_(member.barrier),
+        shared_(member.count > 1),
         fetches_(outgrows_caches<T>(args.sizes, (Cell::kTape + Cell::kGradients) * hidden_ + args.inputs)),
         d_h_(args.d_states[0] + d * steps_.batch * output_),
         d_c_(Cell::kHasC ? args.d_states[1] + d * steps_.batch * hidden_ : nullptr),
-        scratch_(steps_.batch, batch.size()) {}
+        scratch_(steps_.batch, batch.size()),
+        input_scratch_(rows_to_wait(args, batch), rows_to_wait(args, batch)),
+        waiting_(rows_to_wait(args, batch)) {}
 
   void run() {
     const Index length = args_.t_end - args_.t_begin;
@@ -46,7 +48,7 @@ class BackwardWalk {
       } else {
         feed_back<Direct>(t, n, walked, active);
       }
-      if (args_.weight_ih && active) input_gradient(walked, active);
+      if (args_.weight_ih && active) input_gradient(walked, active, n == 0);
       meet();
       walked = t;
       active = n;
@@ -54,6 +56,10 @@ class BackwardWalk {
   }
 
  private:
+  static Index rows_to_wait(const BackwardArgs<T>& args, Range batch) {
+    return !args.weight_ih ? 0 : batch.size() < kInputRows ? kInputRows : batch.size();
+  }
+
   struct Direct {};
   struct Projected {};
 
@@ -79,7 +85,7 @@ class BackwardWalk {
     const auto ahead = [&](Index j, Index v) __attribute__((always_inline)) {
       if (j < n && !kProjected) fetch(t, j, v * kLanes<T>);
     };
-    product<T, 1>(nullptr, args_.weight_hh[d_], output_, columns, n > active ? n : active, active, scratch_, ahead,
+    product<T, 1>(nullptr, {}, args_.weight_hh[d_], output_, columns, n > active ? n : active, active, scratch_, ahead,
                   [&](Index j, Index v, const Vec<T>* sums) {
                     const Index unit = v * kLanes<T>;
                     T* carry = d_h_ + (batch_.begin + j) * output_ + unit;
@@ -100,22 +106,28 @@ class BackwardWalk {
                   });
   }
 
-  // d_input of step t, whose d_gates all threads of this part have met at: d_gates W_ih, without those of the GRU's hn.
-  void input_gradient(Index t, Index n) {
+  // d_input of step t, whose d_gates all threads of this part have met at: d_gates W_ih, without those of the GRU's hn. Put off
+  // until so many rows wait that the weights are worth reading, or to the last step.
+  void input_gradient(Index t, Index n, bool last) {
     const Index first = steps_.offset(t) + batch_.begin;
-    const T** rows = scratch_.rows.get();
-    for (Index j = 0; j < n; ++j) rows[j] = d_gates(first + j) + (Cell::kGradients - Cell::kGates) * hidden_;
+    Index* const rows = waiting_.get();
+    for (Index j = 0; j < n; ++j) {
+      rows[waiting_rows_] = first + j;
+      input_scratch_.rows.get()[waiting_rows_++] = d_gates(first + j) + (Cell::kGradients - Cell::kGates) * hidden_;
+    }
+    if (!last && waiting_rows_ + batch_.size() <= kInputRows) return;
     const auto d_input = [&](Index j, Index v) {
-      return args_.d_input + (first + j - origin_) * args_.d_input_stride + v * kLanes<T>;
+      return args_.d_input + (rows[j] - origin_) * args_.d_input_stride + v * kLanes<T>;
     };
     product<T, 1>(
-        nullptr, args_.weight_ih[d_], args_.inputs, inputs_, n, n, scratch_,
+        nullptr, {}, args_.weight_ih[d_], args_.inputs, inputs_, waiting_rows_, waiting_rows_, input_scratch_,
         [&](Index j, Index v) __attribute__((always_inline)) {
           if (fetches_) prefetch_to_write(d_input(j, v));
         },
         [&](Index j, Index v, const Vec<T>* sums) {
           with_io<T>(args_.inputs, v, [&](auto io, Index) { io.store(d_input(j, v), sums[0]); });
         });
+    waiting_rows_ = 0;
   }
 
   // d_m = d_h W_hr, and the gates from it
@@ -125,7 +137,7 @@ class BackwardWalk {
     const T** rows = scratch_.rows.get();
     for (Index j = 0; j < n; ++j) rows[j] = d_gates(first + j) + Cell::kGradients * hidden_;
     const auto ahead = [&](Index j, Index v) __attribute__((always_inline)) { fetch(t, j, v * kLanes<T>); };
-    product<T, 1>(nullptr, args_.weight_hr[d_], hidden_, units_, n, n, scratch_, ahead,
+    product<T, 1>(nullptr, {}, args_.weight_hr[d_], hidden_, units_, n, n, scratch_, ahead,
                   [&](Index j, Index v, const Vec<T>* sums) {
                     with_io<T>(hidden_, v, [&](auto io, Index) { point(io, sums[0], t, j, v * kLanes<T>); });
                   });
@@ -185,6 +197,10 @@ class BackwardWalk {
   T* const d_h_;
   T* const d_c_;
   Scratch<T> scratch_;
+  // Rows whose gradient of the input is put off, and where they are.
+  Scratch<T> input_scratch_;
+  Buffer<Index> waiting_;
+  Index waiting_rows_ = 0;
 };
 
 template <class Cell, class T>
@@ -193,9 +209,8 @@ void backward(const BackwardArgs<T>& args) {
   if (s.steps.batch == 0 || args.t_begin == args.t_end) return;
   const Groups groups(s, step_cost<T>(s, Cell::kFeedback, 20 * Cell::kGates, args.inputs));
   const Buffer<T> zeros((Cell::kFeedback > 1 ? Cell::kFeedback : 1) * s.hidden);
-  groups.run([&](Index d, Range batch, Barrier& barrier, int member, int members) {
-    BackwardWalk<Cell, T>(args, zeros.get(), d, batch, barrier, member, members).run();
-  });
+  groups.run(
+      [&](Index d, Range batch, const Member& member) { BackwardWalk<Cell, T>(args, zeros.get(), d, batch, member).run(); });
 }
 
 }  // namespace FUSED_RNN_ISA

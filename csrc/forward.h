@@ -1,17 +1,28 @@
 // The forward recurrence of every cell: one parallel region walks all steps.
 #pragma once
 
+#include "memory.h"
 #include "walk.h"
 
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
 
+// Whether the inputs' products of several steps are formed at once, where a part of the batch has so many rows.
+inline bool in_blocks(Index batch) { return 2 * batch <= kInputRows; }
+
+// Vectors that wait for one of so many threads that share the units.
+template <class Cell, class T>
+inline Index member_vectors(Index hidden, int members) {
+  const Index most = vectors_of(vectors_of(hidden, kLanes<T>), members);
+  return vectors_of(most, kUnitVectors<Cell::kGates>) * kInputRows * kGroup;
+}
+
 // One thread's walk over one part of the batch of one recurrence.
 template <class Cell, class T>
 class ForwardWalk {
  public:
-  ForwardWalk(const ForwardArgs<T>& args, const T* zeros, T* before_projection, Index d, Range batch, Barrier& barrier,
-              int member, int members)
+  ForwardWalk(const ForwardArgs<T>& args, const T* zeros, T* before_projection, Vec<T>* workspace, Index d, Range batch,
+              const Member& member)
       : args_(args),
         steps_(args.sizes.steps),
         hidden_(args.sizes.hidden),
@@ -20,27 +31,34 @@ class ForwardWalk {
         m_(before_projection),
         d_(d),
         batch_(batch),
-        units_(share(vectors_of(hidden_, kLanes<T>), members, member)),
-        outputs_(share(vectors_of(output_, kLanes<T>), members, member)),
-        barrier_(barrier),
-        shared_(members > 1),
+        units_(share(vectors_of(hidden_, kLanes<T>), member.count, member.index)),
+        outputs_(share(vectors_of(output_, kLanes<T>), member.count, member.index)),
+        barrier_(member.barrier),
+        shared_(member.count > 1),
+        in_blocks_(args.weight_ih && in_blocks(batch.size())),
         blocks_(args.keep        ? Cell::kTape
                 : args.weight_ih ? 0
                                  : Cell::kGates),
         fetches_(outgrows_caches<T>(args.sizes, blocks_ * hidden_ + output_)),
         h_(args.states[0] + d * steps_.batch * output_),
         c_(Cell::kHasC ? args.states[1] + d * steps_.batch * hidden_ : nullptr),
-        scratch_(steps_.batch, batch.size(), args.weight_ih != nullptr) {}
+        scratch_(steps_.batch, batch.size(),
+                 !args.weight_ih ? 0
+                 : in_blocks_    ? kInputRows
+                                 : batch.size()) {
+    if (in_blocks_) waiting_ = {workspace + member.index * member_vectors<Cell, T>(hidden_, member.count), kInputRows};
+  }
 
   void run() {
-    const bool reverse = args_.sizes.reverse[d_];
     Index previous = -1;
     for (Index s = 0; s < steps_.length; ++s) {
-      const Index t = reverse ? steps_.length - 1 - s : s;
+      const Index t = step_at(s);
       const Index n = clip(steps_.count(t), batch_);
       if (n == 0) continue;
       scratch_.descending = s % 2;
+      if (in_blocks_ && s >= inputs_until_) begin_block(s);
       step(t, previous, n);
+      row_of_block_ += n;
       if (args_.weight_hr) {
         meet();
         project(t, n);
@@ -48,7 +66,7 @@ class ForwardWalk {
       meet();
       previous = t;
     }
-    keep_last(reverse);
+    keep_last();
   }
 
  private:
@@ -59,6 +77,22 @@ class ForwardWalk {
 
   bool resets(Index row) const { return args_.sizes.reset && args_.sizes.reset[row]; }
 
+  // Step `s` of the walk.
+  Index step_at(Index s) const { return args_.sizes.reverse[d_] ? steps_.length - 1 - s : s; }
+
+  // Forms the inputs' products of step s of the walk and of those after it.
+  void begin_block(Index s) {
+    Index rows = 0;
+    for (; s < steps_.length; ++s) {
+      const Index t = step_at(s), first = steps_.offset(t) + batch_.begin, n = clip(steps_.count(t), batch_);
+      if (rows + n > kInputRows) break;
+      for (Index j = 0; j < n; ++j) scratch_.inputs.get()[rows++] = args_.input + (first + j) * args_.input_stride;
+    }
+    input_products<T, Cell::kGates, Cell::kApart>(args_.weight_ih[d_], hidden_, units_, rows, scratch_, waiting_);
+    inputs_until_ = s;
+    row_of_block_ = 0;
+  }
+
   void step(Index t, Index previous, Index n) {
     const Index first = steps_.offset(t) + batch_.begin;
     const Index going_on = previous < 0 ? 0 : clip(steps_.count(previous), batch_);
@@ -68,7 +102,7 @@ class ForwardWalk {
       h[j] = resets(first + j) ? zeros_ : j < going_on ? args_.out.at(before + j, d_) : h_ + (batch_.begin + j) * output_;
     }
     if (shared_) fetch_few(h, n, output_);
-    const Matrix<T>* weight_ih = args_.weight_ih ? args_.weight_ih + d_ : nullptr;
+    const Matrix<T>* weight_ih = args_.weight_ih && !in_blocks_ ? args_.weight_ih + d_ : nullptr;
     if (weight_ih) {
       for (Index j = 0; j < n; ++j) scratch_.inputs.get()[j] = args_.input + (first + j) * args_.input_stride;
     }
@@ -83,7 +117,7 @@ class ForwardWalk {
       const Index unit = v * kLanes<T>, row = batch_.begin + j;
       ForwardPoint<T> p;
       p.tape = args_.tape ? args_.tape.at(first + j, d_) + unit : nullptr;
-      p.gates_x = weight_ih ? nullptr : p.tape;
+      p.gates_x = args_.weight_ih ? nullptr : p.tape;
       p.hidden = hidden_;
       p.bias = bias ? bias + unit : nullptr;
       p.h_previous = h[j] + unit;
@@ -93,7 +127,8 @@ class ForwardWalk {
       p.h = (m_ ? m_ + (d_ * steps_.batch + row) * hidden_ : args_.out.at(first + j, d_)) + unit;
       with_io<T>(hidden_, v, [&](auto io, Index) { Cell::forward(io, sums, p); });
     };
-    product<T, Cell::kGates, Cell::kApart>(weight_ih, args_.weight_hh[d_], hidden_, units_, n, n, scratch_, ahead, point);
+    product<T, Cell::kGates, Cell::kApart>(weight_ih, waiting_.from(row_of_block_), args_.weight_hh[d_], hidden_, units_, n, n,
+                                           scratch_, ahead, point);
   }
 
   // h = W_hr m
@@ -102,7 +137,7 @@ class ForwardWalk {
     const T** m = scratch_.rows.get();
     for (Index j = 0; j < n; ++j) m[j] = m_ + (d_ * steps_.batch + batch_.begin + j) * hidden_;
     product<T, 1>(
-        nullptr, args_.weight_hr[d_], output_, outputs_, n, n, scratch_, [](Index, Index) {},
+        nullptr, {}, args_.weight_hr[d_], output_, outputs_, n, n, scratch_, [](Index, Index) {},
         [&](Index j, Index v, const Vec<T>* sums) {
           T* h = args_.out.at(first + j, d_) + v * kLanes<T>;
           with_io<T>(output_, v, [&](auto io, Index) { io.store(h, sums[0]); });
@@ -110,12 +145,12 @@ class ForwardWalk {
   }
 
   // The state after the walk is every sequence's last output; a sequence without a step keeps its state.
-  void keep_last(bool reverse) {
+  void keep_last() {
     const Index begin = outputs_.begin * kLanes<T>;
     const Index end = outputs_.end * kLanes<T> < output_ ? outputs_.end * kLanes<T> : output_;
     if (begin >= end) return;
     for (Index s = 0, j = 0; s < steps_.length; ++s) {
-      const Index t = reverse ? s : steps_.length - 1 - s;
+      const Index t = step_at(steps_.length - 1 - s);
       const Index first = steps_.offset(t) + batch_.begin;
       for (const Index n = clip(steps_.count(t), batch_); j < n; ++j) {
         std::memcpy(h_ + (batch_.begin + j) * output_ + begin, args_.out.at(first + j, d_) + begin,
@@ -134,6 +169,11 @@ class ForwardWalk {
   const Range batch_, units_, outputs_;
   Barrier& barrier_;
   const bool shared_;
+  // Whether the inputs' products are formed for several steps at once: up to step inputs_until_ of the walk. The next step's
+  // begin at row_of_block_.
+  const bool in_blocks_;
+  Index inputs_until_ = 0, row_of_block_ = 0;
+  Waiting<T> waiting_;
   const int blocks_;  // of the tape that a step touches
   const bool fetches_;
   T* const h_;
@@ -149,8 +189,13 @@ void forward(const ForwardArgs<T>& args) {
   const Buffer<T> zeros(s.output);
   const Buffer<T> before_projection(args.weight_hr ? s.recurrences * s.steps.batch * s.hidden : 0);
   T* const m = args.weight_hr ? before_projection.get() : nullptr;
-  groups.run([&](Index d, Range batch, Barrier& barrier, int member, int members) {
-    ForwardWalk<Cell, T>(args, zeros.get(), m, d, batch, barrier, member, members).run();
+  const int members = groups.plan().unit_parts;
+  // Of a group. A thread that does all its work alone needs no more.
+  const Index waiting = args.weight_ih ? members * member_vectors<Cell, T>(s.hidden, members) : 0;
+  const Memory workspace(static_cast<std::size_t>(groups.plan().groups * waiting) * sizeof(Vec<T>));
+  groups.run([&](Index d, Range batch, const Member& member) {
+    Vec<T>* const mine = static_cast<Vec<T>*>(workspace.get()) + member.group * waiting;
+    ForwardWalk<Cell, T>(args, zeros.get(), m, mine, d, batch, member).run();
   });
 }
 

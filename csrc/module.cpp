@@ -94,6 +94,7 @@ void check_input(const std::string& name, const Optional& input, const Packed* w
   if (weight_ih && (!weight_ih->in_panels() || &weight_ih->kernels() != &weight_hh.kernels())) {
     refuse("weight_ih", "weights packed in panels for the instruction set of weight_hh", weight_ih->kernels().isa);
   }
+  if (weight_ih && !weight_hh.in_panels()) refuse("weight_hh", "weights packed in panels, as weight_ih is", "columns");
 }
 
 void check_projection(const Packed& weight_hh, const Packed* weight_hr) {

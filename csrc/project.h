@@ -15,7 +15,7 @@ void project(const ProjectArgs<T>& p) {
     Scratch<T> scratch(p.rows, p.rows);
     for (Index row = 0; row < p.rows; ++row) scratch.rows.get()[row] = p.input + row * p.input_stride;
     product<T, 1>(
-        nullptr, weight, p.columns, mine, p.rows, p.rows, scratch, [](Index, Index) {},
+        nullptr, {}, weight, p.columns, mine, p.rows, p.rows, scratch, [](Index, Index) {},
         [&](Index row, Index v, const Vec<T>* sums) {
           T* out = p.out + row * p.out_stride + v * kLanes<T>;
           with_io<T>(p.columns, v, [&](auto io, Index) { io.store(out, sums[0]); });

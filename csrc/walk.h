@@ -79,7 +79,7 @@ inline std::vector<Range> batch_parts(const StepRows& steps, int parts) {
 template <class T>
 struct Scratch {
   // For a part of a batch of `all` sequences.
-  Scratch(Index all, Index part, bool with_inputs = false) : few(all <= kFewRows), rows(part), inputs(with_inputs ? part : 0) {}
+  Scratch(Index all, Index part, Index input_rows = 0) : few(all <= kFewRows), rows(part), inputs(input_rows) {}
   // Of the whole batch, and not of a part: how it is shared must not change the order of the sums.
   const bool few;
   // Whether products take their columns from the last to the first. A walk turns round at every step: what the step before read
@@ -122,55 +122,98 @@ inline void with_io(Index columns, Index v, F&& f) {
   }
 }
 
+// Vectors of units in a group: one with all of its gates, or several where a cell has one gate.
+template <int kGates>
+constexpr Index kUnitVectors = kGates == 1 ? kGroup : 1;
+
+// Rows whose products with the input's weights are formed together, where one step has fewer: as many steps as make so many
+// rows. The weights then pass by once for all of them, and in between the caches keep those of the recurrence.
+constexpr Index kInputRows = 2 * kChunk;
+
+// Products of a few steps' inputs that wait for those of the recurrence: kGroup vectors for each row of each group.
+template <class T>
+struct Waiting {
+  Vec<T>* data = nullptr;
+  Index rows = 0;  // of a group
+
+  Vec<T>* at(Index group, Index row) const { return data + (group * rows + row) * kGroup; }
+  Waiting from(Index row) const { return {data ? data + row * kGroup : nullptr, rows}; }
+};
+
+// Gate kApart (-1 for none) keeps the products of input and recurrence apart: the input's moves behind the gates.
+template <class T, int kGates, int kApart>
+inline void move_apart(Vec<T>* c, Index rows) {
+  static_assert(kApart < 0 || kGates < kGroup);
+  if constexpr (kApart >= 0) {
+    for (const Vec<T>* end = c + rows * kGroup; c < end; c += kGroup) {
+      c[kGates] = c[kApart];
+      c[kApart] = Vec<T>{};
+    }
+  }
+}
+
+// The products of the rows scratch.inputs with the columns `vectors` of `w`, for product() to add to.
+template <class T, int kGates, int kApart>
+inline void input_products(const Matrix<T>& w, Index hidden, Range vectors, Index n, const Scratch<T>& scratch,
+                           const Waiting<T>& to) {
+  constexpr Index kVectors = kUnitVectors<kGates>;
+  const Index groups = vectors_of(vectors.size(), kVectors);
+  for (Index i = 0; i < groups; ++i) {
+    const Index v = vectors.begin + i * kVectors;
+    const Index count = vectors.end - v < kVectors ? vectors.end - v : kVectors;
+    for (Index row = 0; row < n; row += kChunk) {
+      const Index end = n - row < kChunk ? n : row + kChunk;
+      const Index next = end < n || i + 1 == groups ? v : v + kVectors;
+      product_chunk<T>(w, {kGates, hidden}, v * kGates, static_cast<int>(count * kGates), scratch.inputs.get() + row,
+                       static_cast<int>(end - row), false, to.at(i, row), panels_of(w, next * kGates), [](int) {});
+      move_apart<T, kGates, kApart>(to.at(i, row), end - row);
+    }
+  }
+}
+
 // The product of rows `rows` (pointers, one per row; null products where `known` rows end) with the columns `vectors` of
 // `w`, handed to sink(row, v, sums): v is a vector of units, sums its `gates` products.
 // `ahead(row, v)` is called some time before sink(row, v, …), for it to fetch what sink will touch.
 //
-// With `w_inputs`, the rows scratch.inputs times these weights are added. Gate kApart (-1 for none) keeps the two products
-// apart: the inputs' comes after the gates.
+// With `w_inputs`, the rows scratch.inputs times these weights are added, or what is `waiting` of them.
 template <class T, int kGates, int kApart = -1, class Ahead, class Sink>
-inline void product(const Matrix<T>* w_inputs, const Matrix<T>& w, Index hidden, Range vectors, Index n, Index known,
-                    Scratch<T>& scratch, Ahead&& ahead, Sink&& sink) {
-  static_assert(kApart < 0 || kGates < kGroup);
-  // A group is all gates of one vector of units, or several vectors of units where a cell has one gate.
-  constexpr Index kVectors = kGates == 1 ? kGroup : 1;
+inline void product(const Matrix<T>* w_inputs, const Waiting<T>& waiting, const Matrix<T>& w, Index hidden, Range vectors,
+                    Index n, Index known, Scratch<T>& scratch, Ahead&& ahead, Sink&& sink) {
+  constexpr Index kVectors = kUnitVectors<kGates>;
   const Index groups = vectors_of(vectors.size(), kVectors);
   for (Index i = 0; i < groups; ++i) {
-    const Index v = vectors.begin + (scratch.descending ? groups - 1 - i : i) * kVectors;
+    const Index group = scratch.descending ? groups - 1 - i : i;
+    const Index v = vectors.begin + group * kVectors;
     const Index count = vectors.end - v < kVectors ? vectors.end - v : kVectors;
     for (Index row = 0; row < n; row += kChunk) {
       const Index end = n - row < kChunk ? n : row + kChunk;
       // The next chunk reads the same panels again, the next group those beside them, and the next step turns round here.
       const Index next = end < n || i + 1 == groups ? v : scratch.descending ? v - kVectors : v + kVectors;
       const Index products = known <= row ? 0 : (known < end ? known : end) - row;
+      Vec<T>* const c = waiting.data ? waiting.at(group, row) : scratch.products;
       if (products) {
         const auto panels_after = [&](const Matrix<T>& of, Index first) {
           return scratch.few ? nullptr : panels_of(of, first * kGates);
         };
         const Columns columns = {kGates, hidden};
-        const int group = static_cast<int>(count * kGates), chunk = static_cast<int>(products);
+        const int width = static_cast<int>(count * kGates), chunk = static_cast<int>(products);
         const auto fetch = [&](int j) __attribute__((always_inline)) {
           for (Index u = 0; u < count; ++u) ahead(row + j, v + u);
         };
         if (w_inputs) {
-          product_chunk<T>(*w_inputs, columns, v * kGates, group, scratch.inputs.get() + row, chunk, false, scratch.products,
+          product_chunk<T>(*w_inputs, columns, v * kGates, width, scratch.inputs.get() + row, chunk, false, c,
                            panels_after(w, v), fetch);
-          if constexpr (kApart >= 0) {
-            for (Vec<T>* c = scratch.products; c < scratch.products + chunk * kGroup; c += kGroup) {
-              c[kGates] = c[kApart];
-              c[kApart] = Vec<T>{};
-            }
-          }
-          product_chunk<T>(w, columns, v * kGates, group, scratch.rows.get() + row, chunk, true, scratch.products,
+          move_apart<T, kGates, kApart>(c, chunk);
+          product_chunk<T>(w, columns, v * kGates, width, scratch.rows.get() + row, chunk, true, c,
                            panels_after(*w_inputs, next), [](int) {});
         } else {
-          product_chunk<T>(w, columns, v * kGates, group, scratch.rows.get() + row, chunk, false, scratch.products,
+          product_chunk<T>(w, columns, v * kGates, width, scratch.rows.get() + row, chunk, waiting.data != nullptr, c,
                            panels_after(w, next), fetch);
         }
       }
-      for (Index i = products * kGroup; i < (end - row) * kGroup; ++i) scratch.products[i] = Vec<T>{};
+      for (Index i = products * kGroup; i < (end - row) * kGroup; ++i) c[i] = Vec<T>{};
       for (Index j = row; j < end; ++j) {
-        const Vec<T>* sums = scratch.products + (j - row) * kGroup;
+        const Vec<T>* sums = c + (j - row) * kGroup;
         for (Index u = 0; u < count; ++u) sink(j, v + u, sums + u * kGates);
       }
     }
@@ -195,6 +238,13 @@ inline StepCost step_cost(const Sizes& s, int gates, double pointwise, Index inp
           static_cast<double>(gates) * static_cast<double>(s.hidden) * inner * sizeof(T)};
 }
 
+// One thread's place among those that share a part of a batch.
+struct Member {
+  Barrier& barrier;
+  int group;
+  int index, count;
+};
+
 // How the threads of one call share its recurrences and its batch.
 class Groups {
  public:
@@ -206,7 +256,9 @@ class Groups {
     for (int g = 0; g < plan_.groups; ++g) barriers_[static_cast<std::size_t>(g)].set_members(plan_.unit_parts);
   }
 
-  // Runs task(d, batch, barrier, member, members) for every part of every recurrence's batch, each by the threads of one group.
+  const Plan& plan() const { return plan_; }
+
+  // Runs task(d, batch, member) for every part of every recurrence's batch, each by the threads of one group.
   // A team that came out smaller than planned still does all tasks: its members become groups of one.
   template <class F>
   void run(F&& task) const {
@@ -218,7 +270,7 @@ class Groups {
       if (group >= groups) return;
       for (Index i = group; i < recurrences_ * plan_.batch_parts; i += groups) {
         task(i / plan_.batch_parts, parts_[static_cast<std::size_t>(i % plan_.batch_parts)],
-             barriers_[static_cast<std::size_t>(group)], member, members);
+             Member{barriers_[static_cast<std::size_t>(group)], group, member, members});
       }
     });
   }

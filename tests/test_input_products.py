@@ -36,7 +36,17 @@ def make_steps(kind: str, length: int, batch: int) -> Steps:
     return Steps(length, batch) if kind == "dense" else Steps.packed(sizes, batch)
 
 
-SIZES = [(4, 3, 1, 1), (3, 9, 5, 17), (2, 50, 33, 16), (3, 7, 200, 37), (2, 13, 130, 70)]
+# The last three have steps enough for several blocks of rows.
+SIZES = [
+    (4, 3, 1, 1),
+    (3, 9, 5, 17),
+    (2, 50, 33, 16),
+    (3, 7, 200, 37),
+    (2, 13, 130, 70),
+    (9, 24, 21, 33),
+    (150, 1, 9, 20),
+    (70, 2, 5, 16),
+]
 every_cell = pytest.mark.parametrize("cell", CELLS)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 every_size = pytest.mark.parametrize(("length", "batch", "inputs", "hidden"), SIZES)
@@ -235,7 +245,8 @@ def test_wrong_inputs_raise() -> None:
     tape, out = torch.empty(8, 1, 15), torch.empty(8, 1, 3)
     states = (torch.zeros(1, 4, 3), torch.zeros(1, 4, 3))
     good, plain = kit.pack([hh], None, steps, False, [ih]), kit.pack([hh], None, steps, False)
-    few = kit.pack([hh], None, Steps(2, 1), False, [ih])
+    in_columns = kit.pack([hh], None, Steps(2, 1), False)
+    assert in_columns.ih is None
 
     def run(tape: Tensor | None, packed: object, input: Tensor | None, keep: bool = True) -> None:
         kit.forward(tape, out, states, packed, None, steps, (False,), None, keep, input)
@@ -245,7 +256,8 @@ def test_wrong_inputs_raise() -> None:
     wrong: list[tuple[Any, ...]] = [
         (tape, good, None),
         (tape, plain, x),
-        (tape, few, x),
+        (tape, in_columns._replace(ih=good.ih), x),
+        (tape, good._replace(ih=_C.Packed("lstm", [ih], False, "input", True, 1)), x),
         (None, good, x),
         (None, plain, None, False),
         (tape, good, x[:-1]),
@@ -262,9 +274,10 @@ def test_the_choice_follows_rows_and_weights() -> None:
     takes = kernels_of("lstm").takes_input
     assert takes is not None
     small, large = (Weights(torch.empty(4 * h, h), torch.empty(4 * h, h)) for h in (64, 1024))
-    assert takes(Steps(5, 8), small)
-    assert not takes(Steps(5, 7), small)
-    assert not takes(Steps(5, 8), large)
-    assert takes(Steps(5, 20), large)
-    assert not takes(Steps(1, 64), small), "a single step has no walk"
-    assert not takes(Steps.packed(torch.tensor([20, 2, 2])), large), "few rows in the mean"
+    assert takes(Steps(8, 8), small)
+    assert takes(Steps(64, 1), small)
+    assert not takes(Steps(9, 7), small)
+    assert not takes(Steps(8, 8), large)
+    assert takes(Steps(8, 32), large)
+    assert not takes(Steps(1, 512), small), "a single step has no walk"
+    assert not takes(Steps.packed(torch.tensor([60, 2, 1])), small), "few rows in all"

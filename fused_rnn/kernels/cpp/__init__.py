@@ -53,10 +53,10 @@ def describe() -> str:
     return f"{_C.isa()}" + (f" (also built: {', '.join(others)})" if others else "")
 
 
-# The products with the input's weights are formed at every step, beside those of the recurrence, where a step's rows are many
-# enough for the weights to pass by in their time: from so many on, or from so many if both weights stay in the caches.
-_ROWS_FOR_INPUT = 20
-_ROWS_FOR_SMALL_INPUT = 8
+# The kernels form the products with the input's weights for several steps at once, from as many rows in all as make up for
+# laying these weights out: from so many on, or from so many if both weights stay in the caches.
+_ROWS_FOR_INPUT = 256
+_ROWS_FOR_SMALL_INPUT = 64
 _SMALL_BYTES = 2 << 20
 
 
@@ -64,7 +64,7 @@ def takes_input(steps: Steps, weight: Weights) -> bool:
     """Whether the kernels do the input's products themselves; see ``fused_rnn.kernels``."""
     if steps.length == 1:
         return False
-    rows = steps.rows(0, steps.length).stop / steps.length
+    rows = steps.rows(0, steps.length).stop
     small = weight.ih.nbytes + weight.hh.nbytes <= _SMALL_BYTES
     return bool(rows >= (_ROWS_FOR_SMALL_INPUT if small else _ROWS_FOR_INPUT))
 

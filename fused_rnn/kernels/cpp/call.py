@@ -45,7 +45,9 @@ def kernels_of(cell: str) -> tuple[Callable[..., Packed], Callable[..., None], C
         backward: bool,
         weight_ih: Sequence[Tensor] | None = None,
     ) -> Packed:
-        as_columns = not backward and (steps.length == 1 or _as_columns(steps, weight_hh[0].shape[1]))
+        as_columns = False
+        if not backward and weight_ih is None:
+            as_columns = steps.length == 1 or _as_columns(steps, weight_hh[0].shape[1])
         threads = torch.get_num_threads()
 
         def packed(weights: Sequence[Tensor] | None, product: str) -> Any:
