@@ -6,6 +6,8 @@
 #include "packed.h"
 #include "single_step.h"
 #include "tensors.h"
+#include "whole_gradients.h"
+#include "whole_layer.h"
 
 namespace fused_rnn {
 namespace {
@@ -305,6 +307,11 @@ PYBIND11_MODULE(_C, m) {
         "Write d_gates transposed times the inputs to d_weight and the sums of its columns to d_bias, or add them.");
   m.def("step", &step, py::arg("cell"), py::arg("input"), py::arg("states"), py::arg("weights"), py::arg("batch_first"),
         py::arg("threads"), "Take one step of a stack of layers without a backward, or return None.");
+  m.def("layer_forward", &layer_forward, py::arg("cell"), py::arg("input"), py::arg("states"), py::arg("weights"),
+        py::arg("keep"), py::arg("threads"), "Run a layer forward, or return None.");
+  m.def("layer_backward", &layer_backward, py::arg("cell"), py::arg("input"), py::arg("states"), py::arg("weights"),
+        py::arg("out"), py::arg("tape"), py::arg("d_out"), py::arg("d_states"), py::arg("input_wanted"),
+        py::arg("states_wanted"), py::arg("weights_wanted"), py::arg("threads"), "Return the gradients of a layer, or None.");
   m.def("backward", &backward, py::arg("cell"), py::arg("d_gates"), py::arg("d_states"), py::arg("d_out"), py::arg("d_cells"),
         py::arg("tape"), py::arg("out"), py::arg("states_0"), py::arg("weight_ih").none(true), py::arg("weight_hh"),
         py::arg("weight_hr").none(true), py::arg("length"), py::arg("batch"), py::arg("batch_sizes"), py::arg("offsets"),

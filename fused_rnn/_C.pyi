@@ -20,6 +20,28 @@ def step(
     batch_first: bool,
     threads: int,
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None: ...
+def layer_forward(
+    cell: str,
+    input: Tensor,
+    states: Sequence[Tensor] | None,
+    weights: Sequence[Tensor | None],
+    keep: bool,
+    threads: int,
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None] | None: ...
+def layer_backward(
+    cell: str,
+    input: Tensor,
+    states: Sequence[Tensor] | None,
+    weights: Sequence[Tensor | None],
+    out: Tensor,
+    tape: Tensor | None,
+    d_out: Tensor | None,
+    d_states: Sequence[Tensor | None],
+    input_wanted: bool,
+    states_wanted: bool,
+    weights_wanted: bool,
+    threads: int,
+) -> tuple[Tensor | None, ...] | None: ...
 
 class Memory:
     def __init__(self, bytes: int) -> None: ...

@@ -89,7 +89,7 @@ def _applied(function: type[torch.autograd.Function], call: Layer | BackwardCall
     return results
 
 
-class _Kept:
+class Kept:
     """What a backward needs besides the saved tensors: whether something changed since the forward that it may not read then.
 
     torch refuses to hand out a saved tensor that was changed in place. Two kinds are not refused here:
@@ -106,7 +106,7 @@ class _Kept:
 
     __slots__ = ("biases", "changes", "inside_transform", "version")
 
-    def __init__(self, out: Tensor, call: Layer, tensors: Sequence[Tensor | None], inside_transform: bool) -> None:
+    def __init__(self, out: Tensor, cell: Cell, tensors: Sequence[Tensor | None], inside_transform: bool) -> None:
         self.version = out._version
         self.changes = out.detach()
         self.biases: list[tuple[int, Tensor, int]] = []
@@ -115,7 +115,7 @@ class _Kept:
             # No hooks there, and no tensor may be kept but by torch: a transform's wrappers end with it.
             return
         self.changes.data = _NOTHING
-        first, each = 1 + len(call.cell.states), len(Weights._fields)
+        first, each = 1 + len(cell.states), len(Weights._fields)
         for i in range(first, len(tensors), each):
             for place in (i + _BIAS_IH, i + _BIAS_HH):
                 bias = tensors[place]
@@ -160,7 +160,7 @@ class _Layer(torch.autograd.Function):
         inside_transform = transformed()
         if inside_transform:
             ctx.save_for_forward(reset, *tensors)
-        ctx.kept = kept = _Kept(out, call, tensors, inside_transform)
+        ctx.kept = kept = Kept(out, call.cell, tensors, inside_transform)
         for place, _, _ in kept.biases:
             tensors[place] = None
         # The data alone: without a graph, and without the output's count of changes.
@@ -172,25 +172,9 @@ class _Layer(torch.autograd.Function):
         mapped = batching.through_vmap(partial(_Layer.backward, ctx), d_outputs)
         if mapped is not None:
             return mapped
-        call: Layer = ctx.call
         reset, out, tape, *tensors = ctx.saved_tensors
-        kept: _Kept = ctx.kept
         wanted = ctx.needs_input_grad[2:]
-        changed = kept.output_changed()
-        differentiable = torch.is_grad_enabled() or transformed()
-        if changed or differentiable:
-            kept.put_biases(tensors)
-        if changed:
-            with torch.no_grad():
-                out, *_ = _applied(_Layer, call, reset, *tensors)
-        if differentiable:
-            grads = _applied(_Backward, BackwardCall(call, wanted), reset, out, tape, *d_outputs[:-1], *tensors)
-        else:
-            if kept.inside_transform:
-                # A pullback of torch.func.vjp that is called after it holds wrappers of a transform that has ended.
-                reset, out, tape, *tensors = _unwrapped((reset, out, tape, *tensors))
-            grads = _gradients(BackwardCall(call, wanted), reset, out, tape, _unwrapped(d_outputs[:-1]), tensors)
-        return (None, None, *grads)
+        return (None, None, *layer_backward(ctx.call, ctx.kept, reset, out, tape, tensors, d_outputs[:-1], wanted))
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
@@ -200,6 +184,39 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: Layer, *operands: Any) -> tuple[Any, Any]:
         return batching.layer_rule(_Layer.apply, info.batch_size, in_dims, call, operands)
+
+
+def layer_backward(
+    call: Layer,
+    kept: Kept,
+    reset: Tensor | None,
+    out: Tensor,
+    tape: Tensor | None,
+    tensors: list[Any],
+    d_outputs: Sequence[Tensor | None],
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Compute a layer's gradients in the backward of an autograd Function, with a graph where one is asked for.
+
+    Args:
+        reset, out, tape: as the forward had and left them.
+        tensors: input, states and weights; of the biases, only those that ``kept`` has not.
+        d_outputs: the gradients of out and of what comes after it.
+        wanted: for each of ``tensors``, whether its gradient is.
+    """
+    changed = kept.output_changed()
+    differentiable = torch.is_grad_enabled() or transformed()
+    if changed or differentiable:
+        kept.put_biases(tensors)
+    if changed:
+        with torch.no_grad():
+            out, *_ = _applied(_Layer, call, reset, *tensors)
+    if differentiable:
+        return _applied(_Backward, BackwardCall(call, wanted), reset, out, tape, *d_outputs, *tensors)
+    if kept.inside_transform:
+        # A pullback of torch.func.vjp that is called after it holds wrappers of a transform that has ended.
+        reset, out, tape, *tensors = _unwrapped((reset, out, tape, *tensors))
+    return _gradients(BackwardCall(call, wanted), reset, out, tape, _unwrapped(d_outputs), tensors)
 
 
 class _Backward(torch.autograd.Function):

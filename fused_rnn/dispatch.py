@@ -33,6 +33,8 @@ class Kernels:
     backward: Callable[..., None]
     project: Callable[..., None]
     step: Callable[..., Any] | None
+    layer_forward: Callable[..., Any] | None
+    layer_backward: Callable[..., Any] | None
     takes_input: Callable[..., bool] | None
     weight_gradient: Callable[..., None]
     whole: bool
@@ -157,6 +159,8 @@ def _load(cell_name: str, name: str) -> Kernels:
         getattr(module, f"{cell_name}_backward"),
         getattr(package, "project", project),
         getattr(package, "step", None),
+        getattr(package, "layer_forward", None),
+        getattr(package, "layer_backward", None),
         getattr(package, "takes_input", None),
         getattr(package, "weight_gradient", weight_gradient),
         getattr(package, "WHOLE", False),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import cells, functional, streaming
+from fused_rnn import cells, functional, streaming, whole
 from fused_rnn.cells import Cell, Weights
 from fused_rnn.initialisation import Initialised
 
@@ -56,9 +56,9 @@ class _Layers(Initialised, torch.nn.RNNBase):
             weights.append(Weights(*one))
         return weights
 
-    def _step(self, cell: Cell, input: Any, states: tuple[Any, ...]) -> tuple[Any, Any] | None:
-        """Take the short way of ``fused_rnn.streaming``, or return None where it does not apply."""
-        if torch.is_grad_enabled() or self.bidirectional or self.proj_size or (self.dropout and self.training):
+    def _short(self, cell: Cell, input: Any, states: tuple[Any, ...] | None) -> tuple[Any, Any] | None:
+        """Take a short way, ``fused_rnn.streaming`` or ``fused_rnn.whole``, or return None where neither applies."""
+        if self.bidirectional or self.proj_size:
             return None
         parameters = self._parameters
         weights: list[Tensor | None] = []
@@ -70,7 +70,12 @@ class _Layers(Initialised, torch.nn.RNNBase):
             weights.append(weight)
         if not self.bias:
             weights = [part for first in range(0, len(weights), 2) for part in (*weights[first : first + 2], None, None)]
-        return streaming.step(cell, input, states, weights, self.batch_first)
+        dropout = self.dropout if self.training else 0.0
+        if states is not None and not dropout and not torch.is_grad_enabled():
+            taken = streaming.step(cell, input, states, weights, self.batch_first)
+            if taken is not None:
+                return taken
+        return whole.run(cell, input, states, weights, self.batch_first, dropout)
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -156,10 +161,11 @@ class RNN(_Layers):
         self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Input | None = None
     ) -> tuple[Input, Tensor]:
         """Run the layers; shapes and errors in the class docstring."""
-        if hx is not None and lengths is None and reset is None:
-            step = self._step(cells.RNN_TANH if self.mode == "RNN_TANH" else cells.RNN_RELU, input, (hx,))
-            if step is not None:
-                return step[0], step[1][0]
+        if lengths is None and reset is None:
+            cell = cells.RNN_TANH if self.mode == "RNN_TANH" else cells.RNN_RELU
+            taken = self._short(cell, input, None if hx is None else (hx,))
+            if taken is not None:
+                return taken[0], taken[1][0]
         function = functional.rnn_tanh if self.mode == "RNN_TANH" else functional.rnn_relu
         return function(input, self._weights(), hx, lengths=lengths, reset=reset, **self._options())
 
@@ -236,10 +242,10 @@ class GRU(_Layers):
         self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Input | None = None
     ) -> tuple[Input, Tensor]:
         """Run the layers; shapes and errors in the class docstring."""
-        if hx is not None and lengths is None and reset is None:
-            step = self._step(cells.GRU, input, (hx,))
-            if step is not None:
-                return step[0], step[1][0]
+        if lengths is None and reset is None:
+            taken = self._short(cells.GRU, input, None if hx is None else (hx,))
+            if taken is not None:
+                return taken[0], taken[1][0]
         return functional.gru(input, self._weights(), hx, lengths=lengths, reset=reset, **self._options())
 
 
@@ -366,10 +372,10 @@ class LSTM(_Layers):
         return_cell_states: bool = False,
     ) -> Any:
         """Run the layers; shapes and errors in the class docstring."""
-        if type(hx) is tuple and lengths is None and reset is None and return_cell_states is False:
-            step = self._step(cells.LSTM, input, hx)
-            if step is not None:
-                return step
+        if (hx is None or type(hx) is tuple) and lengths is None and reset is None and return_cell_states is False:
+            taken = self._short(cells.LSTM, input, hx)
+            if taken is not None:
+                return taken
         options = {**self._options(), "lengths": lengths, "reset": reset, "return_cell_states": return_cell_states}
         return functional.lstm(input, self._weights(), hx, **options)
 

@@ -18,6 +18,14 @@ from fused_rnn.derivatives import transformed
 States = tuple[Tensor, ...]
 
 
+def is_eager(input: Tensor) -> bool:
+    """Whether nothing stands between a call and the kernels: no trace, mode, transform or autocast, no class of its own."""
+    # What torch.compile and the like trace is no eager call.
+    if type(input) is not Tensor or operators.traced(input, input) or transformed() or input.is_meta:
+        return False
+    return not torch._C._is_any_autocast_enabled()
+
+
 def step(
     cell: Cell, input: Tensor, states: States, weights: Sequence[Tensor | None], batch_first: bool
 ) -> tuple[Tensor, States] | None:
@@ -33,10 +41,7 @@ def step(
         out (1, N, H) or (N, 1, H) and the states after the step; or None, with nothing done, where the call is another or
         something is wrong with it.
     """
-    # What torch.compile and the like trace is no eager call.
-    if type(input) is not Tensor or operators.traced(input, input) or transformed() or input.is_meta:
-        return None
-    if torch._C._is_any_autocast_enabled():
+    if not is_eager(input):
         return None
     kernel = dispatch.kernels(cell, input.device).step
     if kernel is None:

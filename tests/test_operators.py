@@ -201,7 +201,8 @@ def test_make_fx() -> None:
     module, x = make("lstm"), torch.randn(6, 3, IN, dtype=torch.float64)
     traced = make_fx(lambda x: module(x)[0])(x)
     other = torch.randn(6, 3, IN, dtype=torch.float64)
-    torch.testing.assert_close(traced(other), module(other)[0], rtol=0, atol=0)
+    # Not to the bit: the eager call leaves the input's products to the walk, which adds in another order.
+    torch.testing.assert_close(traced(other), module(other)[0], rtol=0, atol=1e-14)
 
 
 def test_checkpoint_inside_compiled_code() -> None:

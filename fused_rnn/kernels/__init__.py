@@ -60,6 +60,13 @@ It may also export ``step(cell, input, states, weights, batch_first)`` → (out,
 one direction without a backward, for streaming, with input (1, N, I), or (N, 1, I) with ``batch_first``, and states (L, N, H);
 out is laid out as the input. weights: four for each layer, ih, hh and the two biases or None. None, with nothing done, where it
 has no better way for this call; it checks its arguments itself, and raises before anything is written.
+
+And ``layer_forward(cell, input, states, weights, keep)`` → (out, states, tape) or None: a layer in one direction over dense
+steps, from input (T, N, I), contiguous, and states (1, N, H) each or None for zero to out (T, N, H), the states after the walk
+and, with ``keep``, the tape (R, 1, tape blocks·H), None where it is the output. weights: ih, hh and the two biases or None.
+With it ``layer_backward(cell, input, states, weights, out, tape, d_out, d_states, input_wanted, states_wanted,
+weights_wanted)`` → the gradients of input, states and weights, each None where it is not wanted, or None for all; d_out and
+each of d_states may be None for zero. None, and what is raised, are as for ``step``.
 """
 
 from __future__ import annotations

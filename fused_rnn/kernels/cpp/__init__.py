@@ -113,3 +113,28 @@ def step(
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
     """Take one step of a few rows; see ``fused_rnn.kernels``."""
     return _C.step(cell, input, states, weights, batch_first, torch.get_num_threads())
+
+
+def layer_forward(
+    cell: str, input: Tensor, states: tuple[Tensor, ...] | None, weights: Sequence[Tensor | None], keep: bool
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None] | None:
+    """Run a layer; see ``fused_rnn.kernels``."""
+    return _C.layer_forward(cell, input, states, weights, keep, torch.get_num_threads())
+
+
+def layer_backward(
+    cell: str,
+    input: Tensor,
+    states: tuple[Tensor, ...] | None,
+    weights: Sequence[Tensor | None],
+    out: Tensor,
+    tape: Tensor | None,
+    d_out: Tensor | None,
+    d_states: Sequence[Tensor | None],
+    input_wanted: bool,
+    states_wanted: bool,
+    weights_wanted: bool,
+) -> tuple[Tensor | None, ...] | None:
+    """The gradients of a layer; see ``fused_rnn.kernels``."""
+    wanted = (input_wanted, states_wanted, weights_wanted)
+    return _C.layer_backward(cell, input, states, weights, out, tape, d_out, d_states, *wanted, torch.get_num_threads())
