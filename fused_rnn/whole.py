@@ -128,8 +128,7 @@ class _Whole(torch.autograd.Function):
         kept: Kept = ctx.kept
         if torch.is_grad_enabled() or transformed() or kept.output_changed():
             return _in_general(ctx, d_outputs)
-        biases = kept.biases
-        for place, bias, _ in biases:
+        for place, bias, _ in kept.biases:
             tensors[place] = bias
         taken = _gradients(ctx, out, tape, tensors, d_outputs)
         return _in_general(ctx, d_outputs) if taken is None else (None, *taken, None)

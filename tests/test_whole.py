@@ -1,0 +1,400 @@
+"""Whole layers in one call of the extension: results, gradients, what is left to the general way, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from tolerances import assert_close_to_reference
+from torch import Tensor, nn
+
+import fused_rnn
+from fused_rnn import dispatch, whole
+from fused_rnn.cells import CELLS
+
+_C = pytest.importorskip("fused_rnn._C", reason="the extension is not built here; CI builds it")
+
+every_layer = pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+# T, N, I, H: one step; one and two sequences; units and inputs across vectors; several blocks of inputs; a gate's weights with
+# fewer rows than columns.
+SIZES = [(1, 3, 5, 7), (130, 1, 17, 20), (40, 2, 3, 33), (9, 50, 16, 16), (30, 20, 40, 48), (6, 4, 150, 9)]
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often the backend ran a whole layer each way."""
+    kit = dispatch.kernels(CELLS["lstm"], torch.device("cpu"))
+    assert kit.backend == "cpp"
+    counts = {"forward": 0, "backward": 0}
+    for way in counts:
+        taken = getattr(_C, f"layer_{way}")
+
+        def count(*arguments: Any, way: str = way, taken: Any = taken) -> Any:
+            result = taken(*arguments)
+            counts[way] += result is not None
+            return result
+
+        monkeypatch.setattr(_C, f"layer_{way}", count)
+    return counts
+
+
+@pytest.fixture(params=_C.isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+def states_of(name: str, *shape: int, dtype: torch.dtype = torch.float64) -> Any:
+    states = [torch.randn(shape, dtype=dtype).requires_grad_() for _ in range(2 if name == "LSTM" else 1)]
+    return tuple(states) if name == "LSTM" else states[0]
+
+
+def flat(*values: Any) -> list[Tensor]:
+    return [part for value in values for part in (flat(*value) if isinstance(value, tuple) else [value])]
+
+
+def results(module: nn.Module, x: Tensor, hx: Any, seeds: list[Tensor] | None = None) -> list[Tensor]:
+    """Outputs, and the gradients of everything, from the same gradients of the outputs."""
+    x = x.detach().clone().requires_grad_()
+    hx = None if hx is None else [state.detach().clone().requires_grad_() for state in flat(hx)]
+    given = None if hx is None else hx[0] if len(hx) == 1 else tuple(hx)
+    outputs = flat(*module(x, given))
+    torch.manual_seed(1)
+    grads = [torch.randn(out.shape, dtype=torch.float64).to(out.dtype) for out in outputs]
+    operands = [x, *(hx or []), *module.parameters()]
+    return [*outputs, *torch.autograd.grad(outputs, operands, grads)]
+
+
+def check(ours: nn.Module, x: Tensor, hx: Any) -> None:
+    """Forward and gradients, against torch.nn in the same dtype and in float64."""
+    options = {"bias": ours.bias, "batch_first": ours.batch_first}
+    theirs = getattr(nn, type(ours).__name__)(ours.input_size, ours.hidden_size, ours.num_layers, **options)
+    theirs = theirs.to(x.dtype)
+    theirs.load_state_dict(ours.state_dict())
+    exact = copy.deepcopy(theirs).double()
+    hx64 = None if hx is None else tuple(state.double() for state in hx) if isinstance(hx, tuple) else hx.double()
+    found = zip(results(ours, x, hx), results(theirs, x, hx), results(exact, x.double(), hx64), strict=True)
+    for i, values in enumerate(found):
+        assert_close_to_reference(*values, name=f"result {i}")
+
+
+@every_layer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("given", [False, True], ids=["zero states", "given states"])
+def test_as_torch(isa: str, counted: dict[str, int], name: str, dtype: torch.dtype, size: Any, given: bool) -> None:
+    torch.manual_seed(0)
+    length, batch, inputs, hidden = size
+    module = getattr(fused_rnn, name)(inputs, hidden, dtype=dtype)
+    hx = states_of(name, 1, batch, hidden, dtype=dtype) if given else None
+    check(module, torch.randn(length, batch, inputs, dtype=dtype), hx)
+    assert counted == {"forward": 1, "backward": 1}
+
+
+@every_layer
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("given", [False, True], ids=["zero states", "given states"])
+def test_stacks(counted: dict[str, int], name: str, bias: bool, batch_first: bool, given: bool) -> None:
+    torch.manual_seed(0)
+    module = getattr(fused_rnn, name)(5, 19, 3, bias=bias, batch_first=batch_first)
+    hx = states_of(name, 3, 12 if batch_first else 7, 19, dtype=torch.float32) if given else None
+    check(module, torch.randn(12, 7, 5), hx)
+    assert counted == {"forward": 3, "backward": 3}
+
+
+@every_layer
+def test_gradients_in_chunks_of_time(counted: dict[str, int], name: str) -> None:
+    torch.manual_seed(0)
+    hidden = {"RNN": 512, "LSTM": 160, "GRU": 160}[name]
+    module = getattr(fused_rnn, name)(8, hidden)
+    x = torch.randn(175, 50, 8)
+    assert x.shape[0] * x.shape[1] * module.weight_hh_l0.nbytes / hidden > 16 << 20, "more than one chunk"
+    check(module, x, None)
+    assert counted == {"forward": 1, "backward": 1}
+
+
+@every_layer
+def test_without_gradients(counted: dict[str, int], name: str) -> None:
+    torch.manual_seed(0)
+    module = getattr(fused_rnn, name)(6, 21, 2)
+    x = torch.randn(11, 4, 6)
+    recorded = flat(*module(x))
+    with torch.no_grad():
+        plain = flat(*module(x))
+    with torch.inference_mode():
+        inference = flat(*module(x))
+    module.requires_grad_(False)
+    frozen = flat(*module(x))
+    assert counted == {"forward": 8, "backward": 0}
+    for first, *others in zip(recorded, plain, inference, frozen, strict=True):
+        assert first.requires_grad
+        assert not any(other.requires_grad for other in others)
+        assert all(torch.equal(first, other) for other in others)
+
+
+@every_layer
+def test_dropout_between_layers(counted: dict[str, int], name: str) -> None:
+    module = getattr(fused_rnn, name)(6, 10, 2, dropout=1.0)
+    x = torch.randn(5, 3, 6)
+    silent = copy.deepcopy(module)
+    with torch.no_grad():
+        silent.weight_ih_l1.zero_()
+    assert torch.equal(module(x)[0], silent(x)[0]), "nothing of the first layer comes through"
+    assert not torch.equal(module.eval()(x)[0], silent.eval()(x)[0])
+    assert counted["forward"] == 8
+
+
+def gradients(module: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
+    module.zero_grad(set_to_none=True)
+    x.grad = None
+    loss(module(x)[0]).backward()
+    return [x.grad, *(parameter.grad for parameter in module.parameters())]
+
+
+@every_layer
+def test_frozen_parts(counted: dict[str, int], name: str) -> None:
+    """Where only some gradients are wanted, they are what they are where all are."""
+    torch.manual_seed(0)
+    module, x = getattr(fused_rnn, name)(6, 13), torch.randn(9, 4, 6, requires_grad=True)
+    everything = gradients(module, x, lambda out: out.square().sum())
+    names = ["input", *(parameter for parameter, _ in module.named_parameters())]
+    for kept in [("input",), ("weight_hh_l0",), ("bias_ih_l0",), ("bias_hh_l0",), ("input", "weight_ih_l0"), tuple(names[1:])]:
+        x.requires_grad_("input" in kept)
+        for parameter, value in module.named_parameters():
+            value.requires_grad_(parameter in kept)
+        for key, found, expected in zip(names, gradients(module, x, lambda out: out.square().sum()), everything, strict=True):
+            if key in kept:
+                torch.testing.assert_close(found, expected)
+            else:
+                assert found is None
+    assert counted["forward"] == 7
+    assert counted["backward"] == 3, "everything, the input alone, and all weights"
+
+
+@every_layer
+def test_gradients_of_other_layouts(counted: dict[str, int], name: str) -> None:
+    torch.manual_seed(0)
+    module, x = getattr(fused_rnn, name)(6, 13), torch.randn(9, 4, 6, requires_grad=True)
+    expected = gradients(module, x, lambda out: (out * torch.ones_like(out)).sum())
+    for loss in (Tensor.sum, lambda out: out.mT.contiguous().sum(), lambda out: out.resolve_neg().neg().neg().sum()):
+        for one, other in zip(gradients(module, x, loss), expected, strict=True):
+            torch.testing.assert_close(one, other)
+    assert counted == {"forward": 4, "backward": 4}
+
+
+@every_layer
+def test_of_the_states_alone(name: str, counted: dict[str, int]) -> None:
+    """No gradient of the output; one state's gradient, not contiguous; states that want none."""
+    torch.manual_seed(0)
+    ours, theirs = getattr(fused_rnn, name)(6, 13), getattr(nn, name)(6, 13)
+    theirs.load_state_dict(ours.state_dict())
+    x, hx = torch.randn(9, 4, 6), states_of(name, 1, 4, 13, dtype=torch.float32)
+    found = []
+    for module in (ours, theirs):
+        last = flat(module(x, hx)[1])[-1]
+        found.append(torch.autograd.grad(last.expand(3, 4, 13).sum(), [flat(hx)[0], *module.parameters()]))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert counted == {"forward": 1, "backward": 1}
+
+
+@every_layer
+@pytest.mark.parametrize("given", [False, True], ids=["zero states", "given states"])
+def test_second_gradients(counted: dict[str, int], name: str, given: bool) -> None:
+    torch.manual_seed(0)
+    module = getattr(fused_rnn, name)(3, 4, dtype=torch.float64)
+    hx = states_of(name, 1, 2, 4) if given else None
+
+    def function(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        names = dict(zip([key for key, _ in module.named_parameters()], parameters, strict=True))
+        return tuple(flat(*torch.func.functional_call(module, names, (x, hx))))
+
+    operands = (torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True), *module.parameters())
+    assert torch.autograd.gradcheck(function, operands, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(function, operands)
+    assert counted["forward"] > 0
+
+
+@every_layer
+def test_an_output_that_was_changed_in_place(name: str) -> None:
+    torch.manual_seed(0)
+    module, x = getattr(fused_rnn, name)(6, 13), torch.randn(9, 4, 6, requires_grad=True)
+    expected = gradients(module, x, lambda out: (2 * out).square().sum())
+    for one, other in zip(gradients(module, x, lambda out: out.mul_(2).square().sum()), expected, strict=True):
+        torch.testing.assert_close(one, other)
+    out = module(x)[0]
+    with torch.no_grad():
+        module.weight_hh_l0.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@every_layer
+def test_the_same_bits_twice(name: str) -> None:
+    torch.manual_seed(0)
+    module, x = getattr(fused_rnn, name)(24, 40), torch.randn(30, 20, 24)
+    for one, other in zip(results(module, x, None), results(module, x, None), strict=True):
+        assert torch.equal(one, other)
+    out = module(x.requires_grad_())[0]
+    first = torch.autograd.grad(out.sum(), module.parameters(), retain_graph=True)
+    for one, other in zip(first, torch.autograd.grad(out.sum(), module.parameters()), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_backwards_of_the_backend_of_the_forward(counted: dict[str, int]) -> None:
+    module, x = fused_rnn.LSTM(6, 13), torch.randn(9, 4, 6)
+    out = module(x)[0]
+    with fused_rnn.backend("reference"):
+        out.sum().backward()
+        assert module(x)[0].grad_fn.name() != out.grad_fn.name()
+    assert counted == {"forward": 1, "backward": 1}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda lstm, x: lstm(x[..., :-1]), r"input\.size\(-1\) must be equal to input_size"),
+        (lambda lstm, x: lstm(x.double()), r"dtype \(torch.float64\) does not match weight dtype \(torch.float32\)"),
+        (lambda lstm, x: lstm(x, (torch.zeros(3, 4, 9), torch.zeros(3, 4, 9))), r"Expected hidden\[0\] size \(2, 4, 9\)"),
+        (lambda lstm, x: lstm(x, (torch.zeros(2, 5, 9), torch.zeros(2, 5, 9))), r"Expected hidden\[0\] size \(2, 4, 9\)"),
+        (lambda lstm, x: lstm(x[:0]), "Expected sequence length to be larger than 0"),
+    ],
+)
+def test_errors_are_torch_s(call: Callable[..., Any], message: str) -> None:
+    module, x = fused_rnn.LSTM(6, 9, 2), torch.randn(5, 4, 6)
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        call(module, x)
+
+
+def make_forward() -> dict[str, Any]:
+    x, h = torch.randn(5, 4, 6), torch.randn(1, 4, 9)
+    weights = [torch.randn(36, 6), torch.randn(36, 9), torch.randn(36), torch.randn(36)]
+    return {"cell": "lstm", "input": x, "states": (h, h.clone()), "weights": weights, "keep": True, "threads": 2}
+
+
+def make_backward() -> dict[str, Any]:
+    call = make_forward()
+    out, after, tape = _C.layer_forward(**call)
+    del call["keep"]
+    wanted = {"input_wanted": True, "states_wanted": True, "weights_wanted": True}
+    return {**call, "out": out, "tape": tape, "d_out": torch.randn(5, 4, 9), "d_states": after, **wanted}
+
+
+def replaced(call: dict[str, Any], place: int, weight: Any) -> dict[str, Any]:
+    weights = list(call["weights"])
+    weights[place] = weight
+    return {"weights": weights}
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+WRONG: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "unknown cell": lambda call: {"cell": "lstn"},
+    "no threads": lambda call: {"threads": 0},
+    "weights for two": lambda call: {"weights": call["weights"] * 2},
+    "rows of weight_ih": lambda call: replaced(call, 0, call["weights"][0][:-1]),
+    "columns of weight_ih": lambda call: replaced(call, 0, call["weights"][0][:, :-1]),
+    "columns of weight_hh": lambda call: replaced(call, 1, call["weights"][1][:, :-1]),
+    "1D weight_hh": lambda call: replaced(call, 1, call["weights"][1][:, 0].clone()),
+    "dtype of weight_hh": lambda call: replaced(call, 1, call["weights"][1].double()),
+    "length of a bias": lambda call: replaced(call, 3, call["weights"][3][:-1]),
+    "one state": lambda call: {"states": call["states"][:1]},
+    "rows of states": lambda call: {"states": tuple(state[:, :-1].clone() for state in call["states"])},
+    "two layers of states": lambda call: {"states": tuple(state.repeat(2, 1, 1) for state in call["states"])},
+    "the other sign": lambda call: {"input": torch.complex(call["input"], call["input"]).conj().imag},
+}
+WRONG_BACKWARD: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    **WRONG,
+    "steps of out": lambda call: {"out": call["out"][:-1]},
+    "rows of the tape": lambda call: {"tape": call["tape"][:-1]},
+    "blocks of the tape": lambda call: {"tape": call["tape"][..., :-9].contiguous()},
+    "no tape": lambda call: {"tape": None},
+    "units of d_out": lambda call: {"d_out": call["d_out"][..., :-1].contiguous()},
+    "dtype of d_out": lambda call: {"d_out": call["d_out"].double()},
+    "one of d_states": lambda call: {"d_states": call["d_states"][:1]},
+    "rows of d_states": lambda call: {"d_states": tuple(state[:, :-1].clone() for state in call["d_states"])},
+}
+OTHER: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "unbatched": lambda call: {"input": call["input"][0]},
+    "no rows": lambda call: {"input": call["input"][:, :0]},
+    "bfloat16": lambda call: {"input": call["input"].bfloat16()},
+    "strided input": lambda call: {"input": call["input"].mT.contiguous().mT},
+    "strided states": lambda call: {"states": tuple(state.mT.contiguous().mT for state in call["states"])},
+    "strided weight": lambda call: replaced(call, 0, call["weights"][0].t().contiguous().t()),
+    "strided bias": lambda call: replaced(call, 2, call["weights"][2].repeat_interleave(2)[::2]),
+    "no weight_hh": lambda call: replaced(call, 1, None),
+    "a subclass as input": lambda call: {"input": call["input"].as_subclass(Subclass)},
+    "a subclass as bias": lambda call: replaced(call, 2, call["weights"][2].as_subclass(Subclass)),
+    "a subclass as state": lambda call: {"states": tuple(state.as_subclass(Subclass) for state in call["states"])},
+    "no tensor": lambda call: {"input": call["input"].numpy()},
+}
+OTHER_BACKWARD: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    **OTHER,
+    "expanded d_out": lambda call: {"d_out": call["d_out"][:1].expand(5, -1, -1)},
+    "strided out": lambda call: {"out": call["out"].mT.contiguous().mT},
+    "a subclass as d_out": lambda call: {"d_out": call["d_out"].as_subclass(Subclass)},
+    "out is missing": lambda call: {"out": None},
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_forwards_raise(case: str) -> None:
+    call = make_forward()
+    assert _C.layer_forward(**call)[0].isfinite().all()
+    with pytest.raises(ValueError, match="expected"):
+        _C.layer_forward(**call | WRONG[case](call))
+
+
+@pytest.mark.parametrize("case", WRONG_BACKWARD)
+def test_wrong_backwards_raise(case: str) -> None:
+    call = make_backward()
+    assert _C.layer_backward(**call)[0].isfinite().all()
+    with pytest.raises(ValueError, match="expected"):
+        _C.layer_backward(**call | WRONG_BACKWARD[case](call))
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_other_forwards_are_left_to_the_general_way(case: str) -> None:
+    call = make_forward()
+    assert _C.layer_forward(**call | OTHER[case](call)) is None
+
+
+@pytest.mark.parametrize("case", OTHER_BACKWARD)
+def test_other_backwards_are_left_to_the_general_way(case: str) -> None:
+    call = make_backward()
+    assert _C.layer_backward(**call | OTHER_BACKWARD[case](call)) is None
+
+
+def test_few_rows_of_large_weights_are_left_to_the_general_way() -> None:
+    module = fused_rnn.LSTM(512, 512)
+    cell, weights = CELLS["lstm"], [parameter.detach() for parameter in module.parameters()]
+    for length, taken in ((255, False), (256, True)):
+        assert (whole.run(cell, torch.randn(length, 1, 512), None, weights, False, 0.0) is not None) is taken
+
+
+def test_many_columns_of_inputs_have_their_gradient_from_torch(counted: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    check(fused_rnn.RNN(300, 40), torch.randn(20, 10, 300), None)
+    assert counted == {"forward": 1, "backward": 0}
+
+
+def test_no_results_of_another_kind_are_written_to() -> None:
+    """A mode may make something else of torch's functions than was asked for."""
+
+    class Halves(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = function(*args, **(kwargs or {}))
+            return made[..., : made.shape[-1] // 2] if function is Tensor.new_empty else made
+
+    call, backward = make_forward(), make_backward()
+    with Halves():
+        assert _C.layer_forward(**call) is None
+        assert _C.layer_backward(**backward) is None
