@@ -33,6 +33,12 @@
 #define FUSED_RNN_MANY_REGISTERS 0
 #endif
 
+#if defined(__FMA__) || defined(__aarch64__)
+#define FUSED_RNN_FUSED_MULTIPLY 1
+#else
+#define FUSED_RNN_FUSED_MULTIPLY 0
+#endif
+
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
 
@@ -49,9 +55,15 @@ struct Simd<float> {
   // Adding 1.5 * 2^mantissa rounds to the nearest integer and leaves that integer in the low bits.
   static constexpr float kRound = 12582912.0f;
   static constexpr float kLog2e = 1.44269504f;
+#if FUSED_RNN_FUSED_MULTIPLY
+  // ln 2: n times it is not rounded, and its own error is 2e-9.
+  static constexpr float kLn2High = 0.693147182f;
+  static constexpr float kLn2Low = 0;
+#else
   // ln 2 in two parts; the first has few enough bits for n * kLn2High to be exact.
   static constexpr float kLn2High = 0.693359375f;
   static constexpr float kLn2Low = -2.12194440e-4f;
+#endif
   // e^-80 and e^80 are normal numbers, and 1 / (1 + e^80) is too; a sigmoid beyond is 0 or 1 to within 2e-35.
   static constexpr float kLimit = 80.0f;
   // (e^r - 1 - r) / r^2 on |r| <= ln(2) / 2, interpolated at the Chebyshev nodes; relative error of e^r 1.0e-8.
@@ -248,7 +260,8 @@ template <class T, int n>
 inline void exp_parts(const Vec<T>* x, Vec<T>* scale, Vec<T>* fraction) {
   using S = Simd<T>;
   using Int = typename S::Int;
-  const Vec<T> rounder = broadcast<T>(S::kRound);
+  // With the bias of an exponent, so that the integer in the low bits is one.
+  const Vec<T> rounder = broadcast<T>(S::kRound + static_cast<T>(S::kExponentBias));
   Vec<T> r[n], q[n];
 #pragma GCC unroll 4
   for (int i = 0; i < n; ++i) scale[i] = x[i] * S::kLog2e + rounder;
@@ -256,8 +269,10 @@ inline void exp_parts(const Vec<T>* x, Vec<T>* scale, Vec<T>* fraction) {
   for (int i = 0; i < n; ++i) q[i] = scale[i] - rounder;
 #pragma GCC unroll 4
   for (int i = 0; i < n; ++i) r[i] = x[i] - q[i] * S::kLn2High;
+  if constexpr (S::kLn2Low != 0) {
 #pragma GCC unroll 4
-  for (int i = 0; i < n; ++i) r[i] = r[i] - q[i] * S::kLn2Low;
+    for (int i = 0; i < n; ++i) r[i] = r[i] - q[i] * S::kLn2Low;
+  }
 #pragma GCC unroll 4
   for (int i = 0; i < n; ++i) q[i] = broadcast<T>(S::kExpm1[S::kDegree]);
 #pragma GCC unroll 16
@@ -267,7 +282,7 @@ inline void exp_parts(const Vec<T>* x, Vec<T>* scale, Vec<T>* fraction) {
   }
 #pragma GCC unroll 4
   for (int i = 0; i < n; ++i) {
-    scale[i] = reinterpret_cast<Vec<T>>((reinterpret_cast<Int>(scale[i]) + S::kExponentBias) << S::kMantissaBits);
+    scale[i] = reinterpret_cast<Vec<T>>(reinterpret_cast<Int>(scale[i]) << S::kMantissaBits);
   }
 #pragma GCC unroll 4
   for (int i = 0; i < n; ++i) fraction[i] = (r[i] * r[i]) * q[i] + r[i];
@@ -282,9 +297,12 @@ inline void activate(Vec<T>* x) {
   constexpr int n = kSigmoids + kTanhs;
   Vec<T> scale[n], fraction[n], low[n];
 #pragma GCC unroll 4
-  for (int i = 0; i < n; ++i) x[i] = i < kSigmoids ? -x[i] : x[i] + x[i];
+  for (int i = kSigmoids; i < n; ++i) x[i] += x[i];
 #pragma GCC unroll 4
   for (int i = 0; i < n; ++i) x[i] = clamp<T>(x[i], Simd<T>::kLimit);
+  // Here, and not before, the sign becomes part of the multiplications that follow.
+#pragma GCC unroll 4
+  for (int i = 0; i < kSigmoids; ++i) x[i] = -x[i];
   exp_parts<T, n>(x, scale, fraction);
   // The denominators, and for tanh the numerator.
 #pragma GCC unroll 4
