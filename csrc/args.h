@@ -16,16 +16,21 @@ constexpr int kCellKinds = 4;
 
 // One weight matrix as a product reads it: element (k, column) of a K x columns matrix.
 enum class Layout : int {
-  kPanels,  // [column / lanes][K][lanes], columns padded with zeros to whole vectors
-  kColumns  // K contiguous per column: a torch weight as it is, for products of few rows
+  kPanels,   // [column / lanes][K][lanes], columns padded with zeros to whole vectors
+  kColumns,  // K contiguous per column: a torch weight as it is, for products of few rows
+  kRows      // columns contiguous per K: a torch weight as it is, in the backward
 };
+
+// Weights of the input that are not in panels are laid out as they are needed, for as many steps at once as the kernels take
+// together: that pays for few rows in all, and needs steps of at most so many.
+constexpr Index kMostLooseBatch = 48;
 
 template <class T>
 struct Matrix {
   const T* data = nullptr;
   Layout layout = Layout::kPanels;
   Index inner = 0;   // K
-  Index stride = 0;  // kColumns: elements from one column to the next
+  Index stride = 0;  // kColumns, kRows: elements from one column or row to the next
 };
 
 template <class T>
@@ -74,7 +79,7 @@ struct ForwardArgs {
   T* states[2] = {};                     // (D, N, P) and (D, N, H), updated in place; the second only where the cell has one
   const Matrix<T>* weight_hh;            // D matrices, K = P
   const Matrix<T>* weight_hr;            // D matrices, K = H, or null
-  const Matrix<T>* weight_ih = nullptr;  // D matrices in panels, K = I, or null
+  const Matrix<T>* weight_ih = nullptr;  // D matrices, K = I, or null
   const T* bias = nullptr;               // (D, bias blocks * H), or null
 };
 

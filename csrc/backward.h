@@ -1,6 +1,7 @@
 // Backpropagation through time for every cell: one parallel region walks the steps in the opposite order of the forward.
 #pragma once
 
+#include "memory.h"
 #include "walk.h"
 
 namespace fused_rnn {
@@ -10,7 +11,7 @@ namespace FUSED_RNN_ISA {
 template <class Cell, class T>
 class BackwardWalk {
  public:
-  BackwardWalk(const BackwardArgs<T>& args, const T* zeros, Index d, Range batch, const Member& member)
+  BackwardWalk(const BackwardArgs<T>& args, const T* zeros, T* room, Index d, Range batch, const Member& member)
       : args_(args),
         steps_(args.sizes.steps),
         hidden_(args.sizes.hidden),
@@ -30,7 +31,11 @@ class BackwardWalk {
         d_c_(Cell::kHasC ? args.d_states[1] + d * steps_.batch * hidden_ : nullptr),
         scratch_(steps_.batch, batch.size()),
         input_scratch_(rows_to_wait(args, batch), rows_to_wait(args, batch)),
-        waiting_(rows_to_wait(args, batch)) {}
+        waiting_(rows_to_wait(args, batch)) {
+    if (args.weight_ih && args.weight_ih->layout != Layout::kPanels) {
+      input_scratch_.panels = room + member.index * kGroup * args.weight_ih->inner * kLanes<T>;
+    }
+  }
 
   void run() {
     const Index length = args_.t_end - args_.t_begin;
@@ -119,14 +124,20 @@ class BackwardWalk {
     const auto d_input = [&](Index j, Index v) {
       return args_.d_input + (rows[j] - origin_) * args_.d_input_stride + v * kLanes<T>;
     };
-    product<T, 1>(
-        nullptr, {}, args_.weight_ih[d_], args_.inputs, inputs_, waiting_rows_, waiting_rows_, input_scratch_,
-        [&](Index j, Index v) __attribute__((always_inline)) {
-          if (fetches_) prefetch_to_write(d_input(j, v));
-        },
-        [&](Index j, Index v, const Vec<T>* sums) {
-          with_io<T>(args_.inputs, v, [&](auto io, Index) { io.store(d_input(j, v), sums[0]); });
-        });
+    const auto ahead = [&](Index j, Index v) __attribute__((always_inline)) {
+      if (fetches_) prefetch_to_write(d_input(j, v));
+    };
+    const auto write = [&](Index j, Index v, const Vec<T>* sums) {
+      with_io<T>(args_.inputs, v, [&](auto io, Index) { io.store(d_input(j, v), sums[0]); });
+    };
+    const Matrix<T>& weight_ih = args_.weight_ih[d_];
+    const Index n_waiting = waiting_rows_;
+    if (weight_ih.layout == Layout::kPanels) {
+      product<T, 1>(nullptr, {}, weight_ih, args_.inputs, inputs_, n_waiting, n_waiting, input_scratch_, ahead, write);
+    } else {
+      product<T, 1, -1, true>(nullptr, {}, weight_ih, args_.inputs, inputs_, n_waiting, n_waiting, input_scratch_, ahead,
+                              write);
+    }
     waiting_rows_ = 0;
   }
 
@@ -209,8 +220,14 @@ void backward(const BackwardArgs<T>& args) {
   if (s.steps.batch == 0 || args.t_begin == args.t_end) return;
   const Groups groups(s, step_cost<T>(s, Cell::kFeedback, 20 * Cell::kGates, args.inputs));
   const Buffer<T> zeros((Cell::kFeedback > 1 ? Cell::kFeedback : 1) * s.hidden);
-  groups.run(
-      [&](Index d, Range batch, const Member& member) { BackwardWalk<Cell, T>(args, zeros.get(), d, batch, member).run(); });
+  // For the panels of one group of weights that are laid out as they are needed.
+  const bool loose = args.weight_ih && args.weight_ih->layout != Layout::kPanels;
+  const Index room_of_group = loose ? groups.plan().unit_parts * kGroup * args.weight_ih->inner * kLanes<T> : 0;
+  const Memory room(static_cast<std::size_t>(groups.plan().groups * room_of_group) * sizeof(T));
+  groups.run([&](Index d, Range batch, const Member& member) {
+    T* const mine = static_cast<T*>(room.get()) + member.group * room_of_group;
+    BackwardWalk<Cell, T>(args, zeros.get(), mine, d, batch, member).run();
+  });
 }
 
 }  // namespace FUSED_RNN_ISA

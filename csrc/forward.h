@@ -10,11 +10,18 @@ namespace FUSED_RNN_ISA {
 // Whether the inputs' products of several steps are formed at once, where a part of the batch has so many rows.
 inline bool in_blocks(Index batch) { return 2 * batch <= kInputRows; }
 
-// Vectors that wait for one of so many threads that share the units.
+// Vectors of the workspace for one of so many threads that share the units: those that wait, and room for the panels of a group
+// of weights that are laid out as they are needed.
 template <class Cell, class T>
-inline Index member_vectors(Index hidden, int members) {
-  const Index most = vectors_of(vectors_of(hidden, kLanes<T>), members);
+inline Index waiting_vectors(const ForwardArgs<T>& args, int members) {
+  const Index most = vectors_of(vectors_of(args.sizes.hidden, kLanes<T>), members);
   return vectors_of(most, kUnitVectors<Cell::kGates>) * kInputRows * kGroup;
+}
+template <class Cell, class T>
+inline Index member_vectors(const ForwardArgs<T>& args, int members) {
+  if (!args.weight_ih) return 0;
+  const bool panels = args.weight_ih->layout == Layout::kPanels;
+  return waiting_vectors<Cell>(args, members) + (panels ? 0 : kGroup * args.weight_ih->inner);
 }
 
 // One thread's walk over one part of the batch of one recurrence.
@@ -46,7 +53,11 @@ class ForwardWalk {
                  !args.weight_ih ? 0
                  : in_blocks_    ? kInputRows
                                  : batch.size()) {
-    if (in_blocks_) waiting_ = {workspace + member.index * member_vectors<Cell, T>(hidden_, member.count), kInputRows};
+    if (!in_blocks_) return;
+    Vec<T>* const mine = workspace + member.index * member_vectors<Cell>(args, member.count);
+    waiting_ = {mine, kInputRows};
+    if (args.weight_ih->layout != Layout::kPanels)
+      room_ = reinterpret_cast<T*>(mine + waiting_vectors<Cell>(args, member.count));
   }
 
   void run() {
@@ -88,7 +99,8 @@ class ForwardWalk {
       if (rows + n > kInputRows) break;
       for (Index j = 0; j < n; ++j) scratch_.inputs.get()[rows++] = args_.input + (first + j) * args_.input_stride;
     }
-    input_products<T, Cell::kGates, Cell::kApart>(args_.weight_ih[d_], hidden_, units_, rows, scratch_, waiting_);
+    input_products<T, Cell::kGates, Cell::kApart>(args_.weight_ih[d_], hidden_, units_, scratch_.inputs.get(), rows, room_,
+                                                  waiting_);
     inputs_until_ = s;
     row_of_block_ = 0;
   }
@@ -174,6 +186,7 @@ class ForwardWalk {
   const bool in_blocks_;
   Index inputs_until_ = 0, row_of_block_ = 0;
   Waiting<T> waiting_;
+  T* room_ = nullptr;
   const int blocks_;  // of the tape that a step touches
   const bool fetches_;
   T* const h_;
@@ -191,10 +204,10 @@ void forward(const ForwardArgs<T>& args) {
   T* const m = args.weight_hr ? before_projection.get() : nullptr;
   const int members = groups.plan().unit_parts;
   // Of a group. A thread that does all its work alone needs no more.
-  const Index waiting = args.weight_ih ? members * member_vectors<Cell, T>(s.hidden, members) : 0;
-  const Memory workspace(static_cast<std::size_t>(groups.plan().groups * waiting) * sizeof(Vec<T>));
+  const Index vectors = members * member_vectors<Cell>(args, members);
+  const Memory workspace(static_cast<std::size_t>(groups.plan().groups * vectors) * sizeof(Vec<T>));
   groups.run([&](Index d, Range batch, const Member& member) {
-    Vec<T>* const mine = static_cast<Vec<T>*>(workspace.get()) + member.group * waiting;
+    Vec<T>* const mine = static_cast<Vec<T>*>(workspace.get()) + member.group * vectors;
     ForwardWalk<Cell, T>(args, zeros.get(), m, mine, d, batch, member).run();
   });
 }

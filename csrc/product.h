@@ -188,29 +188,30 @@ constexpr int kDotRows = 2;
 
 // One vector of columns, of which `count` exist, for all rows of a chunk.
 template <class T>
-inline void dot_chunk(const Matrix<T>& w, Index column, int count, const T* const* a, int rows, Vec<T>* c) {
-  T* results = reinterpret_cast<T*>(c);
-  constexpr Index kRowStride = kGroup * kLanes<T>;
+inline void dot_chunk(const Matrix<T>& w, Index column, int count, const T* const* a, int rows, bool add, Vec<T>* c) {
+  Vec<T> sums[kDotRows] = {};
+  T* results = reinterpret_cast<T*>(sums);
+  constexpr Index kRowStride = kLanes<T>;
   for (int row = 0; row < rows; row += kDotRows) {
     const bool one = row + 1 == rows;
-    T* result = results + row * kRowStride;
     int i = 0;
     for (; i + kDotColumns<T> <= count; i += kDotColumns<T>) {
       const T* columns = w.data + (column + i) * w.stride;
       if (one) {
-        dot_tile<T, kDotColumns<T>, 1>(columns, w.stride, w.inner, a + row, result + i, kRowStride);
+        dot_tile<T, kDotColumns<T>, 1>(columns, w.stride, w.inner, a + row, results + i, kRowStride);
       } else {
-        dot_tile<T, kDotColumns<T>, kDotRows>(columns, w.stride, w.inner, a + row, result + i, kRowStride);
+        dot_tile<T, kDotColumns<T>, kDotRows>(columns, w.stride, w.inner, a + row, results + i, kRowStride);
       }
     }
     for (; i < count; ++i) {
       const T* columns = w.data + (column + i) * w.stride;
       for (int m = 0; m < (one ? 1 : kDotRows); ++m) {
-        dot_tile<T, 1, 1>(columns, w.stride, w.inner, a + row + m, result + m * kRowStride + i, kRowStride);
+        dot_tile<T, 1, 1>(columns, w.stride, w.inner, a + row + m, results + m * kRowStride + i, kRowStride);
       }
     }
-    for (; i < kLanes<T>; ++i) {
-      for (int m = 0; m < (one ? 1 : kDotRows); ++m) result[m * kRowStride + i] = 0;
+    for (int m = 0; m < (one ? 1 : kDotRows); ++m) {
+      Vec<T>& to = c[(row + m) * kGroup];
+      to = add ? to + sums[m] : sums[m];
     }
   }
 }
@@ -228,8 +229,8 @@ inline const T* panels_of(const Matrix<T>& w, Index first) {
   return w.data + first * w.inner * kLanes<T>;
 }
 
-// c[row][0 .. vectors) of vectors first .. first + vectors - 1 of the columns, for `rows` <= kChunk rows; panels can also be
-// added to it. The product after this one starts at panels `after`, null in a batch of few rows; `ahead` as in panel_chunk.
+// c[row][0 .. vectors) of vectors first .. first + vectors - 1 of the columns, for `rows` <= kChunk rows, or added to it. The
+// product after this one starts at panels `after`, null in a batch of few rows; `ahead` as in panel_chunk.
 template <class T, class RowAhead>
 inline void product_chunk(const Matrix<T>& w, Columns columns, Index first, int vectors, const T* const* a, int rows, bool add,
                           Vec<T>* c, const T* after, RowAhead&& ahead) {
@@ -238,7 +239,7 @@ inline void product_chunk(const Matrix<T>& w, Columns columns, Index first, int 
     for (int v = 0; v < vectors; ++v) {
       const Index gate = (first + v) % columns.gates, unit = (first + v) / columns.gates * kLanes<T>;
       const Index exist = columns.hidden - unit < kLanes<T> ? columns.hidden - unit : kLanes<T>;
-      dot_chunk<T>(w, gate * columns.hidden + unit, static_cast<int>(exist), a, rows, c + v);
+      dot_chunk<T>(w, gate * columns.hidden + unit, static_cast<int>(exist), a, rows, add, c + v);
     }
     return;
   }

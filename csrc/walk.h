@@ -6,17 +6,11 @@
 #include <type_traits>
 #include <vector>
 
-#include "pointwise.h"
-#include "product.h"
+#include "panels.h"
 #include "team.h"
 
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
-
-struct Range {
-  Index begin, end;
-  Index size() const { return end - begin; }
-};
 
 // Part `index` of `parts` of `whole` items, as even as can be.
 inline Range share(Index whole, int parts, int index) { return {whole * index / parts, whole * (index + 1) / parts}; }
@@ -89,6 +83,8 @@ struct Scratch {
   alignas(64) Vec<T> products[kChunk * kGroup];
   Buffer<const T*> rows;
   Buffer<const T*> inputs;
+  // Room for the panels of one group, where the weight is not in panels; else null.
+  T* panels = nullptr;
 };
 
 // Whether buffers with so many columns of T, for every row of all steps, outgrow the caches: only then is it worth the while to
@@ -111,17 +107,6 @@ template <class T>
   }
 }
 
-// Calls f(io, v) for vector v, with io for a whole vector or for the last few units.
-template <class T, class F>
-inline void with_io(Index columns, Index v, F&& f) {
-  const Index rest = columns - v * kLanes<T>;
-  if (rest >= kLanes<T>) {
-    f(Whole<T>{}, v);
-  } else {
-    f(First<T>{static_cast<int>(rest)}, v);
-  }
-}
-
 // Vectors of units in a group: one with all of its gates, or several where a cell has one gate.
 template <int kGates>
 constexpr Index kUnitVectors = kGates == 1 ? kGroup : 1;
@@ -129,6 +114,7 @@ constexpr Index kUnitVectors = kGates == 1 ? kGroup : 1;
 // Rows whose products with the input's weights are formed together, where one step has fewer: as many steps as make so many
 // rows. The weights then pass by once for all of them, and in between the caches keep those of the recurrence.
 constexpr Index kInputRows = 2 * kChunk;
+static_assert(2 * kMostLooseBatch <= kInputRows);
 
 // Products of a few steps' inputs that wait for those of the recurrence: kGroup vectors for each row of each group.
 template <class T>
@@ -152,20 +138,23 @@ inline void move_apart(Vec<T>* c, Index rows) {
   }
 }
 
-// The products of the rows scratch.inputs with the columns `vectors` of `w`, for product() to add to.
+// The products of the rows `inputs` with the columns `vectors` of `w`, for product() to add to; `room` as for group_of.
 template <class T, int kGates, int kApart>
-inline void input_products(const Matrix<T>& w, Index hidden, Range vectors, Index n, const Scratch<T>& scratch,
+inline void input_products(const Matrix<T>& w, Index hidden, Range vectors, const T* const* inputs, Index n, T* room,
                            const Waiting<T>& to) {
   constexpr Index kVectors = kUnitVectors<kGates>;
+  const Columns columns = {kGates, hidden};
   const Index groups = vectors_of(vectors.size(), kVectors);
   for (Index i = 0; i < groups; ++i) {
     const Index v = vectors.begin + i * kVectors;
     const Index count = vectors.end - v < kVectors ? vectors.end - v : kVectors;
+    const Group<T> group = group_of(w, columns, v * kGates, count * kGates, room);
     for (Index row = 0; row < n; row += kChunk) {
       const Index end = n - row < kChunk ? n : row + kChunk;
-      const Index next = end < n || i + 1 == groups ? v : v + kVectors;
-      product_chunk<T>(w, {kGates, hidden}, v * kGates, static_cast<int>(count * kGates), scratch.inputs.get() + row,
-                       static_cast<int>(end - row), false, to.at(i, row), panels_of(w, next * kGates), [](int) {});
+      const bool last = end == n && i + 1 < groups && !room;
+      const T* after = panels_of(group.matrix, last ? group.first + kVectors * kGates : group.first);
+      product_chunk<T>(group.matrix, columns, group.first, static_cast<int>(count * kGates), inputs + row,
+                       static_cast<int>(end - row), false, to.at(i, row), after, [](int) {});
       move_apart<T, kGates, kApart>(to.at(i, row), end - row);
     }
   }
@@ -175,8 +164,9 @@ inline void input_products(const Matrix<T>& w, Index hidden, Range vectors, Inde
 // `w`, handed to sink(row, v, sums): v is a vector of units, sums its `gates` products.
 // `ahead(row, v)` is called some time before sink(row, v, …), for it to fetch what sink will touch.
 //
-// With `w_inputs`, the rows scratch.inputs times these weights are added, or what is `waiting` of them.
-template <class T, int kGates, int kApart = -1, class Ahead, class Sink>
+// With `w_inputs`, the rows scratch.inputs times these weights are added, or what is `waiting` of them. `w` may be other than
+// in panels: in columns for few rows, or in any way if scratch has room for panels.
+template <class T, int kGates, int kApart = -1, bool kLoose = false, class Ahead, class Sink>
 inline void product(const Matrix<T>* w_inputs, const Waiting<T>& waiting, const Matrix<T>& w, Index hidden, Range vectors,
                     Index n, Index known, Scratch<T>& scratch, Ahead&& ahead, Sink&& sink) {
   constexpr Index kVectors = kUnitVectors<kGates>;
@@ -185,6 +175,9 @@ inline void product(const Matrix<T>* w_inputs, const Waiting<T>& waiting, const 
     const Index group = scratch.descending ? groups - 1 - i : i;
     const Index v = vectors.begin + group * kVectors;
     const Index count = vectors.end - v < kVectors ? vectors.end - v : kVectors;
+    const Columns columns = {kGates, hidden};
+    [[maybe_unused]] const Matrix<T> loose =
+        kLoose ? group_of(w, columns, v * kGates, count * kGates, scratch.panels).matrix : Matrix<T>{};
     for (Index row = 0; row < n; row += kChunk) {
       const Index end = n - row < kChunk ? n : row + kChunk;
       // The next chunk reads the same panels again, the next group those beside them, and the next step turns round here.
@@ -195,7 +188,6 @@ inline void product(const Matrix<T>* w_inputs, const Waiting<T>& waiting, const 
         const auto panels_after = [&](const Matrix<T>& of, Index first) {
           return scratch.few ? nullptr : panels_of(of, first * kGates);
         };
-        const Columns columns = {kGates, hidden};
         const int width = static_cast<int>(count * kGates), chunk = static_cast<int>(products);
         const auto fetch = [&](int j) __attribute__((always_inline)) {
           for (Index u = 0; u < count; ++u) ahead(row + j, v + u);
@@ -206,6 +198,8 @@ inline void product(const Matrix<T>* w_inputs, const Waiting<T>& waiting, const 
           move_apart<T, kGates, kApart>(c, chunk);
           product_chunk<T>(w, columns, v * kGates, width, scratch.rows.get() + row, chunk, true, c,
                            panels_after(*w_inputs, next), [](int) {});
+        } else if constexpr (kLoose) {
+          product_chunk<T>(loose, columns, 0, width, scratch.rows.get() + row, chunk, false, c, scratch.panels, fetch);
         } else {
           product_chunk<T>(w, columns, v * kGates, width, scratch.rows.get() + row, chunk, waiting.data != nullptr, c,
                            panels_after(w, next), fetch);

@@ -115,10 +115,10 @@ void run_backward(const WholeLayer<T>& layer, const WholeBackward<T>& call) {
   args.out = {call.out, H, H};
   args.tape = {call.tape, shape.tape * H, shape.tape * H};
   if (call.d_out) args.d_out = {call.d_out, H, H};
-  const Panels<T> weight_hh(kernels, layer, Product::kHidden, true);
+  const Laid<T> weight_hh(kernels, layer, Product::kHidden, true);
   args.weight_hh = &weight_hh.matrix;
   args.weight_hr = nullptr;
-  const Panels<T> weight_ih = call.d_input ? Panels<T>(kernels, layer, Product::kInput, true) : Panels<T>();
+  const Laid<T> weight_ih = call.d_input ? Laid<T>(kernels, layer, Product::kInput, true) : Laid<T>();
   if (call.d_input) {
     args.weight_ih = &weight_ih.matrix;
     args.d_input_stride = args.inputs = layer.inputs;

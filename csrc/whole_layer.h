@@ -17,9 +17,18 @@
 
 namespace fused_rnn {
 
-// Panels of both weights pay from so many rows on, or from the first if both stay in the caches.
-constexpr Index kRowsForPanels = 256;
+// So few rows of large weights are bound by the reading of them, which single products of few rows do best.
+constexpr Index kFewestRows = 8;
 constexpr Index kSmallWeights = Index{2} << 20;
+
+// The input's weights are laid out as they are needed where the kernels take all rows in one turn, or large ones in two.
+constexpr Index kLooseRows = 96;
+
+// One and two sequences read the recurrence's weights as they are for so many steps: laying them out takes longer than it
+// gains. If they come from beyond the caches, and begin with whole vectors, it gains little.
+constexpr Index kStepsInColumns = 16;
+constexpr Index kStepsOfLargeInColumns = 64;
+constexpr Index kVectorBytes = 64;
 
 // Smaller tensors are torch's alone.
 constexpr Index kKeptBytes = Index{256} << 10;
@@ -60,7 +69,7 @@ struct WholeLayer {
   StepArgs<T> weights;  // of which the weights are read
   const T* states[2] = {};
   int threads;
-  bool reverse = false;
+  bool reverse = false, large = false;
 
   Index hidden() const { return weights.hidden; }
   Index rows() const { return length * batch; }
@@ -75,7 +84,8 @@ struct WholeLayer {
     if (x.size() == 0 || hidden() == 0 || !x.contiguous()) return false;
     if (!read_layer<T>(weights_object, 0, shape, inputs, weights)) return false;
     const double bytes = static_cast<double>(shape.gates) * hidden() * (inputs + hidden()) * sizeof(T);
-    if (rows() < kRowsForPanels && bytes > kSmallWeights) return false;
+    large = bytes > kSmallWeights;
+    if (rows() < kFewestRows && large) return false;
     if (states_object.is_none()) return true;
     const py::sequence given = py::reinterpret_borrow<py::sequence>(states_object);
     const std::size_t count = shape.has_c ? 2 : 1;
@@ -87,6 +97,17 @@ struct WholeLayer {
       states[i] = state.data<const T>();
     }
     return true;
+  }
+
+  // How the kernels read the weights.
+  Layout layout(Product product, bool backward) const {
+    if (product == Product::kInput) {
+      const bool loose = rows() <= (large ? 2 : 1) * kLooseRows && batch <= kMostLooseBatch;
+      return !loose ? Layout::kPanels : backward ? Layout::kRows : Layout::kColumns;
+    }
+    if (backward || batch > 2) return Layout::kPanels;
+    const bool slow = !large || batch == 2 || weights.weight_hh_stride * sizeof(T) % kVectorBytes;
+    return length < (slow ? kStepsInColumns : kStepsOfLargeInColumns) ? Layout::kColumns : Layout::kPanels;
   }
 
   Sizes sizes() const {
@@ -101,11 +122,11 @@ struct WholeLayer {
   }
 };
 
-// One packed weight of a layer.
+// One weight of a layer as the kernels read it.
 template <class T>
-struct Panels {
-  Panels() = default;
-  Panels(const TypedKernels<T>& kernels, const WholeLayer<T>& layer, Product product, bool backward) {
+struct Laid {
+  Laid() = default;
+  Laid(const TypedKernels<T>& kernels, const WholeLayer<T>& layer, Product product, bool backward) {
     const bool of_input = product == Product::kInput;
     PackArgs<T> args;
     args.backward = backward;
@@ -115,10 +136,13 @@ struct Panels {
     args.hidden = layer.hidden();
     args.output = of_input ? layer.inputs : layer.hidden();
     args.threads = layer.threads;
+    matrix = {args.weight, layer.layout(product, backward), backward ? layer.shape.gates * layer.hidden() : args.output,
+              args.row_stride};
+    if (matrix.layout != Layout::kPanels) return;
     memory = Memory(static_cast<std::size_t>(kernels.panel_elements[layer.cell](args)) * sizeof(T));
     args.panels = static_cast<T*>(memory.get());
+    matrix.data = args.panels;
     kernels.pack[layer.cell](args);
-    matrix = {args.panels, Layout::kPanels, backward ? layer.shape.gates * layer.hidden() : args.output, 0};
   }
   Memory memory;
   Matrix<T> matrix;
@@ -191,7 +215,7 @@ py::object layer_forward_typed(WholeLayer<T>& layer, const py::object& input, co
       sum_biases(layer, static_cast<T*>(bias.get()));
       args.bias = static_cast<const T*>(bias.get());
     }
-    const Panels<T> weight_ih(kernels, layer, Product::kInput, false), weight_hh(kernels, layer, Product::kHidden, false);
+    const Laid<T> weight_ih(kernels, layer, Product::kInput, false), weight_hh(kernels, layer, Product::kHidden, false);
     args.weight_ih = &weight_ih.matrix;
     args.weight_hh = &weight_hh.matrix;
     args.weight_hr = nullptr;

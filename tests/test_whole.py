@@ -18,9 +18,28 @@ from fused_rnn.cells import CELLS
 _C = pytest.importorskip("fused_rnn._C", reason="the extension is not built here; CI builds it")
 
 every_layer = pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
-# T, N, I, H: one step; one and two sequences; units and inputs across vectors; several blocks of inputs; a gate's weights with
-# fewer rows than columns.
-SIZES = [(1, 3, 5, 7), (130, 1, 17, 20), (40, 2, 3, 33), (9, 50, 16, 16), (30, 20, 40, 48), (6, 4, 150, 9)]
+# T, N, I, H: one step; one and two sequences, for many steps and for few; units and inputs across vectors; several blocks of
+# inputs; more columns than rows in the input's weights.
+SIZES = [
+    (1, 3, 5, 7),
+    (130, 1, 17, 20),
+    (12, 1, 40, 21),
+    (40, 2, 3, 33),
+    (15, 2, 37, 16),
+    (9, 50, 16, 16),
+    (30, 20, 40, 48),
+    (6, 4, 150, 9),
+]
+# Weights that outgrow the caches and rows so few that they are laid out in one turn, in two, and as a whole.
+LARGE_SIZES = [
+    (8, 1, 300, 500),
+    (50, 1, 300, 512),
+    (70, 1, 300, 512),
+    (10, 2, 520, 400),
+    (19, 5, 300, 500),
+    (30, 6, 300, 500),
+    (20, 10, 500, 400),
+]
 
 
 @pytest.fixture
@@ -93,6 +112,18 @@ def test_as_torch(isa: str, counted: dict[str, int], name: str, dtype: torch.dty
     module = getattr(fused_rnn, name)(inputs, hidden, dtype=dtype)
     hx = states_of(name, 1, batch, hidden, dtype=dtype) if given else None
     check(module, torch.randn(length, batch, inputs, dtype=dtype), hx)
+    assert counted == {"forward": 1, "backward": 1}
+
+
+@every_layer
+@pytest.mark.parametrize("size", LARGE_SIZES, ids=str)
+def test_few_rows_of_large_weights(isa: str, counted: dict[str, int], name: str, size: Any) -> None:
+    torch.manual_seed(0)
+    length, batch, inputs, hidden = size
+    # The simple recurrence has a gate's weights only.
+    hidden *= 2 if name == "RNN" else 1
+    hx = states_of(name, 1, batch, hidden, dtype=torch.float32)
+    check(getattr(fused_rnn, name)(inputs, hidden), torch.randn(length, batch, inputs), hx)
     assert counted == {"forward": 1, "backward": 1}
 
 
@@ -373,10 +404,10 @@ def test_other_backwards_are_left_to_the_general_way(case: str) -> None:
     assert _C.layer_backward(**call | OTHER_BACKWARD[case](call)) is None
 
 
-def test_few_rows_of_large_weights_are_left_to_the_general_way() -> None:
+def test_the_fewest_rows_of_large_weights_are_left_to_the_general_way() -> None:
     module = fused_rnn.LSTM(512, 512)
     cell, weights = CELLS["lstm"], [parameter.detach() for parameter in module.parameters()]
-    for length, taken in ((255, False), (256, True)):
+    for length, taken in ((7, False), (8, True)):
         assert (whole.run(cell, torch.randn(length, 1, 512), None, weights, False, 0.0) is not None) is taken
 
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <limits>
 #include <random>
 #include <thread>
@@ -172,6 +173,18 @@ std::vector<std::vector<T>> run(const Problem<T>& p, const TypedKernels<T>& kern
       args.tape = {};
       kernels.forward[kind](args);
     }
+    // And with weights as torch has them, those of the recurrence too where there are few rows.
+    if (p.shape.batch <= kMostLooseBatch) {
+      std::vector<Matrix<T>> ih_in_columns, hh_in_columns;
+      for (Index d = 0; d < D; ++d) {
+        ih_in_columns.push_back({p.weight_ih.data() + d * p.cell.gates * H * p.inputs, Layout::kColumns, p.inputs, p.inputs});
+        hh_in_columns.push_back({p.weight_hh.data() + d * p.cell.gates * H * P, Layout::kColumns, P, P});
+      }
+      h_x = p.h_0, c_x = p.c_0;
+      args.weight_ih = ih_in_columns.data();
+      if (p.shape.batch <= 2) args.weight_hh = hh_in_columns.data();
+      kernels.forward[kind](args);
+    }
   }
   const Index columns = p.cell.gradients * H + (projected ? P : 0);
   std::vector<T> d_gates(static_cast<std::size_t>(p.rows * D * columns)), d_h = p.h_0, d_c = p.c_0;
@@ -200,6 +213,14 @@ std::vector<std::vector<T>> run(const Problem<T>& p, const TypedKernels<T>& kern
       args.d_input = d_input.data();
     }
     kernels.backward[kind](args);
+    if (D == 1 && p.shape.batch <= kMostLooseBatch) {
+      const Matrix<T> in_rows = {p.weight_ih.data(), Layout::kRows, p.cell.gates * H, p.inputs};
+      const std::vector<T> in_panels = d_input;
+      d_h = p.h_0, d_c = p.c_0;
+      args.weight_ih = &in_rows;
+      kernels.backward[kind](args);
+      if (d_input != in_panels) std::printf("d_input differs with the layout of the weights\n"), std::abort();
+    }
   }
   const Index gates = p.cell.gates * H;
   std::vector<T> d_weight(static_cast<std::size_t>(gates * p.inputs)), d_bias(static_cast<std::size_t>(gates));
