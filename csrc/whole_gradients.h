@@ -6,12 +6,12 @@
 namespace fused_rnn {
 
 // Gradients of the gates exist for a chunk of time: so many bytes, but at least so many rows, because every chunk adds to the
-// weights' gradients, which are read and written once more for it.
+// weights' gradients, which are read and written once more for it. As in fused_rnn/gradients.py.
 constexpr Index kChunkBytes = Index{16} << 20;
 constexpr Index kChunkRows = 2048;
 
 // Each thread copies all of the inputs for its share of a weight's gradient: with fewer rows than columns, unless all is small,
-// torch's product is faster.
+// torch's product is faster. As in fused_rnn/kernels/cpp.
 constexpr double kFewMultiplications = 1 << 18;
 
 // The gradients of a layer's parameters, summed over chunks of time.

@@ -30,8 +30,8 @@ constexpr Index kStepsInColumns = 16;
 constexpr Index kStepsOfLargeInColumns = 64;
 constexpr Index kVectorBytes = 64;
 
-// Smaller tensors are torch's alone.
-constexpr Index kKeptBytes = Index{256} << 10;
+// Smaller tensors are torch's alone, as in fused_rnn/memory.py.
+constexpr double kKeptBytes = 256 << 10;
 
 // A new contiguous tensor of the dtype and device of `like`.
 inline py::object new_tensor(py::handle like, std::initializer_list<Index> sizes, Index item) {
@@ -47,10 +47,10 @@ inline py::object new_tensor(py::handle like, std::initializer_list<Index> sizes
   // Never freed: the interpreter may be gone by the time that statics are.
   static const Names* names = new Names();
   py::tuple shape(sizes.size());
-  Index bytes = item;
+  double bytes = static_cast<double>(item);
   for (std::size_t i = 0; i < sizes.size(); ++i) {
     shape[i] = sizes.begin()[i];
-    bytes *= sizes.begin()[i];
+    bytes *= static_cast<double>(sizes.begin()[i]);
   }
   if (bytes >= kKeptBytes) return names->empty(shape, like.attr(names->dtype), like.attr(names->device));
   PyObject* arguments[] = {like.ptr(), shape.ptr()};

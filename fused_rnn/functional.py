@@ -41,7 +41,7 @@ def rnn_tanh(
 ) -> tuple[Input, Tensor]:
     """Run a simple recurrence with tanh over a sequence; arguments, results and errors as in ``gru``."""
     options = Options(bidirectional, batch_first, dropout, training, lengths, reset)
-    out, states, _ = _sequence(RNN_TANH, input, weights, single(hx), options)
+    out, states, _ = sequence(RNN_TANH, input, weights, single(hx), options)
     return out, states[0]
 
 
@@ -59,7 +59,7 @@ def rnn_relu(
 ) -> tuple[Input, Tensor]:
     """Run a simple recurrence with relu over a sequence; arguments, results and errors as in ``gru``."""
     options = Options(bidirectional, batch_first, dropout, training, lengths, reset)
-    out, states, _ = _sequence(RNN_RELU, input, weights, single(hx), options)
+    out, states, _ = sequence(RNN_RELU, input, weights, single(hx), options)
     return out, states[0]
 
 
@@ -119,7 +119,7 @@ def gru(
     (tensor(0), True)
     """
     options = Options(bidirectional, batch_first, dropout, training, lengths, reset)
-    out, states, _ = _sequence(GRU, input, weights, single(hx), options)
+    out, states, _ = sequence(GRU, input, weights, single(hx), options)
     return out, states[0]
 
 
@@ -189,11 +189,11 @@ def lstm(
     """
     checks.check_flag("return_cell_states", return_cell_states)
     options = Options(bidirectional, batch_first, dropout, training, lengths, reset, return_cell_states)
-    out, (h, c), cells = _sequence(LSTM, input, weights, pair(hx, "lstm"), options)
+    out, (h, c), cells = sequence(LSTM, input, weights, pair(hx, "lstm"), options)
     return (out, (h, c)) if cells is None else (out, (h, c), cells)
 
 
-def _sequence(
+def sequence(
     cell: Cell, input: Input, weights: Sequence[Weights], states: States | None, options: Options
 ) -> tuple[Input, States, Input | None]:
     """Check the arguments, turn the input into rows and steps, run the layers, and turn the results back.
@@ -259,7 +259,7 @@ def _sequence(
 def _packed(
     cell: Cell, input: PackedSequence, weights: Sequence[Weights], states: States | None, options: Options
 ) -> tuple[PackedSequence, States, PackedSequence | None]:
-    """As ``_sequence``: the rows of a PackedSequence are ragged steps as they stand."""
+    """As ``sequence``: the rows of a PackedSequence are ragged steps as they stand."""
     data, batch_sizes, sorted_indices, unsorted_indices = input
     checks.check_input(data, weights[0].ih, 2)
     if options.lengths is not None:

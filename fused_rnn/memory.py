@@ -25,8 +25,13 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     if size < _KEPT_BYTES or _Memory is None or device.type != "cpu" or torch.are_deterministic_algorithms_enabled():
         # In deterministic mode torch fills fresh memory with NaN where it is told to.
         return torch.empty(shape, dtype=dtype, device=device)
+    try:
+        memory = _Memory(size)
+    except (MemoryError, TypeError):
+        # torch's error for what is not there, or is more than an address can count.
+        return torch.empty(shape, dtype=dtype, device=device)
     # Its shape in place, no view of it: what a custom Function returns could not be changed in place then.
-    return torch.frombuffer(_Memory(size), dtype=dtype).resize_(shape)
+    return torch.frombuffer(memory, dtype=dtype).resize_(shape)
 
 
 def empty_cache() -> None:

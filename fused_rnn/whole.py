@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_rnn import autocast, autograd, batching, dispatch
+from fused_rnn import autocast, autograd, batching, dispatch, functional, operators
 from fused_rnn.autograd import Kept
-from fused_rnn.cells import Cell
+from fused_rnn.cells import Cell, Weights
 from fused_rnn.derivatives import transformed
 from fused_rnn.dispatch import Kernels
 from fused_rnn.layer import Layer
+from fused_rnn.stack import Options
 from fused_rnn.steps import Steps
 from fused_rnn.streaming import is_eager
 
@@ -52,7 +53,7 @@ def run(
 
     Returns:
         out (T, N, H) or (N, T, H), and the states after the walk; or None where the call is another, or something is wrong with
-        it: then nothing has been done.
+        it: then no layer has been recorded and nothing drawn at random.
     """
     if not is_eager(input) or input.dim() != 3:
         return None
@@ -60,9 +61,9 @@ def run(
     if kernels.layer_forward is None:
         return None
     layers = len(weights) // _EACH
-    if states is not None and layers > 1:
+    if states is not None:
         for state in states:
-            if type(state) is not Tensor or state.dim() != 3 or state.shape[0] != layers:
+            if not isinstance(state, Tensor) or state.dim() != 3 or state.shape[0] != layers:
                 return None
     rows = input.transpose(0, 1).contiguous() if batch_first else input
     ends: list[States] = []
@@ -73,12 +74,24 @@ def run(
         if states is not None and layers > 1:
             before = tuple([state[layer : layer + 1] for state in states])
         taken = _layer(cell, kernels, rows, before, weights[layer * _EACH : (layer + 1) * _EACH])
-        if taken is None:
+        if taken is None and layer == 0:
             return None
-        rows, end = taken
+        rows, end = taken or _rest(cell, rows, states, weights, layer, dropout)
         ends.append(end)
-    after = ends[0] if layers == 1 else tuple([torch.cat(parts) for parts in zip(*ends, strict=True)])
+        if taken is None:
+            break
+    after = ends[0] if len(ends) == 1 else tuple([torch.cat(parts) for parts in zip(*ends, strict=True)])
     return rows.transpose(0, 1) if batch_first else rows, after
+
+
+def _rest(
+    cell: Cell, rows: Tensor, states: States | None, weights: Sequence[Tensor | None], layer: int, dropout: float
+) -> tuple[Tensor, States]:
+    """Run the layers from ``layer`` on in the general way: what was drawn for dropout before them must not be drawn again."""
+    stacked: list[Any] = [Weights(*weights[i : i + _EACH]) for i in range(layer * _EACH, len(weights), _EACH)]  # type: ignore[arg-type]
+    before = None if states is None else tuple([state[layer:] for state in states])
+    out, after, _ = functional.sequence(cell, rows, stacked, before, Options(False, False, dropout, True, None, None))
+    return out, after
 
 
 def _layer(
@@ -124,14 +137,16 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
-        out, tape, *tensors = ctx.saved_tensors
+        # Once: hooks of saved tensors may give each away, and non-reentrant checkpoints refuse to be asked twice.
+        saved = ctx.saved_tensors
+        out, tape, *tensors = saved
         kept: Kept = ctx.kept
-        if torch.is_grad_enabled() or transformed() or kept.output_changed():
-            return _in_general(ctx, d_outputs)
+        if torch.is_grad_enabled() or transformed() or kept.output_changed() or operators.traced(out, out):
+            return _in_general(ctx, saved, d_outputs)
         for place, bias, _ in kept.biases:
             tensors[place] = bias
         taken = _gradients(ctx, out, tape, tensors, d_outputs)
-        return _in_general(ctx, d_outputs) if taken is None else (None, *taken, None)
+        return _in_general(ctx, saved, d_outputs) if taken is None else (None, *taken, None)
 
 
 def _gradients(
@@ -168,16 +183,16 @@ def _gradients(
 
 
 @autocast.without
-def _in_general(ctx: Any, d_outputs: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def _in_general(ctx: Any, saved: Sequence[Any], d_outputs: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """As ``_Whole.backward``, for any gradients: by rows, as the general way has them."""
 
     def mapped(*d_outputs: Tensor | None) -> tuple[Any, ...]:
-        return _in_general(ctx, d_outputs)
+        return _in_general(ctx, saved, d_outputs)
 
     through = batching.through_vmap(mapped, d_outputs)
     if through is not None:
         return through
-    out, tape, input, *tensors = ctx.saved_tensors
+    out, tape, input, *tensors = saved
     length, batch, _ = input.shape
     count = len(ctx.cell.states)
     for i in range(count):

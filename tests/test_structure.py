@@ -32,10 +32,11 @@ ALLOWED = {
     "entry": DATA | {"autocast", "autograd"},
     "sequences": {"steps"},
     "streaming": DATA | {"dispatch", "operators", "derivatives"},
-    "whole": DATA | {"autocast", "autograd", "batching", "derivatives", "dispatch", "layer", "streaming"},
     "stack": DATA | {"entry", "operators", "sequences"},
     "cell_functional": DATA | {"checks", "entry"},
     "functional": DATA | {"checks", "operators", "sequences", "stack", "cell_functional"},
+    "whole": DATA
+    | {"autocast", "autograd", "batching", "derivatives", "dispatch", "functional", "layer", "operators", "stack", "streaming"},
     "initialisation": set(),
     "modules": DATA | {"functional", "streaming", "whole", "initialisation"},
     "cell_modules": DATA | {"functional", "initialisation"},

@@ -10,6 +10,8 @@ import pytest
 import torch
 from tolerances import assert_close_to_reference
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
 from fused_rnn import dispatch, whole
@@ -429,3 +431,86 @@ def test_no_results_of_another_kind_are_written_to() -> None:
     with Halves():
         assert _C.layer_forward(**call) is None
         assert _C.layer_backward(**backward) is None
+
+
+def test_saved_tensors_are_asked_for_once(counted: dict[str, int]) -> None:
+    """As hooks that give each away demand, and non-reentrant checkpoints; also where the general way goes on."""
+    torch.manual_seed(0)
+    x = torch.randn(20, 10, 300, requires_grad=True)
+    few_rows, frozen = fused_rnn.GRU(300, 64), fused_rnn.GRU(300, 150)
+    frozen.bias_ih_l0.requires_grad_(False)
+    for module in (few_rows, frozen):
+        expected = gradients(module, x, Tensor.sum)
+        module.zero_grad(set_to_none=True)
+        x.grad = None
+        checkpoint(lambda x, module=module: module(x)[0], x, use_reentrant=False).sum().backward()
+        found = [x.grad, *(parameter.grad for parameter in module.parameters())]
+        kept: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor, kept: dict[int, Tensor] = kept) -> int:
+            kept[len(kept)] = tensor.detach().clone()
+            return len(kept) - 1
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, kept.pop):
+            out = module(x)[0]
+        wanted = [x, *(parameter for parameter in module.parameters() if parameter.requires_grad)]
+        hooked = iter(torch.autograd.grad(out.sum(), wanted))
+        for one, other in zip(found, expected, strict=True):
+            if other is not None:
+                torch.testing.assert_close(one, other)
+                torch.testing.assert_close(next(hooked), other)
+    assert counted["backward"] == 0
+
+
+@every_layer
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_random_numbers_are_drawn_as_often_as_by_torch(name: str, batch_first: bool) -> None:
+    """Also where only the first layer is a plain one."""
+    hidden = 600 if name == "RNN" else 300
+    ours = getattr(fused_rnn, name)(10, hidden, 3, dropout=0.5, batch_first=batch_first)
+    theirs = getattr(nn, name)(10, hidden, 3, dropout=0.5, batch_first=batch_first)
+    ours.load_state_dict(theirs.state_dict())
+    for weight in ("weight_hh_l1", "weight_hh_l2"):
+        # Not read as it is: its rows are not contiguous.
+        getattr(ours, weight).data = getattr(ours, weight).data.t().contiguous().t()
+    hx = states_of(name, 3, 2, hidden, dtype=torch.float32)
+    found = []
+    for module in (ours, theirs):
+        torch.manual_seed(0)
+        out, states = module(torch.ones(2, 2, 10), hx)
+        found.append([*flat(out, states), *torch.autograd.grad(out.sum(), [*flat(hx), *module.parameters()]), torch.rand(3)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU"])
+@pytest.mark.parametrize("hx", [[torch.zeros(1, 4, 9)], "zero", 0, (None, None)], ids=str)
+def test_states_of_wrong_types_raise_as_torch(name: str, hx: Any) -> None:
+    x, caught = torch.randn(5, 4, 6), []
+    for package in (fused_rnn, nn):
+        with pytest.raises(Exception) as error:  # noqa: PT011
+            getattr(package, name)(6, 9)(x, hx)
+        caught.append((error.type, str(error.value)))
+    assert caught[0] == caught[1]
+
+
+def test_a_backward_under_a_dispatch_mode_is_left_to_the_general_way(counted: dict[str, int]) -> None:
+    class Passes(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return function(*args, **(kwargs or {}))
+
+    module, x = fused_rnn.LSTM(6, 13), torch.randn(9, 4, 6, requires_grad=True)
+    expected = torch.autograd.grad(module(x)[0].sum(), x)[0]
+    out = module(x)[0]
+    with Passes():
+        found = torch.autograd.grad(out.sum(), x)[0]
+    torch.testing.assert_close(found, expected)
+    assert counted == {"forward": 2, "backward": 1}
+
+
+@pytest.mark.parametrize("length", [1 << 40, 1 << 61])
+def test_memory_that_is_not_there_raises_as_torch(length: int) -> None:
+    module = fused_rnn.LSTM(1, 1)
+    x = torch.zeros(1).expand(length, 1, 1)
+    with pytest.raises(RuntimeError, match=r"allocate memory|overflow"):
+        module(x)
