@@ -19,7 +19,6 @@ inline Index waiting_vectors(const ForwardArgs<T>& args, int members) {
 }
 template <class Cell, class T>
 inline Index member_vectors(const ForwardArgs<T>& args, int members) {
-  if (!args.weight_ih) return 0;
   const bool panels = args.weight_ih->layout == Layout::kPanels;
   return waiting_vectors<Cell>(args, members) + (panels ? 0 : kGroup * args.weight_ih->inner);
 }
@@ -204,7 +203,8 @@ void forward(const ForwardArgs<T>& args) {
   T* const m = args.weight_hr ? before_projection.get() : nullptr;
   const int members = groups.plan().unit_parts;
   // Of a group. A thread that does all its work alone needs no more.
-  const Index vectors = members * member_vectors<Cell>(args, members);
+  const bool blocks = args.weight_ih && in_blocks(groups.smallest_part());
+  const Index vectors = blocks ? members * member_vectors<Cell>(args, members) : 0;
   const Memory workspace(static_cast<std::size_t>(groups.plan().groups * vectors) * sizeof(Vec<T>));
   groups.run([&](Index d, Range batch, const Member& member) {
     Vec<T>* const mine = static_cast<Vec<T>*>(workspace.get()) + member.group * vectors;

@@ -251,6 +251,11 @@ class Groups {
   }
 
   const Plan& plan() const { return plan_; }
+  Index smallest_part() const {
+    Index smallest = parts_.front().size();
+    for (const Range& part : parts_) smallest = part.size() < smallest ? part.size() : smallest;
+    return smallest;
+  }
 
   // Runs task(d, batch, member) for every part of every recurrence's batch, each by the threads of one group.
   // A team that came out smaller than planned still does all tasks: its members become groups of one.

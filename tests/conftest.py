@@ -13,7 +13,22 @@ hypothesis.settings.register_profile("default", max_examples=40, deadline=None, 
 hypothesis.settings.register_profile("extended", max_examples=2000, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("default")
 
+try:
+    from fused_rnn import _C
+except ImportError:  # without the extension there is none to try
+    ISAS = []
+else:
+    ISAS = _C.isas()
 CPU_BACKENDS = [name for name, status in fused_rnn.backends().items() if status.available and "cpu" in status.devices]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set that the extension has here, one after another."""
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

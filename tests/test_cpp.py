@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,14 +17,6 @@ import fused_rnn
 _C = pytest.importorskip("fused_rnn._C", reason="the extension is not built here; CI builds it")
 
 from cpp_support import CELLS, make_backward, make_call  # noqa: E402 (after the check for what it imports)
-
-
-@pytest.fixture(params=_C.isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
 
 
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])

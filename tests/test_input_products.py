@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,14 +16,6 @@ from fused_rnn.cells import CELLS, Weights
 from fused_rnn.steps import Steps
 
 _C = pytest.importorskip("fused_rnn._C", reason="the extension is not built here; CI builds it")
-
-
-@pytest.fixture(params=_C.isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
 
 
 def kernels_of(cell: str) -> dispatch.Kernels:
