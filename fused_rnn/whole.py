@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_rnn import autocast, autograd, batching, dispatch, functional, operators
+from fused_rnn import autocast, autograd, batching, checks, dispatch, functional, operators
 from fused_rnn.autograd import Kept
 from fused_rnn.cells import Cell, Weights
 from fused_rnn.derivatives import transformed
@@ -88,9 +88,14 @@ def _rest(
     cell: Cell, rows: Tensor, states: States | None, weights: Sequence[Tensor | None], layer: int, dropout: float
 ) -> tuple[Tensor, States]:
     """Run the layers from ``layer`` on in the general way: what was drawn for dropout before them must not be drawn again."""
-    stacked: list[Any] = [Weights(*weights[i : i + _EACH]) for i in range(layer * _EACH, len(weights), _EACH)]  # type: ignore[arg-type]
+    stacked: list[Any] = [Weights(*weights[i : i + _EACH]) for i in range(0, len(weights), _EACH)]  # type: ignore[arg-type]
+    # As of a whole stack: of the rest, the first layer's weights would be taken for the module's.
+    checks.check_weights(cell, stacked, 1)
+    for weight in stacked:
+        checks.check_same(rows, "parameter", weight)
     before = None if states is None else tuple([state[layer:] for state in states])
-    out, after, _ = functional.sequence(cell, rows, stacked, before, Options(False, False, dropout, True, None, None))
+    options = Options(False, False, dropout, True, None, None)
+    out, after, _ = functional.sequence(cell, rows, stacked[layer:], before, options)
     return out, after
 
 

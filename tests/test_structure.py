@@ -36,7 +36,8 @@ ALLOWED = {
     "cell_functional": DATA | {"checks", "entry"},
     "functional": DATA | {"checks", "operators", "sequences", "stack", "cell_functional"},
     "whole": DATA
-    | {"autocast", "autograd", "batching", "derivatives", "dispatch", "functional", "layer", "operators", "stack", "streaming"},
+    | {"autocast", "autograd", "batching", "checks", "derivatives", "dispatch", "functional", "layer", "operators", "stack"}
+    | {"streaming"},
     "initialisation": set(),
     "modules": DATA | {"functional", "streaming", "whole", "initialisation"},
     "cell_modules": DATA | {"functional", "initialisation"},
