@@ -39,12 +39,25 @@ inline py::object empty_like(py::handle tensor) {
   return py::reinterpret_steal<py::object>(made);
 }
 
+template <class T>
+bool has_sizes(const Tensor& tensor, std::initializer_list<Index> sizes) {
+  if (tensor.dtype() != dtype_of<T>() || tensor.dimensions() != static_cast<int>(sizes.size())) return false;
+  for (int i = 0; i < tensor.dimensions(); ++i) {
+    if (tensor.shape(i) != sizes.begin()[i]) return false;
+  }
+  return true;
+}
+
 // check_shape without what only an error needs: names and sizes on the heap take longer than the check.
 template <class T>
 void check_sizes(const char* what, std::size_t place, const Tensor& tensor, std::initializer_list<Index> sizes) {
-  bool fits = tensor.dtype() == dtype_of<T>() && tensor.dimensions() == static_cast<int>(sizes.size());
-  for (int i = 0; fits && i < tensor.dimensions(); ++i) fits = tensor.shape(i) == sizes.begin()[i];
-  if (!fits) check_shape<T>(std::string(what) + "[" + std::to_string(place) + "]", tensor, Shape(sizes));
+  if (!has_sizes<T>(tensor, sizes)) check_shape<T>(std::string(what) + "[" + std::to_string(place) + "]", tensor, Shape(sizes));
+}
+
+// Whether a new tensor is as it was asked for: whoever intercepts torch's functions may have made something else of it.
+template <class T>
+bool is_new(const Tensor& tensor, std::initializer_list<Index> sizes) {
+  return has_sizes<T>(tensor, sizes) && tensor.contiguous();
 }
 
 // The weights of one layer as the kernel reads them; false if rows do not follow one another as they must.
@@ -102,12 +115,10 @@ py::object step_typed(int cell, const Tensor& input, const py::sequence& states,
   // (1, N, H): of one layer as the new h, of several as one of them.
   py::object out = layers == 1 ? empty_like(states[0]) : empty_like(py::object(states[0])[py::slice(0, 1, 1)]);
   const Tensor h_new(after[0]), c_new = shape.has_c ? Tensor(after[1]) : Tensor(), out_read(out);
-  // Whoever intercepts torch's functions may have made something else of them.
-  const auto as_asked = [&](const Tensor& tensor, Index count) {
-    return tensor.dtype() == dtype_of<T>() && tensor.dimensions() == 3 && tensor.shape(0) == count &&
-           tensor.shape(1) == first.rows && tensor.shape(2) == hidden && tensor.contiguous();
-  };
-  if (!as_asked(h_new, layers) || (shape.has_c && !as_asked(c_new, layers)) || !as_asked(out_read, 1)) return py::none();
+  if (!is_new<T>(h_new, {layers, first.rows, hidden}) || (shape.has_c && !is_new<T>(c_new, {layers, first.rows, hidden})) ||
+      !is_new<T>(out_read, {1, first.rows, hidden})) {
+    return py::none();
+  }
   for (Index layer = 0; layer < layers; ++layer) {
     StepArgs<T>& args = calls[static_cast<std::size_t>(layer)];
     args.h = before[0].at(layer).data<const T>();

@@ -6,10 +6,8 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
-#include <cstring>
 #include <initializer_list>
 #include <string>
-#include <vector>
 
 #include "packed.h"
 #include "single_step.h"
@@ -122,6 +120,12 @@ struct WholeLayer {
   }
 };
 
+// Memory for so many elements.
+template <class T>
+Memory room(Index elements) {
+  return Memory(static_cast<std::size_t>(elements) * sizeof(T));
+}
+
 // One weight of a layer as the kernels read it.
 template <class T>
 struct Laid {
@@ -139,7 +143,7 @@ struct Laid {
     matrix = {args.weight, layer.layout(product, backward), backward ? layer.shape.gates * layer.hidden() : args.output,
               args.row_stride};
     if (matrix.layout != Layout::kPanels) return;
-    memory = Memory(static_cast<std::size_t>(kernels.panel_elements[layer.cell](args)) * sizeof(T));
+    memory = room<T>(kernels.panel_elements[layer.cell](args));
     args.panels = static_cast<T*>(memory.get());
     matrix.data = args.panels;
     kernels.pack[layer.cell](args);
@@ -148,12 +152,6 @@ struct Laid {
   Matrix<T> matrix;
 };
 
-// Memory for so many elements.
-template <class T>
-Memory room(Index elements) {
-  return Memory(static_cast<std::size_t>(elements) * sizeof(T));
-}
-
 // The bias that the kernels add: sums, and last what a cell keeps apart of bias_hh.
 template <class T>
 void sum_biases(const WholeLayer<T>& layer, T* to) {
@@ -161,13 +159,6 @@ void sum_biases(const WholeLayer<T>& layer, T* to) {
   const Index H = layer.hidden(), gates = layer.shape.gates * H, together = gates - (layer.shape.bias * H - gates);
   for (Index i = 0; i < gates; ++i) to[i] = (ih ? ih[i] : T{}) + (hh && i < together ? hh[i] : T{});
   for (Index i = together; i < gates; ++i) to[gates - together + i] = hh ? hh[i] : T{};
-}
-
-// Whether a tensor is as it was asked for: whoever intercepts torch's functions may have made something else of it.
-template <class T>
-bool is_new(const Tensor& tensor, std::initializer_list<Index> sizes) {
-  if (tensor.dtype() != dtype_of<T>() || !tensor.contiguous()) return false;
-  return tensor.shape() == Shape(sizes);
 }
 
 template <class T>
