@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import io
 import json
+import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +17,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.__main__ import main
-from benchmarks.gpu import cases, command, floors, gate, problem, report, run
+from benchmarks.gpu import cases, command, floors, gate, graphs, judging, problem, report, run, timed
 from benchmarks.gpu.cases import Case, select
 from benchmarks.gpu.clock import Clock
 
@@ -27,17 +30,29 @@ def test_the_grid_is_the_stated_one() -> None:
     every = select(quick=False)
     assert len(every) == len(set(every))
     plain = {case for case in every if case.extra == "plain"}
-    assert len(plain) == 7 * 5 * 2 * 2 * 3 * 2
+    # One of the goals has a B of its own.
+    assert len(plain) == 7 * 5 * 2 * 3 * 3 * 2 + 1
     assert {case.hidden for case in plain} == {64, 128, 256, 512, 768, 1024, 1536}
-    assert {case.batch for case in plain} == {1, 16, 64, 256, 1024}
+    assert {case.batch for case in plain} == {1, 16, 32, 64, 256, 1024}
     assert {case.steps for case in plain} == {128, 1024}
     for extra in ("reset", "ragged"):
         assert {(case.cell, case.directions, case.steps) for case in every if case.extra == extra} >= {
-            (cell, d, t) for cell in ("lstm", "gru") for d in (1, 2) for t in (128, 1024)
+            (cell, d, t) for cell in cases.CELLS for d in (1, 2) for t in (128, 1024)
         }
     quick = select(quick=True)
     assert {case.extra for case in quick} == set(cases.EXTRAS)
     assert len(quick) < 30
+
+
+def test_the_first_cases_say_most() -> None:
+    """The goals first; a run that ends soon after has met every cell, dtype, size and extra."""
+    every = select(quick=False)
+    goals = cases.goals()
+    assert every[: len(goals)] == goals
+    assert Case("lstm", 768, 16, 1024, "float32") in goals
+    first = every[: len(goals) + 150]
+    for field in ("cell", "hidden", "batch", "dtype", "directions", "extra"):
+        assert {getattr(case, field) for case in first} == {getattr(case, field) for case in every}
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +115,7 @@ def test_the_gate_passes_what_is_right_and_stops_what_is_not(monkeypatch: pytest
 
         def wrong(training: bool) -> problem.Results:
             found = side(training)
-            return found | {"d_3": found["d_3"] + 1e-3}
+            return found | {"d_3": found["d_3"] + 1e-3} if training else found
 
         return wrong
 
@@ -108,13 +123,23 @@ def test_the_gate_passes_what_is_right_and_stops_what_is_not(monkeypatch: pytest
     verdict = gate.judge(TINY, CPU, None)
     assert (verdict.passed, verdict.worst) == (False, "d_3")
 
+    def without_a_graph(made: problem.Problem, backend: str | None) -> problem.Run:
+        side = ours(made, backend)
+        if backend == "reference":
+            return side
+        return lambda training: side(training) if training else {"out": side(False)["out"] + 1e-3}
+
+    monkeypatch.setattr(problem, "ours", without_a_graph)
+    verdict = gate.judge(TINY, CPU, None)
+    assert (verdict.passed, verdict.worst) == (False, "inference out")
+
 
 def test_the_whole_gate_is_right_on_the_cpu() -> None:
-    """Both cells, resets and ragged lengths, in the dtypes of the grid."""
+    """All cells, resets and ragged lengths, in the dtypes of the grid."""
     verdicts = list(gate.every_regime(CPU, "numba", quick=False))
-    assert len(verdicts) == 2 * 3 * 2
+    assert len(verdicts) == 3 * 3 * 2
     assert all(verdict.passed for verdict in verdicts), verdicts
-    assert len(list(gate.every_regime(CPU, "numba", quick=True))) == 2
+    assert len(list(gate.every_regime(CPU, "numba", quick=True))) == 3
 
 
 def test_nan_does_not_pass_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,33 +183,122 @@ def test_a_run_measures_every_case_and_keeps_its_rows(tmp_path: Path) -> None:
 def test_a_run_ends_when_its_time_is_up(tmp_path: Path) -> None:
     """No case is begun afterwards, and the rows say that some are missing."""
     results = measured(tmp_path / "rows.json", seconds=-1.0)
-    assert results["rows"] == []
+    assert results["rows"] == results["gate"] == []
     assert (results["run"]["left_out"], results["run"]["complete"]) == (3, False)
 
 
-def test_a_red_gate_times_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    red = gate.Verdict("resident lstm", False, "out", 1.0, 0.1)
-    monkeypatch.setattr(gate, "every_regime", lambda device, backend, quick: iter([red]))
+def no_regimes(backend: str | None, quick: bool) -> list[gate.Job]:
+    return []
+
+
+def test_right_cases_are_timed_beside_a_red_regime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verdict is kept and decides the exit code; rows of that regime say so."""
+    job = gate.Job(Case("gru", 5, 3, gate.STEPS, "float32", 2, "reset"), "resident")
+    red = gate.Verdict(job.name, False, "out", 1.0, 0.1)
+    answer = gate.answer
+    monkeypatch.setattr(gate, "regime_jobs", lambda backend, quick: [job])
+    monkeypatch.setattr(gate, "answer", lambda given, **how: red if given == job else answer(given, **how))
+    monkeypatch.setattr(timed, "regime", lambda case, training, device, backend: "resident" if training else "library")
     told: list[str] = []
-    results = run.measure(run.Options(CPU), [TINY], told.append)
-    assert results["rows"] == []
-    assert told[0].startswith("WRONG resident lstm: out: error 1.0e+00, allowed 1.0e-01")
+    results = run.measure(run.Options(CPU, rounds=1), [TINY], told.append)
+    assert told[0] == f"{job.name}: wrong: out: error 1.0e+00, allowed 1.0e-01"
+    assert told[1] == "gate: 1 of 2 right"
+    assert [row["status"] for row in results["rows"]] == ["ok", "ok"]
+    assert [row.get("regime_gate") for row in results["rows"]] == [None, f"red: {job.name}"]
     assert command.exit_code(results) == 1
 
 
 def test_a_case_that_is_wrong_or_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "every_regime", lambda device, backend, quick: iter([]))
-    monkeypatch.setattr(gate, "judge", lambda case, device, backend: gate.Verdict(case.name, False, "out", 1.0, 0.1))
-    results = run.measure(run.Options(CPU, quick=True), [TINY], lambda text: None)
-    assert [row["status"] for row in results["rows"]] == ["wrong: out: error 1.0e+00, allowed 1.0e-01"]
+    """And the others are timed."""
+    monkeypatch.setattr(gate, "regime_jobs", no_regimes)
+    judge, other = gate.judge, Case("lstm", 5, 3, 4, "float32")
+
+    def wrong(case: Case, device: torch.device, backend: str | None) -> gate.Verdict:
+        return gate.Verdict(case.name, False, "out", 1.0, 0.1) if case.cell == "gru" else judge(case, device, backend)
+
+    monkeypatch.setattr(gate, "judge", wrong)
+    results = run.measure(run.Options(CPU, rounds=1), [TINY, other], lambda text: None)
+    assert [row["status"] for row in results["rows"]] == ["wrong: out: error 1.0e+00, allowed 1.0e-01", "ok", "ok"]
+    assert [verdict["passed"] for verdict in results["gate"]] == [False, True]
     assert command.exit_code(results) == 1
 
     def fails(case: Case, device: torch.device, backend: str | None) -> gate.Verdict:
         raise ValueError("no such plan")
 
     monkeypatch.setattr(gate, "judge", fails)
-    results = run.measure(run.Options(CPU, quick=True), [TINY], lambda text: None)
+    results = run.measure(run.Options(CPU), [TINY], lambda text: None)
     assert [row["status"] for row in results["rows"]] == ["failed: ValueError: no such plan"]
+    assert command.exit_code(results) == 1
+
+
+def test_cases_that_differ_in_t_are_judged_once() -> None:
+    longer = dataclasses.replace(TINY, steps=9)
+    assert gate.jobs([TINY, longer], "numba", quick=True) == [gate.job_of(TINY), *gate.regime_jobs("numba", quick=True)]
+    assert gate.job_of(TINY).name == "gru-float32-H5-B3-T6-D1"
+
+
+def test_the_gate_knows_every_regime() -> None:
+    plan = pytest.importorskip("fused_rnn.kernels.triton.plan", reason="Triton is not installed")
+    assert set(gate.REGIMES) == set(plan.REGIMES)
+    assert {job.regime for job in gate.regime_jobs(None, quick=True)} == set(plan.REGIMES)
+
+
+def test_a_row_names_the_regime_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = pytest.importorskip("fused_rnn.kernels.triton.plan", reason="Triton is not installed")
+    from fused_rnn.kernels.triton import launch
+
+    monkeypatch.setattr(launch, "device_of", lambda device: plan.Device("a GPU", (9, 0), 132, 227 << 10))
+    cuda = torch.device("cuda", 0)
+    for case in (*cases.goals(), *select(quick=True)):
+        assert timed.regime(case, True, cuda, None) in plan.REGIMES
+    assert timed.regime(TINY, True, cuda, "reference") is None
+    assert timed.regime(TINY, True, CPU, None) is None
+
+
+def ask(job: gate.Job) -> gate.Verdict:
+    """What a process of the tests does: by its H it ends, hangs, fails or judges."""
+    if job.case.hidden == 1:
+        os._exit(3)
+    if job.case.hidden == 2:
+        time.sleep(600)
+    if job.case.hidden == 3:
+        raise AssertionError("an answer that raises ends its process")
+    return gate.answer(job, CPU, "reference")
+
+
+def test_processes_judge_side_by_side() -> None:
+    """Every problem once, with the verdict that this process has."""
+    jobs = [gate.Job(Case(cell, 5, b, gate.STEPS, "float32")) for cell in cases.CELLS for b in (1, 3)]
+    found = dict(judging.run(functools.partial(gate.answer, device=CPU, backend="reference"), jobs, 2, 100.0))
+    assert found == {job: gate.answer(job, CPU, "reference") for job in jobs}
+    assert all(verdict.passed for verdict in found.values())
+
+
+def test_a_process_that_ends_or_hangs_fails_its_problem_alone() -> None:
+    jobs = [gate.Job(Case("gru", h, 2, gate.STEPS, "float32")) for h in (1, 5, 2, 3, 6)]
+    found = dict(judging.run(ask, jobs, 2, 100.0, limit=15.0))
+    assert [found[job].status for job in jobs] == [
+        "failed: its process ended with exit code 3",
+        "ok",
+        "failed: no verdict within 15 s",
+        "failed: its process ended with exit code 1",
+        "ok",
+    ]
+
+
+def test_judging_ends_when_its_time_is_up() -> None:
+    begin = time.monotonic()
+    assert list(judging.run(ask, [gate.Job(Case("gru", 2, 2, gate.STEPS, "float32"))], 1, 0.5)) == []
+    assert time.monotonic() - begin < 30
+    assert list(judging.run(ask, [gate.job_of(TINY)], 0, 0.0)) == []
+
+
+def test_cases_without_a_verdict_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "run", lambda *given: iter([]))
+    told: list[str] = []
+    results = run.measure(run.Options(CPU), [TINY], told.append)
+    assert (results["rows"], results["run"]["left_out"], results["run"]["complete"]) == ([], 1, False)
+    assert told[0].startswith("gate: 0 of 0 right; no time for ")
 
 
 def test_every_side_begins_a_round() -> None:
@@ -253,7 +367,7 @@ def _cuda_in_name(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {
         "is_available": lambda: True,
         "current_device": lambda: 0,
-        "synchronize": lambda device: None,
+        "synchronize": lambda device=None: None,
         "Event": Event,
         "memory_allocated": lambda device: 5,
         "max_memory_allocated": lambda device: 12,
@@ -270,13 +384,16 @@ def _cuda_in_name(monkeypatch: pytest.MonkeyPatch) -> None:
     # The numbers stay on the CPU, whatever they are asked for.
     make, judge = problem.make, gate.judge
     monkeypatch.setattr(problem, "make", lambda case, device, steps=None: make(case, CPU, steps))
-    monkeypatch.setattr(gate, "judge", lambda case, device, backend: judge(case, device, "numba"))
+    monkeypatch.setattr(gate, "judge", lambda case, device, backend: judge(case, CPU, "numba"))
     ours = problem.ours
     monkeypatch.setattr(problem, "ours", lambda made, backend: ours(made, backend or "numba"))
     monkeypatch.setattr(run, "Floors", lambda clock: floors.Floors(Clock(CPU), 8, 64))
     monkeypatch.setattr(run, "barrier_microseconds", lambda clock, programs: programs / 100)
-    monkeypatch.setattr(run, "_regime", lambda case, backward, options: "resident")
+    monkeypatch.setattr(timed, "regime", lambda case, backward, device, backend: "resident")
     monkeypatch.setattr(gate, "REGIMES", {"resident": (5, 3)})
+    monkeypatch.setattr(gate, "_force", lambda regime: contextlib.nullcontext())
+    monkeypatch.setattr(graphs, "capture", lambda call, device: lambda: call() and None)
+    monkeypatch.setattr(timed, "launches", lambda call: len(call()))
 
 
 @pytest.mark.usefixtures("_cuda_in_name")
@@ -287,15 +404,20 @@ def test_the_command_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr(backend, "unavailable", lambda: None)
     monkeypatch.setattr(cases, "select", lambda quick: [TINY, Case("lstm", 5, 3, 4, "float32", 2, "ragged")])
     path = tmp_path / "rows.json"
-    assert main(["gpu", "--quick", "--json", str(path)]) == 0
+    assert main(["gpu", "--quick", "--workers", "0", "--json", str(path)]) == 0
     kept = json.loads(path.read_text())
     assert kept["run"]["device"] == "a GPU"
     assert (kept["run"]["processors"], kept["run"]["cudnn"]) == (132, 91000)
     assert kept["run"]["barrier_us"] == {"8": 0.08, "32": 0.32, "64": 0.64, "132": 1.32}
     assert [row["status"] for row in kept["rows"]] == ["ok"] * 4
-    assert {row["ours_peak_bytes"] for row in kept["rows"]} == {7}
+    for row in kept["rows"]:
+        assert row["ours_peak_bytes"] == 7
+        assert row["ours_launches"] > 0
+        assert row["ours_host_ms"] > 0
+        ratio = row["torch_nn_graph_ms"]["median"] / row["ours_graph_ms"]["median"]
+        assert row["ratio_graph_torch_nn"] == pytest.approx(ratio, rel=1e-3)
     told = capsys.readouterr().out
-    assert "gate: 2 of 2 right" in told
+    assert "gate: 5 of 5 right" in told
     assert "132 programs 1.32 µs" in told
     assert "4 rows in" in told
 

@@ -12,6 +12,8 @@ import torch
 # A turn repeats a short call until it has lasted about so long, in seconds.
 TURN = 0.02
 MOST_CALLS = 50
+# Calls of which the host's time is the median.
+HOST_CALLS = 7
 
 
 class Clock:
@@ -39,6 +41,17 @@ class Clock:
         last.synchronize()
         return float(first.elapsed_time(last))
 
+    def host(self, call: Callable[[], Any]) -> float:
+        """Milliseconds until a call returns, which need not be when the device has done it: the median of some calls."""
+        times = []
+        for _ in range(HOST_CALLS):
+            self.wait()
+            begin = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - begin))
+        self.wait()
+        return statistics.median(times)
+
     def turn(self, call: Callable[[], Any]) -> float:
         """The median of some calls, after one that is not counted."""
         estimate = self.once(call)
@@ -65,3 +78,15 @@ class Clock:
         call()
         self.wait()
         return int(torch.cuda.max_memory_allocated(self.device) - before)
+
+
+def launches(call: Callable[[], Any]) -> int:
+    """How many kernels, copies and fills a call puts on the CUDA device, as torch's profiler counts them."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == DeviceType.CUDA for event in profiler.events())

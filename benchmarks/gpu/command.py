@@ -5,16 +5,21 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 
-from benchmarks.arguments import Parser, positive_seconds
-from benchmarks.results import ResultsError, check_writable, default_path, save
+from benchmarks.arguments import Parser, number, positive_seconds
+from benchmarks.results import ResultsError, check_writable, cores, default_path, save
+
+if TYPE_CHECKING:
+    from benchmarks.gpu.run import Options
 
 # For everything but the start of Python and the case in hand when the time is up.
 SECONDS, QUICK_SECONDS = 480.0, 90.0
+# Each takes a CUDA context's part of the device's memory.
+MOST_WORKERS = 12
 _WIDTH = 150
 
 
@@ -27,6 +32,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="fewer cases, below two minutes")
     parser.add_argument(
         "--seconds", type=positive_seconds, help=f"time (default {SECONDS:.0f}, with --quick {QUICK_SECONDS:.0f})"
+    )
+    parser.add_argument(
+        "--workers",
+        type=number(int, lambda value: value >= 0, "a whole number"),
+        default=min(cores(), MOST_WORKERS),
+        help="processes that check results and compile, 0 for none but this (default %(default)s)",
     )
     parser.add_argument("--json", type=Path, help="results file (default benchmarks/out/<date>.json)")
     parser.add_argument("--tune", action="store_true", help="write the table of tile sizes instead of measuring the layers")
@@ -61,17 +72,21 @@ def main(arguments: Sequence[str]) -> int:
         check_writable(path)
     except ResultsError as error:
         parser.error(str(error))
-    return measure(device, options.quick, seconds, path, console)
+    from benchmarks.gpu.run import Options
+
+    made = Options(device, seconds=seconds, rounds=3 if options.quick else 5, quick=options.quick, workers=options.workers)
+    return measure(made, path, console)
 
 
-def measure(device: torch.device, quick: bool, seconds: float, path: Path, console: Console) -> int:
+def measure(options: Options, path: Path, console: Console) -> int:
     """Measure, keep the rows, print the table."""
     from benchmarks.gpu import cases, report, run
 
-    options = run.Options(device, seconds=seconds, rounds=3 if quick else 5, quick=quick)
-    results = run.measure(
-        options, cases.select(quick), lambda text: console.print(text, highlight=False), lambda rows: save(rows, path)
-    )
+    def tell(text: str) -> None:
+        # One line is one line, also where it is wider than the table.
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    results = run.measure(options, cases.select(options.quick), tell, lambda rows: save(rows, path))
     report.show(results, console)
     console.print(f"{len(results['rows'])} rows in {path}", soft_wrap=True)
     return exit_code(results)

@@ -53,7 +53,9 @@ class Floors:
     def flops(self, dtype: str) -> float:
         """Operations per second of a large product in this dtype."""
         if dtype not in self._flops:
-            a = torch.randn(self._size, self._size, device=self._clock.device).to(getattr(torch, dtype))
+            # A generator of its own: torch's is of no more use after a capture that failed.
+            generator = torch.Generator(self._clock.device).manual_seed(0)
+            a = torch.randn(self._size, self._size, device=self._clock.device, generator=generator).to(getattr(torch, dtype))
             self._flops[dtype] = 2e3 * self._size**3 / self._clock.turn(lambda: a @ a)
         return self._flops[dtype]
 

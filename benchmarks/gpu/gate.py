@@ -1,70 +1,133 @@
-"""The correctness gate: every regime on small problems first, then each case at a few steps before it is timed."""
+"""The correctness gate: every regime on small problems, and each case at a few steps, before anything is timed."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from benchmarks.gate import FLOOR_EPS, TIMES_TORCH
 from benchmarks.gpu import problem as problems
-from benchmarks.gpu.cases import DTYPES, EXTRAS, Case
+from benchmarks.gpu.cases import CELLS, DTYPES, EXTRAS, Case
 
 # Steps of the problems that results are judged on: enough for every buffer to be used again.
 STEPS = 6
 
 # Sizes that no tile divides, and enough units and rows that several programs share the work and meet in each step.
-REGIMES = {"resident": (41, 35), "cooperative": (200, 35), "stepwise": (200, 35), "library": (200, 35)}
+REGIMES = {"resident": (41, 35), "cooperative": (200, 35), "streamed": (200, 35), "library": (200, 35)}
+
+# Cases that are judged before the regimes are: those that a run is made for.
+FIRST = 24
+
+
+@dataclass(frozen=True)
+class Job:
+    """A problem to judge: a case of ``STEPS`` steps, in the regime that the plan picks or in one that is forced."""
+
+    case: Case
+    regime: str = ""
+
+    @property
+    def name(self) -> str:
+        """The case's, after that of the regime."""
+        return f"{self.regime} {self.case.name}".strip()
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate found: whether all results are within their bounds, and the one nearest to its bound or farthest beyond."""
+    """What the gate found: whether all results are within their bounds, and the one nearest to its bound or farthest beyond.
+
+    failure: why there is no result, where there is none.
+    """
 
     what: str
     passed: bool
     worst: str
     error: float
     bound: float
+    failure: str = ""
+
+    @property
+    def status(self) -> str:
+        """``ok``, or what is wrong."""
+        if self.failure:
+            return f"failed: {self.failure}"
+        return "ok" if self.passed else f"wrong: {self.worst}: error {self.error:.1e}, allowed {self.bound:.1e}"
+
+
+def failed(job: Job, why: str) -> Verdict:
+    """The verdict on a problem without a result."""
+    return Verdict(job.name, False, "", 0.0, 0.0, why)
 
 
 def judge(case: Case, device: torch.device, backend: str | None) -> Verdict:
-    """Compare with the float64 reference: error ≤ 2 × that of plain torch in the same dtype + a floor."""
+    """Compare with the float64 reference: error ≤ 2 × that of plain torch in the same dtype + a floor.
+
+    Results without a graph are judged too: they come from other kernels.
+    """
     problem = problems.make(case, device, STEPS)
     exact = problem.to(torch.float64)
     truth = problems.ours(exact, "reference")(True)
     yardstick = problems.ours(problem, "reference")(True)
-    found = problems.ours(problem, backend)(True)
+    side = problems.ours(problem, backend)
+    found = [("", side(True)), ("inference ", side(False))]
     eps = torch.finfo(problem.input.dtype).eps
     worst, ratio, error, bound = "", -1.0, 0.0, 0.0
-    for name, value in truth.items():
-        off = (found[name].double() - value).abs().max().item()
+    for (kind, results), (name, value) in itertools.product(found, truth.items()):
+        if kind and name not in results:
+            continue
+        off = (results[name].double() - value).abs().max().item()
         allowed = TIMES_TORCH * (yardstick[name].double() - value).abs().max().item()
         allowed += FLOOR_EPS * eps * value.abs().max().item()
         # A NaN is the worst of errors.
         now = off / allowed if off == off else float("inf")
         if now > ratio:
-            worst, ratio, error, bound = name, now, off, allowed
+            worst, ratio, error, bound = kind + name, now, off, allowed
     return Verdict(case.name, ratio <= 1.0, worst, error, bound)
 
 
-def every_regime(device: torch.device, backend: str | None, quick: bool) -> Iterator[Verdict]:
+def answer(job: Job, device: torch.device, backend: str | None) -> Verdict:
+    """Judge a problem; what is raised is a verdict too."""
+    try:
+        with _force(job.regime):
+            verdict = judge(job.case, device, backend)
+    except Exception as error:
+        return failed(job, f"{type(error).__name__}: {error}")
+    return dataclasses.replace(verdict, what=job.name)
+
+
+def job_of(case: Case) -> Job:
+    """The problem that a case is judged by; cases that differ in T alone share it, because T is no part of what is compiled."""
+    return Job(dataclasses.replace(case, steps=STEPS))
+
+
+def jobs(cases: Iterable[Case], backend: str | None, quick: bool) -> list[Job]:
+    """All problems, without repeating one: the first cases, every regime, the other cases."""
+    of_cases = list(dict.fromkeys(job_of(case) for case in cases))
+    return [*of_cases[:FIRST], *regime_jobs(backend, quick), *of_cases[FIRST:]]
+
+
+def regime_jobs(backend: str | None, quick: bool) -> list[Job]:
     """All cells × dtypes × extras in every regime of the Triton backend; another backend has one.
 
     Plain problems are left to the cases. quick: bfloat16 with resets alone, because each of them compiles kernels of its own.
     """
     dtypes, extras = (("bfloat16",), ("reset",)) if quick else (DTYPES, EXTRAS[1:])
-    for regime, (hidden, batch) in REGIMES.items() if backend in (None, "triton") else [("", (41, 7))]:
-        for cell in ("lstm", "gru"):
-            for dtype in dtypes:
-                for extra in extras:
-                    case = Case(cell, hidden, batch, STEPS, dtype, 2, extra)
-                    with _force(regime):
-                        verdict = judge(case, device, backend)
-                    yield dataclasses.replace(verdict, what=f"{regime} {verdict.what}".strip())
+    regimes = REGIMES if backend in (None, "triton") else {"": (41, 7)}
+    return [
+        Job(Case(cell, hidden, batch, STEPS, dtype, 2, extra), regime)
+        for (regime, (hidden, batch)), cell, dtype, extra in itertools.product(regimes.items(), CELLS, dtypes, extras)
+    ]
+
+
+def every_regime(device: torch.device, backend: str | None, quick: bool) -> Iterator[Verdict]:
+    """The verdicts on ``regime_jobs``, one after the other in this process."""
+    for job in regime_jobs(backend, quick):
+        yield answer(job, device, backend)
 
 
 def _force(regime: str) -> contextlib.AbstractContextManager[None]:

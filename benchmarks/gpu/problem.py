@@ -111,20 +111,17 @@ def ours(problem: Problem, backend: str | None) -> Run:
             out, ends = autograd.layer(
                 cell, problem.input, problem.steps, problem.states, problem.weights, reverse, problem.reset
             )
-            return _results(problem, out, ends, training)
+            return results_of(problem, out, ends, training)
 
     return run
 
 
-def torch_nn(problem: Problem) -> Run | None:
-    """torch.nn with the same weights; None where it has no such layer (resets)."""
+def torch_module(problem: Problem) -> tuple[torch.nn.RNNBase, list[Tensor]]:
+    """torch.nn's module with the weights of a problem, and what gradients are taken of in the order of ``leaves``."""
     case = problem.case
-    if problem.reset is not None:
-        return None
-    bidirectional = case.directions == 2
-    name = {"lstm": "LSTM", "gru": "GRU"}[case.cell]
-    module = getattr(torch.nn, name)(case.hidden, case.hidden, bidirectional=bidirectional, device="meta")
-    module = module.to_empty(device=problem.input.device).to(problem.input.dtype)
+    name = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN"}[case.cell]
+    made = getattr(torch.nn, name)(case.hidden, case.hidden, bidirectional=case.directions == 2, device="meta")
+    module: torch.nn.RNNBase = made.to_empty(device=problem.input.device).to(problem.input.dtype)
     with torch.no_grad():
         for d, weight in enumerate(problem.weights):
             suffix = "_l0_reverse" if d else "_l0"
@@ -132,7 +129,15 @@ def torch_nn(problem: Problem) -> Run | None:
                 getattr(module, key + suffix).copy_(value)
     # cuDNN wants its weights in one piece.
     module.flatten_parameters()
-    leaves = [problem.input, *problem.states, *module.parameters()]
+    return module, [problem.input, *problem.states, *module.parameters()]
+
+
+def torch_nn(problem: Problem) -> Run | None:
+    """torch.nn with the same weights; None where it has no such layer (resets)."""
+    case = problem.case
+    if problem.reset is not None:
+        return None
+    module, leaves = torch_module(problem)
 
     def run(training: bool) -> Results:
         with torch.set_grad_enabled(training):
@@ -146,7 +151,7 @@ def torch_nn(problem: Problem) -> Run | None:
                 packed, ends = module(packed, hx)
                 out = packed.data
             ends = ends if isinstance(ends, tuple) else (ends,)
-            return _results(problem, out, ends, training, leaves)
+            return results_of(problem, out, ends, training, leaves)
 
     return run
 
@@ -171,9 +176,10 @@ def _backend(name: str | None) -> Iterator[None]:
             yield
 
 
-def _results(
+def results_of(
     problem: Problem, out: Tensor, ends: tuple[Tensor, ...], training: bool, leaves: list[Tensor] | None = None
 ) -> Results:
+    """Results by name, in training with the gradients of ``leaves``, or of the problem's."""
     values = (out, *ends)
     found = {"out": out.detach(), **{f"end {i}": end.detach() for i, end in enumerate(ends)}}
     if training:

@@ -9,24 +9,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import torch
 
 import fused_rnn
-from benchmarks.gpu import gate, problem
+from benchmarks.gpu import gate, graphs, judging, peers
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.floors import Floors, barrier_microseconds
-from benchmarks.gpu.torchrl import torchrl
-from benchmarks.timing import quantiles
+from benchmarks.gpu.timed import DeviceLost, Row, Timer, base_of, line
 
-FORMAT = 1
-Row = dict[str, Any]
+FORMAT = 2
 
-# A case whose tensors would fill more of the free memory than this is left out: both sides hold theirs at once.
-MEMORY_SHARE = 0.25
+# Of the time: by when judging ends, and by when timing does. The rest is for counting launches, which comes last, because a
+# profiler may slow down what follows it.
+JUDGING, TIMING = 0.5, 0.9
 
 
 @dataclass
@@ -36,9 +34,12 @@ class Options:
     Attributes:
         device: where.
         backend: of fused_rnn, or None for the automatic choice.
-        seconds: no case is begun after so many.
+        seconds: for judging, timing and counting together; no case is begun afterwards.
         rounds: turns of each side.
         quick: judge fewer problems before anything is timed.
+        workers: processes that judge, or 0 for this one.
+        ieee: whether products in float32 are exact, on both sides, instead of TF32 where torch allows that.
+        peers: whether peers are measured that take minutes.
     """
 
     device: torch.device
@@ -46,6 +47,9 @@ class Options:
     seconds: float = 480.0
     rounds: int = 5
     quick: bool = False
+    workers: int = 0
+    ieee: bool = False
+    peers: bool = False
 
 
 def describe(options: Options) -> Row:
@@ -62,7 +66,8 @@ def describe(options: Options) -> Row:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if on_cuda else None,
         "command": ["python", "-m", "benchmarks", *sys.argv[1:]],
-        "torchrl": problem.torchrl_missing() or "measured with resets",
+        "workers": options.workers,
+        "missing": peers.missing(options.peers),
         "complete": False,
     }
     if on_cuda:
@@ -89,40 +94,28 @@ def _driver() -> str | None:
 def measure(
     options: Options, cases: Iterable[Case], tell: Callable[[str], None], keep: Callable[[Row], None] = lambda results: None
 ) -> Row:
-    """Run the gate and time the cases.
+    """Judge all cases, then time those that are right.
 
     Args:
         tell: called with a line for people after every case.
         keep: called with all results so far after every case.
 
     Returns:
-        the results: ``run``, ``gate`` and ``rows``. Nothing is timed if the gate is red.
+        the results: ``run``, ``gate`` and ``rows``.
     """
     begin = time.perf_counter()
-    clock = Clock(options.device)
+    cases = list(cases)
     results: Row = {"run": describe(options), "gate": [], "rows": []}
-    for verdict in gate.every_regime(options.device, options.backend, options.quick):
-        results["gate"].append(asdict(verdict))
-        if not verdict.passed:
-            tell(f"WRONG {verdict.what}: {verdict.worst}: error {verdict.error:.1e}, allowed {verdict.bound:.1e}")
-    tell(f"gate: {sum(v['passed'] for v in results['gate'])} of {len(results['gate'])} right")
+    verdicts = _judged(options, cases, results, tell)
+    results["run"]["judging_seconds"] = time.perf_counter() - begin
     keep(results)
-    if not all(verdict["passed"] for verdict in results["gate"]):
-        return results
-    floors = Floors(clock)
-    if options.device.type == "cuda":
-        programs = results["run"]["processors"]
-        results["run"]["barrier_us"] = {str(n): barrier_microseconds(clock, n) for n in (8, 32, 64, programs)}
-    left_out = 0
-    judged: dict[Case, gate.Verdict] = {}
-    for case in cases:
-        if time.perf_counter() - begin > options.seconds:
-            left_out += 1
-            continue
-        for row in _case(case, options, clock, floors, judged):
-            results["rows"].append(row)
-            tell(line(row))
-        keep(results)
+    try:
+        left_out = _timed(options, cases, verdicts, results, tell, keep, begin)
+        _counted(options, cases, results, begin)
+    except DeviceLost as lost:
+        left_out = len(cases) - len({row["name"] for row in results["rows"]})
+        results["run"]["stopped"] = str(lost)
+        tell(f"stopped: {lost}")
     results["run"]["left_out"] = left_out
     results["run"]["seconds"] = time.perf_counter() - begin
     results["run"]["complete"] = left_out == 0
@@ -130,93 +123,75 @@ def measure(
     return results
 
 
-def _case(case: Case, options: Options, clock: Clock, floors: Floors, judged: dict[Case, gate.Verdict]) -> list[Row]:
-    """The rows of one case: forward, and forward and backward. judged: verdicts, by the case without its T."""
-    base: Row = {**asdict(case), "name": case.name}
-    if options.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(options.device)
-        if case.training_bytes > MEMORY_SHARE * free:
-            return [{**base, "mode": "training", "status": "left out: too large for the memory"}]
-    try:
-        # T is no part of what is compiled, and the gate takes a few steps of any.
-        key = replace(case, steps=0)
-        if key not in judged:
-            judged[key] = gate.judge(case, options.device, options.backend)
-        verdict = judged[key]
+def _judged(options: Options, cases: list[Case], results: Row, tell: Callable[[str], None]) -> dict[gate.Job, gate.Verdict]:
+    """The verdicts, which are kept; a line for each that is red, and one for all."""
+    answer = functools.partial(gate.answer, device=options.device, backend=options.backend)
+    jobs = gate.jobs(cases, options.backend, options.quick)
+    verdicts: dict[gate.Job, gate.Verdict] = {}
+    for job, verdict in judging.run(answer, jobs, options.workers, JUDGING * options.seconds):
+        verdicts[job] = verdict
+        results["gate"].append(asdict(verdict) | {"regime": job.regime})
         if not verdict.passed:
-            what = f"{verdict.worst}: error {verdict.error:.1e}, allowed {verdict.bound:.1e}"
-            return [{**base, "mode": "training", "status": f"wrong: {what}"}]
-        given = problem.make(case, options.device)
-        sides = {"ours": problem.ours(given, options.backend)}
-        peer = problem.torch_nn(given)
-        if peer is not None:
-            sides["torch_nn"] = peer
-        note = None
-        if case.extra == "reset" and case.directions == 1 and problem.torchrl_missing() is None:
-            sides["torchrl"], note = _tried(given)
-            if note:
-                del sides["torchrl"]
-        rows = []
-        for mode in ("forward", "training"):
-            training = mode == "training"
-            calls = {name: functools.partial(side, training) for name, side in sides.items()}
-            row = {**base, "mode": mode, "status": "ok", "regime": _regime(case, training, options)}
-            row |= _timed(case, calls, clock, options.rounds)
-            row |= floors.milliseconds(case, training)
-            if note:
-                row["torchrl"] = note
-            rows.append(row)
-        return rows
-    except torch.cuda.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return [{**base, "mode": "training", "status": "left out: out of memory"}]
-    except Exception as error:  # One case that fails is a row; the others are still measured.
-        return [{**base, "mode": "training", "status": f"failed: {type(error).__name__}: {error}"}]
+            tell(f"{verdict.what}: {verdict.status}")
+    right = sum(verdict.passed for verdict in verdicts.values())
+    missing = f"; no time for {len(jobs) - len(verdicts)} more" if len(verdicts) < len(jobs) else ""
+    tell(f"gate: {right} of {len(verdicts)} right{missing}")
+    return verdicts
 
 
-def _tried(given: problem.Problem) -> tuple[Any, str | None]:
-    """TorchRL's run of a problem, and why it does not work, or None."""
-    try:
-        side = torchrl(given)
-        side(True)
-    except Exception as error:
-        return None, f"failed: {type(error).__name__}: {error}"
-    return side, None
+def _timed(
+    options: Options,
+    cases: list[Case],
+    verdicts: dict[gate.Job, gate.Verdict],
+    results: Row,
+    tell: Callable[[str], None],
+    keep: Callable[[Row], None],
+    begin: float,
+) -> int:
+    """Add the rows. Returns how many cases were left out for want of time."""
+    clock = Clock(options.device)
+    floors = Floors(clock)
+    timer = Timer(clock, options.backend, options.rounds, results["run"]["missing"], floors)
+    red = {job.regime: verdict.what for job, verdict in verdicts.items() if job.regime and not verdict.passed}
+    left_out = 0
+    for case in cases:
+        verdict = verdicts.get(gate.job_of(case))
+        if verdict is None or time.perf_counter() - begin > TIMING * options.seconds:
+            left_out += 1
+            continue
+        lost = None
+        if verdict.passed:
+            try:
+                rows = timer.rows(case)
+            except DeviceLost as error:
+                rows, lost = error.args[0], DeviceLost(f"the device answers no more after {case.name}")
+        else:
+            rows = [base_of(case) | {"status": verdict.status}]
+        for row in rows:
+            if row.get("regime") in red:
+                row["regime_gate"] = f"red: {red[row['regime']]}"
+            results["rows"].append(row)
+            tell(line(row))
+        keep(results)
+        if lost:
+            raise lost
+    if options.device.type == "cuda":
+        programs = results["run"]["processors"]
+        try:
+            results["run"]["barrier_us"] = {str(n): barrier_microseconds(clock, n) for n in (8, 32, 64, programs)}
+        except Exception as error:
+            results["run"]["barrier_failed"] = graphs.told(error)
+    return left_out
 
 
-def _timed(case: Case, calls: dict[str, Callable[[], Any]], clock: Clock, rounds: int) -> Row:
-    found = clock.interleave(calls, rounds)
-    row: Row = {}
-    for name, values in found.items():
-        row[f"{name}_ms"] = quantiles(values)
-        row[f"{name}_peak_bytes"] = clock.peak(calls[name])
-    ours = row["ours_ms"]["median"]
-    row["ours_us_per_step"] = 1e3 * ours / case.steps
-    for name in found:
-        if name != "ours":
-            row[f"ratio_{name}"] = row[f"{name}_ms"]["median"] / ours
-    return row
-
-
-def _regime(case: Case, backward: bool, options: Options) -> str | None:
-    """Which regime the plan picks, on CUDA."""
-    if options.device.type != "cuda" or options.backend not in (None, "triton"):
-        return None
-    from fused_rnn.cells import CELLS
-    from fused_rnn.kernels.triton import heuristic, launch, plan
-
-    dtype = getattr(torch, case.dtype)
-    call = plan.Call(CELLS[case.cell], backward, case.hidden, case.batch, case.directions, dtype)
-    return heuristic.choose(call, launch.device_of(options.device)).regime
-
-
-def line(row: Row) -> str:
-    """One row, for people."""
-    head = f"{row['name']:<44} {row['mode']:<9}"
-    if row["status"] != "ok":
-        return f"{head} {row['status']}"
-    text = f"{head} {row['regime'] or '':<12} {row['ours_ms']['median']:9.3f} ms {row['ours_us_per_step']:7.2f} µs/step"
-    for name in ("torch_nn", "torchrl"):
-        if f"ratio_{name}" in row:
-            text += f"   {name} {row[f'{name}_ms']['median']:9.3f} ms ({row[f'ratio_{name}']:.2f}×)"
-    return text
+def _counted(options: Options, cases: list[Case], results: Row, begin: float) -> None:
+    """How many launches a call makes, for as many rows as there is time for."""
+    if options.device.type != "cuda":
+        return
+    by_name = {case.name: case for case in cases}
+    timer = Timer(Clock(options.device), options.backend, options.rounds, {}, Floors(Clock(options.device)))
+    for row in results["rows"]:
+        if time.perf_counter() - begin > options.seconds:
+            return
+        if row["status"] == "ok":
+            row["ours_launches"] = timer.count(by_name[row["name"]], row["mode"] == "training")
