@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import gate, tune
+from benchmarks.gpu import cases, gate, tune
 from fused_rnn.cells import GRU
 from fused_rnn.kernels.triton import heuristic, launch, plan, tuned
 
@@ -23,7 +23,7 @@ def test_the_plan_takes_what_the_tuner_found(tmp_path: Path, monkeypatch: pytest
     run, plans = launch.Walk.run, set()
     monkeypatch.setattr(launch.Walk, "run", lambda self, *given: plans.add(self.plan.regime) or run(self, *given))
     assert tune.tune(cpu, 60.0, path, told.append) == len(told) == 2
-    assert plans == {"resident", "cooperative", "stepwise", "library"}
+    assert plans == {"resident", "cooperative", "streamed", "library"}
     monkeypatch.setenv(tuned.ENVIRONMENT, str(path))
     for call, row in zip(calls, tuned.rows(path), strict=True):
         made = heuristic.choose(call, launch.device_of(cpu))
@@ -34,9 +34,9 @@ def test_the_plan_takes_what_the_tuner_found(tmp_path: Path, monkeypatch: pytest
 def test_the_gate_judges_every_regime(monkeypatch: pytest.MonkeyPatch) -> None:
     run, plans = launch.Walk.run, set()
     monkeypatch.setattr(launch.Walk, "run", lambda self, *given: plans.add(self.plan.regime) or run(self, *given))
-    monkeypatch.setattr(gate, "REGIMES", {"resident": (5, 3), "cooperative": (16, 3), "stepwise": (20, 3), "library": (5, 3)})
+    monkeypatch.setattr(gate, "REGIMES", {"resident": (5, 3), "cooperative": (16, 3), "streamed": (20, 3), "library": (5, 3)})
     verdicts = list(gate.every_regime(torch.device("cpu"), "triton", quick=True))
-    assert [verdict.what.split()[0] for verdict in verdicts] == [name for name in gate.REGIMES for _ in range(2)]
+    assert [verdict.what.split()[0] for verdict in verdicts] == [name for name in gate.REGIMES for _ in cases.CELLS]
     assert all(verdict.passed for verdict in verdicts), verdicts
     assert plans == set(plan.REGIMES)
 
