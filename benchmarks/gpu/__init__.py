@@ -5,6 +5,6 @@ Reading order: ``cases`` (what is measured, as data), ``problem`` (one layer wit
 (who else is timed), ``timed`` (one case), ``run`` (puts them together), ``tune`` (writes the table that the plan reads),
 ``report`` (what is shown), ``command``.
 
-Everything takes a device and a backend, so that all but CUDA's clock and graphs and the barrier's cost runs on a CPU too, in the
-tests.
+Everything takes a device and a backend, so that all but CUDA's clock and graphs and the barrier's cost runs on a CPU too, in
+the tests.
 """

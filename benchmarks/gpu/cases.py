@@ -71,10 +71,17 @@ def goals() -> list[Case]:
     return cases
 
 
+def unrolled() -> list[Case]:
+    """Few steps: what the loop over cells under torch.compile is measured on, which it unrolls."""
+    return [Case(cell, h, b, 16, "bfloat16") for cell in CELLS for h, b in ((128, 64), (512, 16))]
+
+
 def select(quick: bool) -> list[Case]:
     """All cases, those first that say most: a run that ends early has covered every kind of case."""
     kinds = [Case(cell, 512, 16, 128, "bfloat16", 1, extra) for cell in CELLS for extra in EXTRAS[1:]]
     kinds += [Case(cell, 512, 256, 128, "bfloat16", 2) for cell in CELLS]
+    # As the goals with resets, in the dtype that TorchRL's kernels take.
+    kinds += [Case(cell, 512, 16, 128 if quick else 1024, "float32", 1, "reset") for cell in ("lstm", "gru")]
     if quick:
         cases = [Case(c, h, b, 128, "bfloat16") for c, h, b in itertools.product(CELLS, QUICK_HIDDEN, QUICK_BATCH)]
         others = [Case("lstm", 512, 16, 128, dtype) for dtype in DTYPES[1:]]

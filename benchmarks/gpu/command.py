@@ -39,6 +39,8 @@ def _parser() -> argparse.ArgumentParser:
         default=min(cores(), MOST_WORKERS),
         help="processes that check results and compile, 0 for none but this (default %(default)s)",
     )
+    parser.add_argument("--ieee", action="store_true", help="exact products in float32 on both sides, instead of TF32")
+    parser.add_argument("--peers", action="store_true", help="also time those peers that compile for minutes")
     parser.add_argument("--json", type=Path, help="results file (default benchmarks/out/<date>.json)")
     parser.add_argument("--tune", action="store_true", help="write the table of tile sizes instead of measuring the layers")
     parser.add_argument("--table", type=Path, help="the table that --tune writes (default: that of the package)")
@@ -74,7 +76,15 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(str(error))
     from benchmarks.gpu.run import Options
 
-    made = Options(device, seconds=seconds, rounds=3 if options.quick else 5, quick=options.quick, workers=options.workers)
+    made = Options(
+        device,
+        seconds=seconds,
+        rounds=3 if options.quick else 5,
+        quick=options.quick,
+        workers=options.workers,
+        ieee=options.ieee,
+        peers=options.peers,
+    )
     return measure(made, path, console)
 
 
@@ -86,7 +96,11 @@ def measure(options: Options, path: Path, console: Console) -> int:
         # One line is one line, also where it is wider than the table.
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
-    results = run.measure(options, cases.select(options.quick), tell, lambda rows: save(rows, path))
+    chosen = cases.select(options.quick)
+    if options.peers:
+        first = len(cases.goals())
+        chosen = list(dict.fromkeys([*chosen[:first], *cases.unrolled(), *chosen[first:]]))
+    results = run.measure(options, chosen, tell, lambda rows: save(rows, path))
     report.show(results, console)
     console.print(f"{len(results['rows'])} rows in {path}", soft_wrap=True)
     return exit_code(results)

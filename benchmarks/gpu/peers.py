@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.gpu import outside
 from benchmarks.gpu import problem as problems
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.graphs import told
 from benchmarks.gpu.pieces import cudnn_pieces
 from benchmarks.gpu.problem import Problem, Results, Run
 from benchmarks.gpu.torchrl import torchrl
+from benchmarks.peers import compiling
 
 # How far a peer may be from ours, relative to the size of the result as a whole: roundings of T steps, on both sides.
 AGREES = {"bfloat16": 0.05, "float16": 0.02, "float32": 0.01}
@@ -37,14 +39,22 @@ class Peer:
     asked: bool = False
 
 
+# Beyond so many units TorchRL's kernels, which unroll the product, may compile for minutes.
+_TORCHRL_HIDDEN = 512
+
+
 def _torchrl_takes(case: Case) -> bool:
     # Its kernels compile in float32 alone.
-    return case.cell in ("lstm", "gru") and case.dtype == "float32" and case.directions == 1 and case.extra != "ragged"
+    layer = case.cell in ("lstm", "gru") and case.dtype == "float32" and case.directions == 1 and case.extra != "ragged"
+    return layer and case.hidden <= _TORCHRL_HIDDEN
 
 
 PEERS = (
     Peer("cudnn_pieces", lambda: None, lambda case: case.extra == "reset", cudnn_pieces),
     Peer("torchrl", problems.torchrl_missing, _torchrl_takes, torchrl),
+    Peer("gru_qat", lambda: outside.not_installed("gru_qat"), outside.gru_qat_takes, outside.gru_qat),
+    Peer("flashrnn", lambda: outside.not_installed("flashrnn"), outside.flashrnn_takes, outside.flashrnn, asked=True),
+    Peer("loop_compiled", compiling.unavailable, outside.loop_takes, outside.loop_compiled, asked=True),
 )
 
 

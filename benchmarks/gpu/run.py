@@ -67,6 +67,7 @@ def describe(options: Options) -> Row:
         "cudnn": torch.backends.cudnn.version() if on_cuda else None,
         "command": ["python", "-m", "benchmarks", *sys.argv[1:]],
         "workers": options.workers,
+        "tf32": gate.allows_tf32(),
         "missing": peers.missing(options.peers),
         "complete": False,
     }
@@ -104,6 +105,8 @@ def measure(
         the results: ``run``, ``gate`` and ``rows``.
     """
     begin = time.perf_counter()
+    if options.ieee:
+        gate.forbid_tf32()
     cases = list(cases)
     results: Row = {"run": describe(options), "gate": [], "rows": []}
     verdicts = _judged(options, cases, results, tell)
@@ -125,7 +128,7 @@ def measure(
 
 def _judged(options: Options, cases: list[Case], results: Row, tell: Callable[[str], None]) -> dict[gate.Job, gate.Verdict]:
     """The verdicts, which are kept; a line for each that is red, and one for all."""
-    answer = functools.partial(gate.answer, device=options.device, backend=options.backend)
+    answer = functools.partial(gate.answer, device=options.device, backend=options.backend, ieee=options.ieee)
     jobs = gate.jobs(cases, options.backend, options.quick)
     verdicts: dict[gate.Job, gate.Verdict] = {}
     for job, verdict in judging.run(answer, jobs, options.workers, JUDGING * options.seconds):

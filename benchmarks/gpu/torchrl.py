@@ -1,4 +1,4 @@
-"""TorchRL's Triton kernels as a peer, where it is installed: a layer with resets."""
+"""TorchRL's Triton kernels as a peer, where it is installed: a layer with or without resets."""
 
 from __future__ import annotations
 
@@ -34,13 +34,17 @@ def torchrl(problem: Problem, backend: str = "triton") -> Run:
     if problem.reset is not None:
         is_init = by_sequence(problem.reset)[..., None]
     d_out = by_sequence(problem.d_out)
+    # It reads a state at every step, and takes that of the first, also where that is a reset.
+    initial = []
+    for state in problem.states:
+        steps = state.new_zeros(*shape, 1, case.hidden)
+        steps[:, 0] = state.detach().transpose(0, 1).masked_fill(is_init[:, :1], 0)
+        initial.append(steps)
 
     def run(training: bool) -> Results:
         with torch.set_grad_enabled(training):
             x = by_sequence(problem.input.detach()).requires_grad_(training)
-            # It reads a state at every step, and takes that of the first.
-            zeros = x.new_zeros(*shape, 1, case.hidden)
-            given = {"x": x, "is_init": is_init} | dict.fromkeys(states, zeros)
+            given = {"x": x, "is_init": is_init} | dict(zip(states, initial, strict=True))
             out = module(TensorDict(given, batch_size=shape))["out"]
             found = {"out": out.detach().transpose(0, 1).flatten(0, 1)}
             if training:
