@@ -101,6 +101,16 @@ def test_a_peer_that_is_wrong_or_fails_is_a_note(monkeypatch: pytest.MonkeyPatch
     assert any(line.startswith("without lost: ZeroDivisionError") for line in report.problems(results))
 
 
+def test_a_peer_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After its first case, with a note in the others."""
+    peer = peers.Peer("slow", lambda: None, lambda case: True, lambda made: problem.ours(made, "reference"))
+    monkeypatch.setattr(peers, "PEERS", (peer,))
+    monkeypatch.setattr(run, "QUICK_PEER", 0.0)
+    results = run.measure(run.Options(CPU, rounds=1, quick=True), [TINY, Case("lstm", 5, 3, 4, "float32")], lambda text: None)
+    assert ["ratio_slow" in row for row in results["rows"]] == [True, True, False, False]
+    assert results["rows"][2]["slow"].startswith("not tried: its first calls in other cases took ")
+
+
 def test_the_loop_over_cells_computes_the_same() -> None:
     for cell in cases.CELLS:
         made = problem.make(Case(cell, 5, 3, 4, "float32"), CPU)

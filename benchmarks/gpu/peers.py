@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -76,27 +77,40 @@ def _missing(peer: Peer) -> str | None:
         return told(error)
 
 
-def sides(problem: Problem, ours: Results, without: dict[str, str]) -> tuple[dict[str, Run], dict[str, str]]:
-    """The peers that run a problem and agree with our results of training, and what is wrong with the others.
+class Peers:
+    """Prepares peers, and gives up one whose first calls have taken too long: they compile while nobody else can be timed."""
 
-    without: peers that are not tried.
-    """
-    runs: dict[str, Run] = {}
-    notes: dict[str, str] = {}
-    for peer in PEERS:
-        if peer.name in without or not peer.takes(problem.case):
-            continue
-        try:
-            run = peer.prepare(problem)
-            wrong = disagreement(ours, run(True), AGREES[problem.case.dtype])
-        except Exception as error:
-            notes[peer.name] = f"failed: {told(error)}"
-            continue
-        if wrong:
-            notes[peer.name] = f"wrong: {wrong}"
-        else:
-            runs[peer.name] = run
-    return runs, notes
+    def __init__(self, without: Mapping[str, str], seconds: float) -> None:
+        """without: peers that are not tried; seconds: for the first calls of each, all cases together."""
+        self._without, self._seconds = without, seconds
+        self._spent: dict[str, float] = {}
+
+    def sides(self, problem: Problem, ours: Results) -> tuple[dict[str, Run], dict[str, str]]:
+        """The peers that run a problem and agree with our results of training, and what is wrong with the others."""
+        runs: dict[str, Run] = {}
+        notes: dict[str, str] = {}
+        for peer in PEERS:
+            if peer.name in self._without or not peer.takes(problem.case):
+                continue
+            spent = self._spent.get(peer.name, 0.0)
+            if spent > self._seconds:
+                notes[peer.name] = f"not tried: its first calls in other cases took {spent:.0f} s"
+                continue
+            begin = time.perf_counter()
+            try:
+                run = peer.prepare(problem)
+                wrong = disagreement(ours, run(True), AGREES[problem.case.dtype])
+                # Without a graph it may be other code, which is compiled now.
+                run(False)
+            except Exception as error:
+                notes[peer.name] = f"failed: {told(error)}"
+            else:
+                if wrong:
+                    notes[peer.name] = f"wrong: {wrong}"
+                else:
+                    runs[peer.name] = run
+            self._spent[peer.name] = spent + time.perf_counter() - begin
+        return runs, notes
 
 
 def disagreement(ours: Results, theirs: Results, most: float) -> str | None:

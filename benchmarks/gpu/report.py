@@ -93,7 +93,7 @@ def problems(results: Mapping[str, Any]) -> Iterator[str]:
     notes: dict[str, list[str]] = {}
     for row in results["rows"]:
         for name, value in row.items():
-            if name != "status" and isinstance(value, str) and value.startswith(("failed", "wrong")):
+            if name != "status" and isinstance(value, str) and value.startswith(("failed", "wrong", "not tried")):
                 # One of each kind; a row that was not tried names the one that was.
                 notes.setdefault(f"{name} {value.split(', in ')[0]}", []).append(row["name"])
     for note, names in notes.items():

@@ -25,6 +25,8 @@ FORMAT = 2
 # Of the time: by when judging ends, and by when timing does. The rest is for counting launches, which comes last, because a
 # profiler may slow down what follows it.
 JUDGING, TIMING = 0.5, 0.9
+# Of the time, for the first calls of each peer: with --peers, and without.
+PEER, QUICK_PEER = 0.2, 0.05
 
 
 @dataclass
@@ -154,7 +156,8 @@ def _timed(
     """Add the rows. Returns how many cases were left out for want of time."""
     clock = Clock(options.device)
     floors = Floors(clock)
-    timer = Timer(clock, options.backend, options.rounds, results["run"]["missing"], floors)
+    others = peers.Peers(results["run"]["missing"], (PEER if options.peers else QUICK_PEER) * options.seconds)
+    timer = Timer(clock, options.backend, options.rounds, others, floors)
     red = {job.regime: verdict.what for job, verdict in verdicts.items() if job.regime and not verdict.passed}
     left_out = 0
     for case in cases:
@@ -192,7 +195,8 @@ def _counted(options: Options, cases: list[Case], results: Row, begin: float) ->
     if options.device.type != "cuda":
         return
     by_name = {case.name: case for case in cases}
-    timer = Timer(Clock(options.device), options.backend, options.rounds, {}, Floors(Clock(options.device)))
+    clock = Clock(options.device)
+    timer = Timer(clock, options.backend, options.rounds, peers.Peers({}, 0.0), Floors(clock))
     for row in results["rows"]:
         if time.perf_counter() - begin > options.seconds:
             return

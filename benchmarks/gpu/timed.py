@@ -34,10 +34,9 @@ class DeviceLost(Exception):
 class Timer:
     """Times cases on a device; keeps which captures have failed."""
 
-    def __init__(self, clock: Clock, backend: str | None, rounds: int, without: dict[str, str], floors: Floors) -> None:
-        """without: peers that are not measured, with the reason."""
+    def __init__(self, clock: Clock, backend: str | None, rounds: int, others: peers.Peers, floors: Floors) -> None:
         self._clock, self._backend, self._rounds = clock, backend, rounds
-        self._without, self._floors = without, floors
+        self._peers, self._floors = others, floors
         self._uncaptured: dict[tuple[str | None, ...], str] = {}
 
     def rows(self, case: Case) -> list[Row]:
@@ -68,7 +67,7 @@ class Timer:
         peer = problem.torch_nn(given)
         if peer is not None:
             sides["torch_nn"] = peer
-        others, notes = peers.sides(given, sides["ours"](True), self._without)
+        others, notes = self._peers.sides(given, sides["ours"](True))
         sides |= others
         rows = []
         for mode in MODES:
