@@ -57,5 +57,5 @@ def test_candidates_fit_and_differ() -> None:
     device = plan.Device("mine", (9, 0), 132, 227 << 10)
     call = plan.Call(GRU, False, 1024, 16, 1, torch.bfloat16)
     found = list(tune.candidates(call, device))
-    assert {fields["regime"] for fields in found} == {"cooperative", "stepwise", "library"}
+    assert {fields["regime"] for fields in found} == {"cooperative", "streamed", "library"}
     assert len({tuple(fields.items()) for fields in found}) == len(found)
