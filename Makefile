@@ -31,8 +31,10 @@ demo: setup ## train the language model with torch.nn and with fused_rnn
 test: setup ## run the tests
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
-test-extended: setup ## draw some thousand mixtures of arguments (some minutes)
-	$(RUN) -m pytest -n $(WORKERS) tests/test_properties.py --hypothesis-profile extended $(TESTS)
+# FUSED_RNN_TRITON_DRAWN: of the Triton kernels that the heuristic may choose, how many are compiled for each chip.
+test-extended: setup ## draw some thousand mixtures of arguments, some hundred Triton kernels (half an hour)
+	FUSED_RNN_TRITON_DRAWN=100 $(RUN) -m pytest -n $(WORKERS) tests/test_properties.py tests/test_triton_sm80.py \
+		tests/test_triton_sm90.py --hypothesis-profile extended $(TESTS)
 
 bench: setup ## print the benchmark's table
 	$(RUN) -m benchmarks $(ARGS)

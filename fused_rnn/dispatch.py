@@ -16,16 +16,12 @@ import torch
 
 from fused_rnn import processes
 from fused_rnn.cells import CELLS, Cell
-from fused_rnn.kernels import project, weight_gradient
+from fused_rnn.kernels import multiply, project, weight_gradient
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions of one cell on one backend (contract: ``fused_rnn.kernels``).
-
-    Attributes:
-        whole: the kernels take row buffers in the dtype that is stored, and whole walks in one call.
-    """
+    """The functions of one cell on one backend (contract: ``fused_rnn.kernels``)."""
 
     backend: str
     pack: Callable[..., Any]
@@ -37,7 +33,9 @@ class Kernels:
     layer_backward: Callable[..., Any] | None
     takes_input: Callable[..., bool] | None
     weight_gradient: Callable[..., None]
-    whole: bool
+    multiply: Callable[..., None]
+    whole_forward: Callable[..., Any] | None
+    whole_backward: Callable[..., Any] | None
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,9 @@ def _load(cell_name: str, name: str) -> Kernels:
         getattr(package, "layer_backward", None),
         getattr(package, "takes_input", None),
         getattr(package, "weight_gradient", weight_gradient),
-        getattr(package, "WHOLE", False),
+        getattr(package, "multiply", multiply),
+        getattr(package, "whole_forward", None),
+        getattr(package, "whole_backward", None),
     )
 
 

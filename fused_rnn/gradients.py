@@ -6,6 +6,7 @@ run with the same number of threads. Legend as in ``fused_rnn.kernels``.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -32,14 +33,12 @@ class Gradients:
     weights: list[tuple[Tensor | None, ...]]
 
 
-def _previous_rows(steps: Steps, reverse: bool, device: torch.device) -> Tensor:
+def _previous_rows(steps: Steps, reverse: bool) -> Tensor:
     """For each row, the row of the same sequence one step earlier in the walk, or R + j where sequence j starts there: (R,)."""
-    if steps.batch_sizes is None or steps.offsets is None:
-        # On the CPU by name, here and below: the default device may be another.
-        batch_sizes = torch.full((steps.length,), steps.batch, dtype=torch.int64, device="cpu")
-        offsets = torch.arange(steps.length, device="cpu") * steps.batch
-    else:
-        batch_sizes, offsets = steps.batch_sizes, steps.offsets
+    assert steps.batch_sizes is not None
+    assert steps.offsets is not None
+    batch_sizes, offsets = steps.batch_sizes, steps.offsets
+    # On the CPU by name, here and below: the default device may be another.
     total = steps.rows(0, steps.length).stop
     t = torch.repeat_interleave(torch.arange(steps.length, device="cpu"), batch_sizes)
     j = torch.arange(len(t), device="cpu") - torch.repeat_interleave(torch.cumsum(batch_sizes, 0) - batch_sizes, batch_sizes)
@@ -49,7 +48,14 @@ def _previous_rows(steps: Steps, reverse: bool, device: torch.device) -> Tensor:
     has = inside & (j < batch_sizes[before])
     previous = torch.zeros(total, dtype=torch.int64, device="cpu")
     previous[offsets[t] + j] = torch.where(has, offsets[before] + j, total + j)
-    return previous.to(device)
+    return previous
+
+
+@functools.lru_cache(maxsize=8)
+def _previous_rows_there(batch_sizes: bytes, batch: int, reverse: bool, device: torch.device) -> Tensor:
+    """The same on a GPU; kept, because a CUDA graph cannot hold copies from the host: what ran before a capture has made it."""
+    sizes = torch.frombuffer(bytearray(batch_sizes), dtype=torch.int64)
+    return _previous_rows(Steps.packed(sizes, batch), reverse).to(device)
 
 
 @dataclass
@@ -68,23 +74,39 @@ class _PreviousH:
     reset: Tensor | None
     index: Tensor | None = None
 
+    def _index(self) -> Tensor:
+        sizes = self.steps.batch_sizes
+        if sizes is None or not self.out.is_cuda:
+            return _previous_rows(self.steps, self.reverse)
+        return _previous_rows_there(sizes.numpy().tobytes(), self.steps.batch, self.reverse, self.out.device)
+
     def parts(self, t_begin: int, t_end: int) -> list[Tensor]:
         """Return h before each row of steps t_begin .. t_end - 1, in parts that follow one another: (·, P) each."""
         span = self.steps.rows(t_begin, t_end)
         batch = self.steps.batch
-        if self.steps.dense and self.reset is None:
+        if self.steps.dense:
             # Views of the output, one step off; only the first step of the walk starts from h_0.
-            if self.reverse:
-                if t_end < self.steps.length:
-                    return [self.out[span.start + batch : span.stop + batch]]
-                return [self.out[span.start + batch : span.stop], self.h_0]
-            if t_begin > 0:
-                return [self.out[span.start - batch : span.stop - batch]]
-            return [self.h_0, self.out[span.start : span.stop - batch]]
+            if self.reverse and t_end < self.steps.length:
+                parts = [self.out[span.start + batch : span.stop + batch]]
+            elif self.reverse:
+                parts = [self.out[span.start + batch : span.stop], self.h_0]
+            elif t_begin > 0:
+                parts = [self.out[span.start - batch : span.stop - batch]]
+            else:
+                parts = [self.h_0, self.out[span.start : span.stop - batch]]
+            if self.reset is None:
+                return parts
+            # On the device alone, so that a CUDA graph can hold it.
+            moved = torch.cat([in_dtype(part, self.out.dtype) for part in parts])
+            return [moved.masked_fill_(self.reset[span, None], 0)]
         if self.index is None:
-            self.index = _previous_rows(self.steps, self.reverse, self.out.device)
+            self.index = self._index()
         index = self.index[span]
         total = self.steps.rows(0, self.steps.length).stop
+        if self.out.is_cuda:
+            # Without a question of how many rows start, which the host would wait for.
+            previous = torch.cat((self.out, in_dtype(self.h_0, self.out.dtype))).index_select(0, index)
+            return [previous if self.reset is None else previous.masked_fill_(self.reset[span, None], 0)]
         starts = index >= total
         previous = self.out.index_select(0, index.masked_fill(starts, 0))
         previous[starts] = self.h_0[index[starts] - total].to(previous.dtype)
@@ -170,6 +192,38 @@ class WeightGradients:
         return tuple(None if grad is None else grad.to(self.dtype) for grad in grads)
 
 
+def _whole(
+    layer: Layer,
+    input: Tensor,
+    states: States,
+    weights: Sequence[Weights],
+    reset: Tensor | None,
+    out: Tensor,
+    tape: Tensor | None,
+    d_out: Tensor | None,
+    d_ends: Sequence[Tensor | None],
+    input_wanted: bool,
+    weights_wanted: Sequence[Weights],
+    collect: Callable[[Layer, Weights, Weights, torch.dtype], WeightGradients],
+) -> Gradients:
+    """As ``backward``, with a backend that walks whole layers in the dtype that is stored."""
+    cell, steps, recurrences = layer.cell, layer.steps, len(weights)
+    flat, out = out, out.view(input.shape[0], recurrences, -1)
+    d_cells = d_ends[len(states)] if layer.cell_states else None
+    given = (input, states, weights, reset, out, tape, d_out, d_cells, d_ends[: len(states)])
+    d_gates, d_states = layer.kernels.whole_backward(cell, steps, layer.reverse, *given)  # type: ignore[misc]
+    d_input = torch.empty_like(input) if input_wanted else None
+    grads = []
+    for d, (weight, wanted) in enumerate(zip(weights, weights_wanted, strict=True)):
+        sums = collect(layer, weight, wanted, input.dtype)
+        previous = _PreviousH(steps, layer.reverse[d], flat if recurrences == 1 else out[:, d], states[0][d], reset)
+        sums.walk(d_gates[:, d], input, previous, 0, steps.length, None if weight.hr is None or tape is None else tape[:, d])
+        if d_input is not None:
+            layer.kernels.multiply(sums.blocks(d_gates[:, d], cell.gates), weight.ih, d_input, d > 0)
+        grads.append(sums.result())
+    return Gradients(d_input, d_states, grads)
+
+
 def backward(
     layer: Layer,
     input: Tensor,
@@ -196,10 +250,12 @@ def backward(
         weights_wanted: for each parameter, whether its gradient is wanted (booleans in the places of the tensors).
         collect: what sums the gradients of one recurrence's parameters.
     """
+    if layer.kernels.whole_backward is not None:
+        return _whole(layer, input, states, weights, reset, out, tape, d_out, d_ends, input_wanted, weights_wanted, collect)
     cell, steps = layer.cell, layer.steps
     storage, device = input.dtype, input.device
     exact = COMPUTE[storage]
-    compute = storage if layer.kernels.whole else exact
+    compute = exact
     rows, recurrences = input.shape[0], len(weights)
     hidden, output = weights[0].hh.shape[0] // cell.num_gates, weights[0].hh.shape[1]
     columns = len(cell.d_gates) * hidden + (0 if weights[0].hr is None else output)
@@ -235,17 +291,14 @@ def backward(
         sums[d].walk(d_gates, in_dtype(x, compute), h, t_begin, t_end, tape)
         if d_x is not None and not takes_input:
             d_gates_x = sums[d].blocks(d_gates, cell.gates)
-            if d == 0:
-                torch.mm(d_gates_x, weights[d].ih, out=d_x)
-            else:
-                d_x.addmm_(d_gates_x, weights[d].ih)
+            layer.kernels.multiply(d_gates_x, weights[d].ih, d_x, d > 0)
 
     previous = [
         _PreviousH(steps, backwards, flat if recurrences == 1 else out[:, d], states_0[0][d], reset)
         for d, backwards in enumerate(layer.reverse)
     ]
     row_bytes = columns * compute.itemsize
-    if layer.kernels.whole or (storage == compute and rows * recurrences * row_bytes <= _CHUNK_BYTES):
+    if storage == compute and rows * recurrences * row_bytes <= _CHUNK_BYTES:
         whole = empty((rows, recurrences, columns), compute, device)
         packed = pack(layer, weights, backward=True, with_input=takes_input)
         extra = (d_input,) if takes_input else ()

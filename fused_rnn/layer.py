@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_rnn.cells import Cell, Weights
+from fused_rnn.cells import Cell, Weights, summed_biases
 from fused_rnn.dispatch import Kernels
 from fused_rnn.memory import empty
 from fused_rnn.steps import Steps
@@ -63,29 +63,6 @@ class Layer:
         starts = range(0, self.steps.length, length)
         for t in reversed(starts) if backwards else starts:
             yield t, min(t + length, self.steps.length)
-
-
-def _bias(cell: Cell, weights: Sequence[Weights], dtype: torch.dtype) -> Tensor | None:
-    """The bias that the kernel adds, (D, blocks of ``Cell.bias``·H), or None where no direction has one."""
-    apart = (len(cell.bias) - cell.num_gates) * (weights[0].hh.shape[0] // cell.num_gates)
-    blocks: list[Tensor] = []
-    for weight in weights:
-        ih, hh = weight.bias_ih, weight.bias_hh
-        if ih is None or hh is None:
-            if all(weight.bias_ih is None and weight.bias_hh is None for weight in weights):
-                return None
-            zero = weight.hh.new_zeros(weight.hh.shape[0])
-            ih, hh = zero if ih is None else ih, zero if hh is None else hh
-        # In float32 from the start: the sum of two biases is not rounded to a narrower dtype.
-        if ih.dtype != dtype:
-            ih, hh = ih.to(dtype), hh.to(dtype)
-        if apart:
-            both = torch.cat((ih, hh[-apart:]))
-            both[: -2 * apart].add_(hh[:-apart])
-            blocks.append(both)
-        else:
-            blocks.append(ih + hh)
-    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).view(len(weights), -1)
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -134,6 +111,22 @@ def _one_step(
     return None if taken is None else (taken[0].squeeze_(0), taken[1])
 
 
+def _whole(
+    layer: Layer, input: Tensor, states: States, weights: Sequence[Weights], reset: Tensor | None, keep: bool
+) -> tuple[Tensor, States, Tensor | None]:
+    """As ``forward``, with a backend that takes the input's product and the walk together."""
+    cell, rows, recurrences = layer.cell, input.shape[0], len(weights)
+    # Two-dimensional from the start: an output that is a view made in an autograd Function cannot be changed in place.
+    result = input.new_empty((rows, recurrences * weights[0].hh.shape[1]))
+    given = (input, states, weights, reset, keep or layer.cell_states, result)
+    ends, tape = layer.kernels.whole_forward(cell, layer.steps, layer.reverse, *given)  # type: ignore[misc]
+    if layer.cell_states:
+        hidden = weights[0].hh.shape[0] // cell.num_gates
+        first = cell.tape.index("c") * hidden
+        ends = (*ends, tape[..., first : first + hidden].reshape(rows, recurrences * hidden))
+    return result, ends, tape if keep and not cell.tape_is_out else None
+
+
 def forward(
     layer: Layer,
     input: Tensor,
@@ -155,6 +148,8 @@ def forward(
         out (R, D·P); the states after the walk, and with ``layer.cell_states`` c of every step, (R, D·H); and the tape,
         (R, D, tape blocks·H) in the dtype of the input, or None where it is not kept or is the output.
     """
+    if layer.kernels.whole_forward is not None:
+        return _whole(layer, input, states, weights, reset, keep)
     cell, steps = layer.cell, layer.steps
     storage, device = input.dtype, input.device
     if steps.length == 1 and not keep:
@@ -164,11 +159,11 @@ def forward(
     rows, recurrences = input.shape[0], len(weights)
     gates, output = weights[0].hh.shape
     exact = COMPUTE[storage]
-    compute = storage if layer.kernels.whole else exact
+    compute = exact
     columns = len(cell.tape) * (gates // cell.num_gates)
 
     weights = compute_weights(weights, compute)
-    bias = _bias(cell, weights, exact)
+    bias = summed_biases(cell, weights, exact)
     ends = copied(states, exact)
     # Two-dimensional from the start: an output that is a view made in an autograd Function cannot be changed in place.
     result = empty((rows, recurrences * output), storage, device)
@@ -201,7 +196,7 @@ def forward(
     # Whole, where nothing would be gained by chunks: the tape is kept anyway, or all of it is small.
     row_bytes = columns * compute.itemsize
     small = cell.tape_is_out or keep or rows * recurrences * row_bytes <= _CHUNK_BYTES
-    if layer.kernels.whole or (storage == compute and small):
+    if storage == compute and small:
         whole = out if cell.tape_is_out else empty((rows, recurrences, columns), storage, device) if tape is None else tape
         for d, weight in enumerate(weights):
             layer.kernels.project(input, weight.ih, whole[:, d, :gates])

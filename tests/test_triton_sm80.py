@@ -11,20 +11,33 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton_support import A100, L40S, Configuration, check_resources, every_configuration, record
+from triton_choices import BFLOAT16, FLOAT64, FORMS, TWO_PLANES, drawn, representative
+from triton_support import A100, L40S, Configuration, check_resources, record
 
 from benchmarks.gpu.barrier import meet
 from benchmarks.gpu.floors import BARRIER_OPTIONS
 from fused_rnn.cells import GRU, LSTM, RNN_RELU
 from fused_rnn.kernels.triton.heuristic import choose
 from fused_rnn.kernels.triton.plan import Call
-from fused_rnn.kernels.triton.walk_backward import walk_backward
-from fused_rnn.kernels.triton.walk_forward import walk_forward
+
+CHOSEN = [
+    *representative(A100, ("lstm", "gru"), FORMS, ("resident", "cooperative"), aligned=False),
+    # The least shared memory.
+    *representative(L40S, ("lstm", "gru"), (BFLOAT16, TWO_PLANES), ("streamed",), aligned=False),
+    *representative(L40S, ("rnn_relu", "gru"), (TWO_PLANES,), ("cooperative",), aligned=False),
+    *representative(L40S, ("lstm",), (FLOAT64,), ("library",), aligned=False),
+]
 
 
-@pytest.mark.parametrize("configuration", every_configuration(A100, L40S).values(), ids=str)
+@pytest.mark.parametrize("configuration", CHOSEN, ids=str)
 def test_resources(configuration: Configuration, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that the heuristic can pick here, of any size."""
+    """What stands for all that the heuristic can pick here."""
+    check_resources(configuration, monkeypatch)
+
+
+@pytest.mark.parametrize("configuration", [*drawn(A100), *drawn(L40S)], ids=str)
+def test_resources_of_choices_at_random(configuration: Configuration, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many more as ``FUSED_RNN_TRITON_DRAWN`` says; ``make test-extended`` does."""
     check_resources(configuration, monkeypatch)
 
 
@@ -51,8 +64,9 @@ def _absent_chip(monkeypatch: pytest.MonkeyPatch) -> None:
     "call",
     [
         Call(LSTM, False, 512, 16, 2, torch.bfloat16),
-        Call(GRU, True, 512, 16, 1, torch.bfloat16),
+        Call(GRU, True, 320, 16, 1, torch.float32, tf32=True),
         Call(RNN_RELU, False, 1, 1, 1, torch.float32),
+        Call(GRU, True, 2500, 33, 1, torch.float16),
         Call(LSTM, True, 7, 5, 1, torch.float64),
     ],
     ids=lambda call: f"{call.cell.name}-H{call.hidden}",
@@ -60,10 +74,10 @@ def _absent_chip(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_launch_as_at_run_time(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton binds and specialises the arguments of a launch itself, short of running it."""
     plan = choose(call, A100)
-    arguments: dict[str, Any] = record(call, plan, True, monkeypatch)
-    made = (walk_backward if call.backward else walk_forward).warmup(grid=(1, 1, 1), **arguments)
+    kernel, arguments = record(call, plan, True, monkeypatch)
+    made: Any = kernel.warmup(grid=(1, 1, 1), **arguments)
     assert made.metadata.num_warps == plan.warps
-    assert made.metadata.launch_cooperative_grid == (plan.regime == "cooperative")
+    assert made.metadata.launch_cooperative_grid == plan.meets
 
 
 @pytest.mark.usefixtures("_absent_chip")

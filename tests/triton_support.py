@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,26 +14,23 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from fused_rnn.cells import CELLS, Cell
-from fused_rnn.kernels.triton import gru, launch, lstm, rnn
-from fused_rnn.kernels.triton.heuristic import choose, shared_bytes
-from fused_rnn.kernels.triton.plan import Call, Device, Plan
-from fused_rnn.kernels.triton.walk_backward import walk_backward
-from fused_rnn.kernels.triton.walk_forward import walk_forward
+from fused_rnn.kernels.triton import gru, lstm, recurrence, rnn, walk  # noqa: F401 — the cells make themselves known
+from fused_rnn.kernels.triton.heuristic import shared_bytes
+from fused_rnn.kernels.triton.plan import PART, Call, Device, Plan
 from fused_rnn.steps import Steps
 
-# Bytes of the stack of a thread, where registers did not suffice. The backward keeps more at once, the d_gates of all gates, so
-# that their way from memory is waited for once; a few registers spilled once a step cost less than a second wait.
-MOST_FORWARD_SPILLS, MOST_BACKWARD_SPILLS = 64, 128
-# Triton 3.6 keeps a descriptor for each wgmma of a step in registers, so the widest cooperative forwards spill some of those. A
-# launch a step instead would cost more than reading them again.
-MOST_WIDE_FORWARD_SPILLS = 400 if triton.__version__.startswith("3.6.") else MOST_FORWARD_SPILLS
-_WIDE = 896
+# Bytes of the stack of a thread, where registers did not suffice. Kernels that hold their weights in registers fill all of them
+# on purpose, and before the walk they have more in hand: a tile of float32 beside the planes it is cut into. That is paid once.
+MOST_SPILLS = 768
+# What is spilled inside the loop over time is paid in each step: so many loads and stores. 256 threads with 40 of them move 40
+# KiB through the first-level cache, 128 bytes at a time: 0.2 µs, where the steps of those kernels take 1.5 µs and more. Where
+# weights are streamed the shortest step takes 5 µs.
+MOST_IN_LOOP, MOST_IN_STREAMED_LOOP = 40, 120
 # Registers of a multiprocessor.
 REGISTERS = 65536
 
-MODULES = {"lstm": lstm, "gru": gru, "rnn_tanh": rnn, "rnn_relu": rnn}
 A100 = Device("A100", (8, 0), 108, 163 << 10)
 H100 = Device("H100", (9, 0), 132, 227 << 10)
 # Little shared memory: what fits here fits every chip.
@@ -54,10 +48,20 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class Usage:
-    """What one kernel takes: registers of a thread, bytes of its stack (spills), bytes of shared memory; and its code."""
+    """What one kernel takes of the chip; and its code.
+
+    Attributes:
+        registers: of a thread.
+        spills: bytes of the stack of a thread.
+        in_loop: loads and stores of the stack in the longest loop, which is that over time.
+        shared: bytes of shared memory.
+        ttgir: as Triton lowers it.
+        ptx: as Triton hands it on.
+    """
 
     registers: int
     spills: int
+    in_loop: int
     shared: int
     ttgir: str
     ptx: str
@@ -67,6 +71,7 @@ class _Recorder:
     """Stands in for a kernel and keeps what it was launched with."""
 
     def __init__(self) -> None:
+        self.kernel: Any = None
         self.arguments: dict[str, Any] = {}
         self.grids: list[tuple[int, ...]] = []
 
@@ -78,14 +83,10 @@ class _Recorder:
         self.arguments = arguments
 
 
-def _states(cell: Cell, call: Call) -> tuple[torch.Tensor, ...]:
-    dtype = launch.compute_dtype(call.dtype)
-    return tuple(torch.zeros(call.directions, call.batch, call.hidden, dtype=dtype) for _ in cell.states)
-
-
-def record(call: Call, plan: Plan, everything: bool, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The arguments of the last launch of a call of one step, with every option of the kernel in use, or none."""
-    return _launched(call, plan, everything, monkeypatch).arguments
+def record(call: Call, plan: Plan, everything: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, dict[str, Any]]:
+    """The kernel of a call of one step, and the arguments of its last launch, with every option in use, or none."""
+    recorder = _launched(call, plan, everything, monkeypatch)
+    return recorder.kernel, recorder.arguments
 
 
 def grids(call: Call, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
@@ -94,43 +95,53 @@ def grids(call: Call, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> list[tuple
 
 
 def _launched(call: Call, plan: Plan, everything: bool, monkeypatch: pytest.MonkeyPatch) -> _Recorder:
-    cell = call.cell
-    recorder = _Recorder()
-    monkeypatch.setattr(launch, "walk_backward" if call.backward else "walk_forward", recorder)
-    monkeypatch.setattr(launch, "allows_tf32", lambda: call.tf32)
-    steps = Steps(1, call.batch)
-    if everything:
-        steps = Steps.packed(torch.full((1,), call.batch), call.batch)
+    """Launch a call as a layer does: states in the dtype of the rows and biases as they are, where the kernels take them."""
+    cell, recorder = call.cell, _Recorder()
     rows, d, h = call.batch, call.directions, call.hidden
+
+    def recorded(self: walk.Walk, kernel: Any, *given: Any) -> None:
+        recorder.kernel = kernel
+        run(self, recorder, *given)
 
     def buffer(columns: int) -> torch.Tensor:
         return torch.zeros(rows, d, columns, dtype=call.dtype)
 
+    def states() -> tuple[torch.Tensor, ...]:
+        dtype = call.dtype if plan.fragments else recurrence.compute_dtype(call.dtype)
+        return tuple(torch.zeros(d, rows, h, dtype=dtype) for _ in cell.states)
+
+    steps = Steps.packed(torch.full((1,), rows), rows) if everything else Steps(1, rows)
     tape = buffer(len(cell.tape) * h)
     out = tape if cell.tape_is_out else buffer(h)
     reset = torch.zeros(rows, dtype=torch.bool) if everything else None
-    k = h if plan.regime == "library" else 1
-    packed = launch.Packed(plan, torch.zeros(d, k, cell.num_gates * k, dtype=call.dtype), None)
+    weights = [torch.zeros(1, dtype=call.dtype)] * d
+    if plan.regime == "library":
+        weights = [torch.zeros(d, *((cell.num_gates * h, h) if call.backward else (h, cell.num_gates * h)), dtype=call.dtype)]
+    packed = recurrence.Packed(plan, weights, None)
     reverse = (False, True)[:d]
-    module = MODULES[cell.name]
-    if call.backward:
-        if plan.regime == "library":
-            packed = launch.Packed(plan, packed.weights.transpose(1, 2), None)
-        d_cells = buffer(h) if everything and "c" in cell.states else None
-        d_out, d_gates = buffer(h), buffer(len(cell.d_gates) * h)
-        states, states_0 = _states(cell, call), _states(cell, call)
-        function = getattr(module, f"{cell.name}_backward")
-        function(d_gates, states, d_out, d_cells, tape, out, states_0, packed, steps, 0, 1, reverse, reset)
-    else:
-        bias = torch.zeros(d, len(cell.bias) * h)
-        function = getattr(module, f"{cell.name}_forward")
-        function(tape, out, _states(cell, call), packed, bias, steps, reverse, reset, True)
+    ours = recurrence.RECURRENCES[cell.name]
+    with monkeypatch.context() as patch:
+        run = walk.Walk.run
+        patch.setattr(walk.Walk, "run", recorded)
+        if call.backward:
+            d_cells = buffer(h) if everything and "c" in cell.states else None
+            d_out, d_gates = buffer(h) if everything or not plan.fragments else None, buffer(len(cell.d_gates) * h)
+            d_n, d_0 = states(), states()
+            given = d_n if everything or not plan.fragments else (None,) * len(d_n)
+            ours.backward(d_gates, given, d_0, d_out, d_cells, tape, out, states(), packed, steps, 0, 1, reverse, reset)
+        else:
+            bias: Any = None
+            if everything and plan.fragments:
+                bias = [(torch.zeros(cell.num_gates * h, dtype=call.dtype),) * 2] * d
+            elif everything:
+                bias = torch.zeros(d, len(cell.bias) * h, dtype=recurrence.compute_dtype(call.dtype))
+            ours.forward(tape, out, states(), states(), packed, bias, steps, reverse, reset, True)
     return recorder
 
 
 def build(kernel: Any, arguments: dict[str, Any], capability: int) -> Usage:
     """Compile a kernel for a chip that need not be there, for the arguments of a launch."""
-    options = {name: arguments[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    options = {name: arguments[name] for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in arguments}
     extra = set(arguments) - {parameter.name for parameter in kernel.params} - {"launch_cooperative_grid"}
     assert extra == set(options), "Triton refuses arguments that it does not know"
     signature: dict[str, str] = {}
@@ -150,22 +161,31 @@ def build(kernel: Any, arguments: dict[str, Any], capability: int) -> Usage:
             signature[name] = "i32"
             if not parameter.do_not_specialize and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, spills = _resources(compiled.asm["cubin"])
-    return Usage(registers, spills, compiled.metadata.shared, compiled.asm["ttgir"], compiled.asm["ptx"])
+    registers, spills, in_loop = _resources(compiled.asm["cubin"])
+    return Usage(registers, spills, in_loop, compiled.metadata.shared, compiled.asm["ttgir"], compiled.asm["ptx"])
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack, as the tool inside Triton's package reads them."""
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(.*?);", re.MULTILINE)
+_BRANCH = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
+
+
+def _resources(cubin: bytes) -> tuple[int, int, int]:
+    """Registers, stack and the uses of the stack in the longest loop, as the tool inside Triton's package reads them."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        told = subprocess.run([tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", told)
-    assert found is not None, told
-    return int(found[1]), int(found[2])
+    assert found is not None, told[:2000]
+    code = [(int(at, 16), what) for at, what in _INSTRUCTION.findall(told)]
+    # A loop ends in a branch back to its begin. Beside the walk there are only the short loops that wait.
+    loops = [(at - int(branch[1], 16), at) for at, what in code if (branch := _BRANCH.search(what)) and int(branch[1], 16) < at]
+    length, end = max(loops, default=(0, 0))
+    in_loop = sum(1 for at, what in code if end - length <= at <= end and re.search(r"\b(LDL|STL)\b", what))
+    return int(found[1]), int(found[2]), in_loop
 
 
 @dataclass(frozen=True)
@@ -180,55 +200,9 @@ class Configuration:
     def __str__(self) -> str:
         call, plan = self.call, self.plan
         walk = "backward" if call.backward else "forward"
-        dtype = str(call.dtype).removeprefix("torch.")
-        return f"{self.chip.name}-{call.cell.name}-{walk}-{dtype}-H{call.hidden}-N{call.batch}-{plan.regime}"
-
-
-# Where the choice, or what is compiled for it, changes: chunks of K in each dtype, units, rows that are aligned or not, sizes
-# of one, which the compiler knows. And numbers of sequences, from one to more than any chip walks at once.
-_EDGES = [*range(32, 256, 32), *range(256, 2688, 128), 5120]
-HIDDEN = sorted({1, 2, 16, 17, *_EDGES, *(edge + more for edge in _EDGES for more in (1, 16))})
-BATCH = (1, 17, 33, 65, 129, 257, 513, 1025, 2049, 5000)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-def key(call: Call, plan: Plan) -> tuple[Any, ...]:
-    """What a kernel is compiled for. Two calls with the same key run the same code, but for the options of a call."""
-    return (
-        call.cell.name,
-        call.backward,
-        call.dtype,
-        plan.regime,
-        plan.units,
-        plan.batch,
-        plan.chunk,
-        plan.chunks if plan.unrolled else 1,
-        plan.split,
-        plan.stacked,
-        plan.warps,
-        call.hidden % 16 == 0,
-        call.hidden == 1,
-    )
-
-
-@functools.cache
-def every_configuration(*chips: Device) -> dict[tuple[Any, ...], Configuration]:
-    """All that the heuristic can pick on these chips, of any size, by key; what several pick is there for the first of them."""
-    found: dict[tuple[Any, ...], Configuration] = {}
-    for chip in chips:
-        for cell, backward, dtype, h, n in itertools.product(CELLS.values(), (False, True), DTYPES, HIDDEN, BATCH):
-            call = Call(cell, backward, h, n, 1, dtype)
-            plan = choose(call, chip)
-            found.setdefault(key(call, plan), Configuration(call, plan, chip))
-    return found
-
-
-def examples(found: Iterable[Configuration]) -> list[Configuration]:
-    """One configuration of each cell, regime and walk."""
-    first: dict[tuple[Any, ...], Configuration] = {}
-    for each in found:
-        first.setdefault((each.call.cell.name, each.plan.regime, each.call.backward), each)
-    return list(first.values())
+        dtype = str(call.dtype).removeprefix("torch.") + ("-tf32" if call.tf32 else "")
+        options = "" if self.everything else "-plain"
+        return f"{self.chip.name}-{call.cell.name}-{walk}-{dtype}-H{call.hidden}-N{call.batch}-{plan.regime}{options}"
 
 
 _built: dict[Configuration, Usage] = {}
@@ -237,33 +211,53 @@ _built: dict[Configuration, Usage] = {}
 def usage(configuration: Configuration, monkeypatch: pytest.MonkeyPatch) -> Usage:
     """Compile a configuration for its chip, once in this process."""
     if configuration not in _built:
-        arguments = record(configuration.call, configuration.plan, configuration.everything, monkeypatch)
-        kernel = walk_backward if configuration.call.backward else walk_forward
+        kernel, arguments = record(configuration.call, configuration.plan, configuration.everything, monkeypatch)
         major, minor = configuration.chip.capability
         _built[configuration] = build(kernel, arguments, 10 * major + minor)
     return _built[configuration]
+
+
+def products(call: Call, plan: Plan) -> int:
+    """Matrix instructions in the code of the kernels with weights in registers, as the plan's numbers say."""
+    # K is taken in pieces of 16, sequences in pieces of 8; planes are multiplied as far as they matter.
+    tiles = call.cell.num_gates * (plan.units // 16) if plan.alone else plan.piles * plan.parts * (PART // 16)
+    return tiles * (plan.batch // 8) * (plan.planes * (plan.planes + 1) // 2)
 
 
 def check_resources(configuration: Configuration, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hold a configuration to the stated limits."""
     found = usage(configuration, monkeypatch)
     plan, call, chip = configuration.plan, configuration.call, configuration.chip
-    limit = MOST_BACKWARD_SPILLS if call.backward else MOST_FORWARD_SPILLS
-    if not call.backward and plan.regime == "cooperative" and plan.width > _WIDE and chip.capability >= (9, 0):
-        limit = MOST_WIDE_FORWARD_SPILLS
-    assert found.spills <= limit, f"{found.spills} bytes spilled, {found.registers} registers"
-    # A launch a step is what is left where nothing else fits, so it has to fit the smallest chip.
-    assert found.shared <= (chip.shared_bytes if plan.unrolled else L40S.shared_bytes)
-    assert found.registers * 32 * plan.warps <= REGISTERS
-    if plan.unrolled:
-        assert found.shared <= shared_bytes(call, plan), "the plan's estimate is too low"
-        if call.dtype.itemsize == 2 and plan.width > 16:
-            # The weights go to shared memory once, before the walk. Those of one small product may stay in registers.
-            before = found.ttgir[: found.ttgir.index("scf.for")]
-            piles = 1 if plan.stacked and not call.backward else call.cell.num_gates
-            assert before.count("ttg.local_alloc") >= piles * plan.chunks
-    if chip.capability >= (9, 0) and plan.unrolled and not call.backward and call.dtype.itemsize == 2 and call.hidden > 1:
-        # Weights fill the 64 rows of a Hopper tile, so the products are wgmma however few sequences there are.
-        wide = plan.units * (4 if plan.stacked else 1) >= 64
-        assert ("wgmma.mma_async" in found.ptx) == wide
-        assert ("mma.sync" in found.ptx) != wide
+    of_loop = MOST_IN_LOOP if plan.fragments else MOST_IN_STREAMED_LOOP
+    assert found.in_loop <= of_loop, f"the stack is used {found.in_loop} times in each step, {found.spills} bytes: {plan}"
+    assert found.spills <= MOST_SPILLS, f"{found.spills} bytes spilled, {found.registers} registers: {plan}"
+    assert found.registers <= 255
+    # Registers are given out eight at a time.
+    beside = 2 if plan.regime == "cooperative" and plan.warps <= 4 else 1
+    assert -(-found.registers // 8) * 8 * 32 * plan.warps * beside <= REGISTERS
+    # Where nothing else fits the library serves, so its launches have to fit the smallest chip.
+    assert found.shared <= (L40S if plan.regime == "library" else chip).shared_bytes
+    if plan.regime == "library":
+        return
+    estimate = shared_bytes(call, plan)
+    assert found.shared <= estimate, f"{found.shared} bytes of shared memory, estimated {estimate}: {plan}"
+    if plan.fragments:
+        made, expected = found.ptx.count("mma.sync"), products(call, plan)
+        assert made == expected, f"{made} matrix instructions, expected {expected}: {plan}"
+        # What the others have written is read 16 bytes at a time, past the first-level cache, where it would not be seen.
+        of_others = len(re.findall(r"ld\.global[.\w:]*\.cg\b|ld\.global\.cg", found.ptx))
+        wide = len(re.findall(r"ld\.global\.cg\.v4", found.ptx))
+        # A part is half of what a thread's eight numbers in a row fill of an operand; Triton 3.6 loads the half twice.
+        copies = 2 if triton.__version__.startswith("3.6.") else 1
+        loads = 0 if plan.alone else plan.parts * plan.planes * (plan.batch // 8) * copies
+        assert (of_others, wide) == (loads, loads), f"{of_others} loads of others, {wide} of 16 bytes, expected {loads}"
+        return
+    # Products are those of the tensor cores: wgmma where there is one and the weights fill the 64 rows of its tile.
+    assert re.search(r"tt\.dot |warp_group_dot ", found.ttgir)
+    for line in re.findall(r"(?:tt\.dot|warp_group_dot) [^\n]*", found.ttgir):
+        assert re.search(r"-> tensor<[^>]*#mma", line), f"a product without tensor cores: {line}"
+    rows = plan.units * (4 if plan.stacked else 1)
+    if chip.capability >= (9, 0) and plan.planes == 1:
+        assert ("wgmma.mma_async" in found.ptx) == (rows >= 64)
+    if chip.capability < (9, 0) or rows < 64:
+        assert "mma.sync" in found.ptx

@@ -39,6 +39,9 @@ def _parser() -> argparse.ArgumentParser:
         default=min(cores(), MOST_WORKERS),
         help="processes that check results and compile, 0 for none but this (default %(default)s)",
     )
+    parser.add_argument(
+        "--rounds", type=int, choices=range(1, 101), metavar="N", help="turns of each side (default 5, with --quick 3)"
+    )
     parser.add_argument("--ieee", action="store_true", help="exact products in float32 on both sides, instead of TF32")
     parser.add_argument("--peers", action="store_true", help="also time those peers that compile for minutes")
     parser.add_argument("--json", type=Path, help="results file (default benchmarks/out/<date>.json)")

@@ -53,8 +53,13 @@ as a last argument, the tape's contents before it are not read, and the tape is 
 ``keep``, unless it is the output); and, where D is 1, ``<cell>_backward`` gets ``d_input`` as a last argument, (rows of the
 walked steps, I), which it writes.
 
-It may export ``WHOLE = True``: its row buffers are in the dtype that is stored, bfloat16 and float16 too, and a whole walk
-comes in one call. States, d_states, states_0 and bias are then float32, or float64 with buffers of float64. This is for a GPU.
+It may export ``multiply(left, right, out, add)``, the product of two matrices: its own way where it knows a better one.
+
+It may export ``whole_forward(cell, steps, reverse, input, states, weights, reset, keep, result)`` → (states after the walk,
+tape) and ``whole_backward(cell, steps, reverse, input, states, weights, reset, out, tape, d_out, d_cells, d_states)`` →
+(d_gates, gradients of the states): the input's product and the walk of a whole layer, in the dtype that is stored, bfloat16
+and float16 too. ``result`` (R, D·P) is written; weights are the D ``Weights``; d_out, d_cells and each of d_states may be
+None for zero. Nothing else of it but ``multiply`` and ``weight_gradient`` is then called for layers. This is for a GPU.
 
 It may also export ``step(cell, input, states, weights, batch_first)`` → (out, states) or None: one step of a stack of layers in
 one direction without a backward, for streaming, with input (1, N, I), or (N, 1, I) with ``batch_first``, and states (L, N, H);
@@ -80,6 +85,14 @@ from torch import Tensor
 def project(input: Tensor, weight: Tensor, out: Tensor) -> None:
     """Write input · weightᵀ to ``out`` with torch's matrix product: what a backend without a ``project`` of its own does."""
     torch.mm(input, weight.t(), out=out)
+
+
+def multiply(left: Tensor, right: Tensor, out: Tensor, add: bool = False) -> None:
+    """Write left · right to ``out``, or add it, with torch's matrix product."""
+    if add:
+        out.addmm_(left, right)
+    else:
+        torch.mm(left, right, out=out)
 
 
 def weight_gradient(

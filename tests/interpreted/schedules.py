@@ -182,10 +182,9 @@ class _Recorded:
 
 @dataclass
 class Seen:
-    """What happened: the programs of each launch, and how often one asked with ``tl.atomic_poll``."""
+    """What happened: the programs of each launch."""
 
     programs: list[int] = field(default_factory=list)
-    polls: int = 0
 
 
 @contextmanager
@@ -226,17 +225,9 @@ def together(monkeypatch: pytest.MonkeyPatch, schedule: Schedule) -> Iterator[Se
             launch.polled()
         return found
 
-    def atomic_poll(pointer: Any, expected: Any, *others: Any) -> Any:
-        seen.polls += 1
-        true = np.ones_like(expected.data, dtype=bool)
-        while not (found := _memory.load(pointer.data, true, expected.data, expected.data.dtype) == expected.data).all():
-            current[-1].polled()
-        return interpreter.TensorHandle(found, tl.int1)
-
     with monkeypatch.context() as patch:
         patch.setattr(interpreter.GridExecutor, "__call__", all_at_once)
         patch.setattr(_builder, "create_masked_load", masked_load)
         patch.setattr(_builder, "create_masked_store", masked_store)
         patch.setattr(_builder, "create_atomic_rmw", atomic_rmw)
-        patch.setattr(_builder, "create_atomic_poll", atomic_poll, raising=False)
         yield seen

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
+import schedules
 import torch
 from test_kernels import Case, check
 
 import fused_rnn
 from fused_rnn.cells import CELLS
 from fused_rnn.kernels.triton import launch, plan
+from fused_rnn.kernels.triton.plan import Device
 
-# More than one program can meet only on a GPU: here one program has all units.
-REGIMES = {
-    "resident": {"regime": "resident"},
-    "cooperative": {"regime": "cooperative", "units": 64},
-    "stepwise": {"regime": "stepwise"},
-    "library": {"regime": "library"},
-}
+REGIMES = plan.REGIMES
+CHIP = Device("a chip", (9, 0), 16, 227 << 10)
+
+
+@contextlib.contextmanager
+def regime_of(regime: str, monkeypatch: pytest.MonkeyPatch, **fields: int) -> Iterator[None]:
+    """Force a regime; programs that meet run at the same time, on a chip that has room for them."""
+    with contextlib.ExitStack() as stack:
+        if regime in ("cooperative", "streamed"):
+            monkeypatch.setattr(launch, "device_of", lambda device: CHIP)
+            stack.enter_context(schedules.together(monkeypatch, schedules.in_turn))
+        stack.enter_context(plan.force(regime=regime, **fields))
+        yield
+
+
 every_regime = pytest.mark.parametrize("regime", REGIMES)
 every_cell = pytest.mark.parametrize("cell", CELLS)
 
@@ -30,8 +42,8 @@ RAGGED = Case(steps=5, batch=5, hidden=6, ragged="packed", reverse=(False, True)
 @pytest.mark.parametrize("case", [WIDE, RAGGED], ids=str)
 @every_regime
 @every_cell
-def test_every_cell_in_every_regime(cell: str, regime: str, case: Case) -> None:
-    with plan.force(**REGIMES[regime]):
+def test_every_cell_in_every_regime(cell: str, regime: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    with regime_of(regime, monkeypatch):
         check("triton", cell, case, torch.float32)
 
 
@@ -51,9 +63,9 @@ def test_every_cell_in_every_regime(cell: str, regime: str, case: Case) -> None:
 )
 @every_regime
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_sizes_and_options(cell: str, regime: str, case: Case) -> None:
+def test_sizes_and_options(cell: str, regime: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """One unit, one step, no bias, no row, ragged rows in two tiles, walks cut into parts, rows of any stride."""
-    with plan.force(**REGIMES[regime]):
+    with regime_of(regime, monkeypatch):
         check("triton", cell, case, torch.float32)
 
 
@@ -113,3 +125,27 @@ def test_gradient_of_the_cell_states() -> None:
             grads[name] = torch.autograd.grad(loss, leaves)
     for ours, theirs in zip(grads["triton"], grads["reference"], strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(steps=3, batch=40, hidden=20, reverse=(False, True), d_cells=True),
+        Case(steps=5, batch=35, hidden=33, ragged="packed", reverse=(True, False), reset=True),
+        Case(steps=4, batch=50, hidden=17, ragged="padded", reset=True, chunk=2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("each", [2, 3])
+@every_cell
+def test_several_tiles_of_a_program(cell: str, each: int, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program walks several batch tiles side by side; the last one may have fewer."""
+    choose = launch.choose
+
+    def several(call: plan.Call, device: plan.Device) -> plan.Plan:
+        made = choose(call, device)
+        return dataclasses.replace(made, tiles_each=each, tiles_at_once=made.tiles)
+
+    monkeypatch.setattr(launch, "choose", several)
+    with regime_of("cooperative", monkeypatch, batch=8):
+        check("triton", cell, case, torch.float32)

@@ -27,7 +27,7 @@ def results(module: torch.nn.Module, input: Tensor, states: tuple[Tensor, ...], 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("regime", ["resident", "stepwise", "library"])
+@pytest.mark.parametrize("regime", ["resident", "streamed", "library"])
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 def test_layers_in_every_dtype(name: str, regime: str, dtype: torch.dtype) -> None:
     """Error ≤ 2 × that of plain torch in the same dtype + floor."""
@@ -36,7 +36,8 @@ def test_layers_in_every_dtype(name: str, regime: str, dtype: torch.dtype) -> No
     exact.load_state_dict(module.state_dict())
     x = torch.randn(4, 3, 5, dtype=dtype)
     states = tuple(torch.randn(2, 3, 19, dtype=dtype) for _ in range(2 if name == "LSTM" else 1))
-    with plan.force(regime=regime):
+    # One program has all units, so that nobody has to be waited for.
+    with plan.force(regime=regime, units=32):
         ours = results(module, x, states, "triton")
     theirs = results(module, x, states, "reference")
     expected = results(exact, x.double(), tuple(state.double() for state in states), "reference")
@@ -103,3 +104,28 @@ def test_wrong_buffers_are_refused() -> None:
     packed = gru.gru_pack([torch.zeros(12, 4)], None, steps, True)
     with pytest.raises(ValueError, match=r"d_cells: expected None for gru"):
         gru.gru_backward(tape, (h,), None, out, tape, out, (h,), packed, steps, 0, 2, (False,), None)
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("given", [True, False])
+def test_plain_layers_take_the_short_way(name: str, given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call each way, and the same numbers as by the general one."""
+    from fused_rnn import functional, whole
+
+    module, x = getattr(fused_rnn, name)(5, 7), torch.randn(4, 3, 5)
+    states = tuple(torch.randn(1, 3, 7) for _ in range(2 if name == "LSTM" else 1))
+    if not given:
+        states = tuple(torch.zeros_like(state) for state in states)
+    general = whole.run
+    monkeypatch.setattr(whole, "run", lambda *_: None)
+    expected = results(module, x, states, "triton")
+    monkeypatch.setattr(whole, "run", general)
+    monkeypatch.setattr(functional, "sequence", lambda *_: pytest.fail("this is the general way"))
+    monkeypatch.setattr(whole, "_in_general", lambda *_: pytest.fail("this is the general way"))
+    found = results(module, x, states, "triton")
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, msg=key)
+    if not given:
+        with fused_rnn.backend("triton"):
+            out, _ = module(x)
+        torch.testing.assert_close(out.detach(), expected["value 0"])

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.gpu import cases, gate, tune
 from fused_rnn.cells import GRU
-from fused_rnn.kernels.triton import heuristic, launch, plan, tuned
+from fused_rnn.kernels.triton import heuristic, launch, plan, tuned, walk
 
 
 def test_the_plan_takes_what_the_tuner_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,8 +20,8 @@ def test_the_plan_takes_what_the_tuner_found(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(tune, "ROUNDS", 1)
     monkeypatch.setattr(tune.Clock, "turn", lambda self, call: call() or self.once(call))
     told: list[str] = []
-    run, plans = launch.Walk.run, set()
-    monkeypatch.setattr(launch.Walk, "run", lambda self, *given: plans.add(self.plan.regime) or run(self, *given))
+    run, plans = walk.Walk.run, set()
+    monkeypatch.setattr(walk.Walk, "run", lambda self, *given: plans.add(self.plan.regime) or run(self, *given))
     assert tune.tune(cpu, 60.0, path, told.append) == len(told) == 2
     assert plans == {"resident", "cooperative", "streamed", "library"}
     monkeypatch.setenv(tuned.ENVIRONMENT, str(path))
@@ -32,8 +32,8 @@ def test_the_plan_takes_what_the_tuner_found(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_gate_judges_every_regime(monkeypatch: pytest.MonkeyPatch) -> None:
-    run, plans = launch.Walk.run, set()
-    monkeypatch.setattr(launch.Walk, "run", lambda self, *given: plans.add(self.plan.regime) or run(self, *given))
+    run, plans = walk.Walk.run, set()
+    monkeypatch.setattr(walk.Walk, "run", lambda self, *given: plans.add(self.plan.regime) or run(self, *given))
     monkeypatch.setattr(gate, "REGIMES", {"resident": (5, 3), "cooperative": (16, 3), "streamed": (20, 3), "library": (5, 3)})
     verdicts = list(gate.every_regime(torch.device("cpu"), "triton", quick=True))
     assert [verdict.what.split()[0] for verdict in verdicts] == [name for name in gate.REGIMES for _ in cases.CELLS]

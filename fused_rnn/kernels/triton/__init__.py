@@ -1,7 +1,7 @@
 """The CUDA backend: Triton compiles the kernels when they are first used, for the chip that is there.
 
-Products of float32 are exact, unless ``torch.backends.cuda.matmul`` allows TF32. Those of bfloat16 and float16 are summed in
-float32, in which the states are kept too.
+Products of float32 follow the switch that cuDNN's RNNs follow, ``torch.backends.cudnn.rnn.fp32_precision``. Those of bfloat16
+and float16 are summed in float32, in which the states are kept too.
 
 With ``TRITON_INTERPRET=1`` in the environment before Triton is imported, its interpreter runs the same kernels on the CPU,
 for tests: slowly.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,9 +19,6 @@ from fused_rnn.cells import CELLS
 
 if TYPE_CHECKING:
     from fused_rnn.kernels.triton.plan import Device
-
-# Row buffers come as they are stored, a whole walk in one call (contract: ``fused_rnn.kernels``).
-WHOLE = True
 
 
 @functools.cache
@@ -115,6 +112,48 @@ def explain(
         call = plan.Call(CELLS[cell], backward, hidden_size, batch, 2 if bidirectional else 1, dtype, projected)
         lines.append(plan.explain(call, heuristic.choose(call, device)))
     return "\n".join(lines)
+
+
+def whole_forward(*arguments: Any) -> Any:
+    """The input's product and the walk of a layer (contract: ``fused_rnn.kernels``)."""
+    from fused_rnn.kernels.triton.layer import walk_forward
+
+    return walk_forward(*arguments)
+
+
+def whole_backward(*arguments: Any) -> Any:
+    """The walk of a layer back (contract: ``fused_rnn.kernels``)."""
+    from fused_rnn.kernels.triton.layer import walk_backward
+
+    return walk_backward(*arguments)
+
+
+def layer_forward(*arguments: Any) -> Any:
+    """A layer in one direction over dense steps (contract: ``fused_rnn.kernels``)."""
+    from fused_rnn.kernels.triton.layer import dense_forward
+
+    return dense_forward(*arguments)
+
+
+def layer_backward(*arguments: Any) -> Any:
+    """The gradients of such a layer (contract: ``fused_rnn.kernels``)."""
+    from fused_rnn.kernels.triton.layer import dense_backward
+
+    return dense_backward(*arguments)
+
+
+def multiply(*arguments: Any) -> None:
+    """The product of two matrices (contract: ``fused_rnn.kernels``)."""
+    from fused_rnn.kernels.triton.products import multiply as product
+
+    product(*arguments)
+
+
+def weight_gradient(*arguments: Any) -> None:
+    """The gradient of a weight (contract: ``fused_rnn.kernels``)."""
+    from fused_rnn.kernels.triton.products import weight_gradient as sum_up
+
+    sum_up(*arguments)
 
 
 def describe() -> str:

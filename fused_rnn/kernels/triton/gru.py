@@ -10,7 +10,8 @@ import triton.language as tl  # noqa: F401 — the interpreter looks for it besi
 
 from fused_rnn.cells import GRU
 from fused_rnn.kernels.triton.activations import sigmoid, tanh
-from fused_rnn.kernels.triton.launch import make_functions
+from fused_rnn.kernels.triton.contract import contract
+from fused_rnn.kernels.triton.recurrence import Recurrence
 
 
 @triton.jit
@@ -34,4 +35,4 @@ def gru_step_backward(tape, h_before, d_h, d_carry):
     return (d_n * r, d_r, d_z, d_n), d_h * z, d_carry
 
 
-gru_pack, gru_forward, gru_backward = make_functions(GRU, gru_step, gru_step_backward)
+gru_pack, gru_forward, gru_backward = contract(Recurrence(GRU, gru_step, gru_step_backward))

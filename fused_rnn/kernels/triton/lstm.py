@@ -6,11 +6,12 @@ The numbers are those of the equations in ``fused_rnn.reference.lstm``.
 from __future__ import annotations
 
 import triton
-import triton.language as tl
+import triton.language as tl  # noqa: F401 — the interpreter looks for it beside what it runs
 
 from fused_rnn.cells import LSTM
 from fused_rnn.kernels.triton.activations import sigmoid, tanh
-from fused_rnn.kernels.triton.launch import make_functions
+from fused_rnn.kernels.triton.contract import contract
+from fused_rnn.kernels.triton.recurrence import Recurrence
 
 
 @triton.jit
@@ -35,7 +36,7 @@ def lstm_step_backward(tape, c_before, d_h, d_c):
     d_i = d_c * g * i * (1.0 - i)  #            (3)
     d_f = d_c * c_before * f * (1.0 - f)
     d_g = d_c * i * (1.0 - g * g)
-    return (d_i, d_f, d_g, d_o), tl.zeros_like(d_h), d_c * f
+    return (d_i, d_f, d_g, d_o), 0.0, d_c * f
 
 
-lstm_pack, lstm_forward, lstm_backward = make_functions(LSTM, lstm_step, lstm_step_backward)
+lstm_pack, lstm_forward, lstm_backward = contract(Recurrence(LSTM, lstm_step, lstm_step_backward))

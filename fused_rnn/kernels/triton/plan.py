@@ -1,15 +1,15 @@
 """How a call is launched: the regime, the tiles, and what they depend on. ``heuristic`` makes plans.
 
-Four regimes, the first three around one kernel body:
+Four regimes. The first two are the two forms of one kernel (``fragments``), the others share another (``walk_forward``):
 
-=========== ====================================== =========================== =========================================
-regime      programs                               weights                     between two steps
-=========== ====================================== =========================== =========================================
-resident    one for each batch tile                in shared memory, all steps nothing: the program is alone
-cooperative one for each slice of units            in shared memory, all steps a barrier among the programs of a tile
-stepwise    one for each slice of units            read again in each step     the end of a launch
-library     one for each tile of units and rows    read by torch.matmul        the end of a launch
-=========== ====================================== =========================== =========================================
+=========== ================================ ============================== ========================================
+regime      programs                         weights                        between two steps
+=========== ================================ ============================== ========================================
+resident    one for each batch tile          in registers, all steps        nothing: the program is alone
+cooperative one for each slice of units      in registers, all steps        each waits for those that it reads from
+streamed    one for each slice of units      read again in each step        a barrier among the programs of a tile
+library     one for each tile of units/rows  read by torch.matmul           the end of a launch
+=========== ================================ ============================== ========================================
 
 A plan is made of numbers alone, so that it can be looked at, forced, tested and compiled without a GPU.
 """
@@ -17,7 +17,6 @@ A plan is made of numbers alone, so that it can be looked at, forced, tested and
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,12 +25,10 @@ import torch
 
 from fused_rnn.cells import Cell
 
-REGIMES = ("resident", "cooperative", "stepwise", "library")
+# Columns of K that one tile of the weights in registers has, and rows: those of a matrix instruction (``fragments``).
+PART, PILE = 32, 16
 
-# Numbers of h that the registers of a program have room for beside the sums; and the K beyond which there is less room, because
-# the unrolled product keeps more addresses. Read from compiled code.
-_AHEAD_NUMBERS = 1 << 13
-_WIDE = 512
+REGIMES = ("resident", "cooperative", "streamed", "library")
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class Call:
         directions: D.
         dtype: of the row buffers.
         projected: whether h is projected.
-        tf32: whether float32 products may be rounded to TF32.
+        tf32: whether float32 products may be rounded as cuDNN rounds them.
     """
 
     cell: Cell
@@ -77,6 +74,13 @@ class Call:
     projected: bool = False
     tf32: bool = False
 
+    @property
+    def planes(self) -> int:
+        """Numbers of 16 bits that one of this dtype is cut into for a product (``fragments``)."""
+        if self.dtype.itemsize == 2:
+            return 1
+        return 2 if self.tf32 else 3
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -86,79 +90,109 @@ class Plan:
         regime: one of ``REGIMES``.
         units: hidden units of a program.
         batch: sequences of a program.
-        chunk: columns of K that one product takes.
-        chunks: how many of them make up K (per gate in the backward).
+        warps: warps of a program.
         slices: programs that share a batch tile of one recurrence.
         tiles: batch tiles.
         tiles_at_once: batch tiles of one launch.
+        tiles_each: batch tiles of one program: while the exchange of one is under way, another is computed.
         directions_at_once: recurrences of one launch.
-        split: parts of K that are products of their own, in the backward.
-        warps: warps of a program.
+        planes: see ``Call.planes``.
+        piles: rows of the product of one part of K, in instructions (``fragments``).
+        parts: parts of K that a warp multiplies.
+        held: tiles of the weights in registers, all planes counted; the others are in shared memory.
+        chunk: columns of K that one product of the streamed regime takes.
+        stacked: whether the gates of the streamed forward are one product.
         reason: why this regime, for people.
     """
 
     regime: str
     units: int
     batch: int
-    chunk: int
-    chunks: int
+    warps: int
     slices: int
     tiles: int
     tiles_at_once: int
     directions_at_once: int
-    split: int
-    stacked: bool
-    warps: int
-    reason: str
+    tiles_each: int = 1
+    planes: int = 1
+    piles: int = 1
+    parts: int = 1
+    held: int = 0
+    chunk: int = 16
+    stacked: bool = False
+    reason: str = ""
 
     @property
-    def width(self) -> int:
-        """K, padded."""
-        return self.chunk * self.chunks
+    def alone(self) -> bool:
+        """Whether one program has all units."""
+        return self.regime == "resident"
 
     @property
-    def unrolled(self) -> bool:
-        """Whether the kernel holds its weights, chunk by chunk, so that their number is a constant of its code."""
+    def fragments(self) -> bool:
+        """Whether the kernels that hold the weights in registers run it."""
         return self.regime in ("resident", "cooperative")
 
     @property
     def ahead(self) -> int:
-        """Chunks of h that the forward has under way at once, in the registers of the program."""
-        room = _AHEAD_NUMBERS if self.width <= _WIDE else _AHEAD_NUMBERS // 2
-        return min(self.chunks, max(1, room // (self.chunk * self.batch)))
+        """Parts of K whose loads are under way at once; fewer where a warp has more of the weights in its registers."""
+        most = 8 if self.warps >= 8 else 4
+        return max(1, most * 16 // max(16, self.batch) // self.planes)
+
+    @property
+    def kernel(self) -> tuple[object, ...]:
+        """What of a plan its kernels are compiled for, beside what they are launched with."""
+        own = (self.regime, self.warps, self.planes, self.piles, self.parts, self.held, self.ahead)
+        return (*own, self.units, self.batch, self.chunk, self.stacked)
+
+    @property
+    def columns(self) -> int:
+        """Of K, padded, where it is exchanged between the kernels that hold the weights in registers."""
+        return self.warps * self.parts * PART
+
+    @property
+    def meets(self) -> bool:
+        """Whether programs wait for one another, so that all of a launch must run at once."""
+        return self.regime in ("cooperative", "streamed")
 
     @property
     def launches(self) -> int:
-        """Launches that it takes to have every tile walked once."""
+        """Launches that it takes to have every tile of as many recurrences as fit walked once."""
         return math.ceil(self.tiles / self.tiles_at_once)
 
 
-_forced: contextvars.ContextVar[dict[str, object] | None] = contextvars.ContextVar("fused_rnn_triton_plan", default=None)
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is no less."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+_FIELDS = ("regime", "units", "batch", "warps")
+# Of the process, not of a thread or task: on a GPU autograd runs the backward in a thread of its own.
+_forced: list[dict[str, object]] = []
 
 
 @contextlib.contextmanager
 def force(**fields: object) -> Iterator[None]:
-    """Make every plan inside the ``with`` block have these fields, such as ``regime="stepwise"`` or ``batch=32``.
+    """Make every plan of the process have these fields until the ``with`` block ends, such as ``regime="streamed"``.
 
     Raises:
         TypeError: if a plan cannot be asked for such a field.
         ValueError: if there is no such regime. That a regime does not fit raises where the plan is made.
     """
-    unknown = set(fields) - {"regime", "units", "batch", "warps"}
+    unknown = set(fields) - set(_FIELDS)
     if unknown:
         raise TypeError(f"force(): expected regime, units, batch or warps, got {', '.join(sorted(unknown))}")
     if fields.get("regime", "library") not in REGIMES:
         raise ValueError(f"force(): regime: expected one of {', '.join(REGIMES)}, got {fields['regime']!r}")
-    token = _forced.set(fields)
+    _forced.append(fields)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.remove(fields)
 
 
 def forced() -> dict[str, object] | None:
-    """What ``force`` asks for here, or None."""
-    return _forced.get()
+    """What ``force`` asks for, or None."""
+    return _forced[-1] if _forced else None
 
 
 def explain(call: Call, plan: Plan) -> str:

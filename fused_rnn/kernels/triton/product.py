@@ -9,8 +9,8 @@ from fused_rnn.kernels.triton.version import INTERPRETED
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
-# Chunks of the weights under way while one is multiplied, where they are read again in each step.
-STAGES = tl.constexpr(3)
+# Chunks of K under way while one is multiplied (``heuristic.STREAM_STAGES``).
+STAGES = tl.constexpr(4)
 
 
 @triton.jit

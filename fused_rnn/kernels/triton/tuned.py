@@ -46,7 +46,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def find(device: str, cell: str, backward: bool, dtype: str, hidden: int, batch: int, directions: int) -> dict[str, Any] | None:
-    """The row of the nearest sizes that are no smaller in H and N, or None where nothing was measured.
+    """The row of the nearest sizes that are no smaller in H and N, and in H not twice as large; or None.
 
     Raises:
         ValueError, OSError: as ``rows``.
@@ -56,7 +56,7 @@ def find(device: str, cell: str, backward: bool, dtype: str, hidden: int, batch:
         for row in rows(table_path())
         if (row["device"], row["cell"], row["backward"], row["dtype"], row["directions"])
         == (device, cell, backward, dtype, directions)
-        and row["hidden"] >= hidden
+        and hidden <= row["hidden"] < 2 * hidden
         and row["batch"] >= batch
     ]
     return min(alike, key=lambda row: (row["hidden"], row["batch"]), default=None)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
+from fused_rnn.kernels.triton.launcher import launch
 from fused_rnn.kernels.triton.plan import Plan
 from fused_rnn.kernels.triton.version import INTERPRETED
 from fused_rnn.steps import Steps
-
-
-def _guard(like: Tensor) -> Any:
-    return torch.cuda.device(like.device) if like.device.type == "cuda" else contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -32,9 +28,16 @@ def ragged(steps: Steps, device: torch.device) -> Ragged | None:
     """The rows of the steps, for the kernels; None for a dense batch."""
     if steps.batch_sizes is None or steps.offsets is None:
         return None
+    return _ragged(steps.batch_sizes.numpy().tobytes(), steps.offsets.numpy().tobytes(), steps.batch, device)
+
+
+@functools.lru_cache(maxsize=16)
+def _ragged(batch_sizes: bytes, offsets: bytes, batch: int, device: torch.device) -> Ragged:
+    """Kept, because a CUDA graph cannot hold copies from the host: what ran before a capture has made them."""
+    sizes, first = (torch.frombuffer(bytearray(numbers), dtype=torch.int64) for numbers in (batch_sizes, offsets))
     # batch_sizes never grows: a sequence has as many steps as have more rows than its number.
-    shorter = torch.searchsorted(steps.batch_sizes.flip(0).contiguous(), torch.arange(steps.batch), right=True)
-    return Ragged((steps.length - shorter).to(device), steps.offsets.contiguous().to(device))
+    shorter = torch.searchsorted(sizes.flip(0).contiguous(), torch.arange(batch), right=True)
+    return Ragged((len(sizes) - shorter).to(device), first.to(device))
 
 
 class Walk:
@@ -46,29 +49,33 @@ class Walk:
         self.reverse_bits = sum(1 << d for d, backwards in enumerate(reverse) if backwards)
         self.rows = ragged(steps, like.device)
         self.reset = None if reset is None else reset.contiguous().view(torch.uint8)
-        self.counters = like.new_zeros(0, dtype=torch.int32)
 
-    def launch(self, kernel: Any, last: int, arguments: dict[str, Any], options: dict[str, Any]) -> None:
-        """Walk steps 0 .. last - 1 in the plan's way."""
+    @property
+    def ring_rows(self) -> int:
+        """Rows of one slot of the ring: those of all tiles."""
+        return self.plan.tiles * self.plan.batch
+
+    def zeros(self, columns: int, planes: int, dtype: torch.dtype, counters: int) -> tuple[Tensor, Tensor]:
+        """What programs exchange, (2, planes, D, ring_rows, columns), and counters for so many steps; one fill for both."""
+        count = self.directions * self.plan.tiles * counters
+        ring_bytes = 2 * planes * self.directions * self.ring_rows * columns * dtype.itemsize
+        # The ring first: its rows are read 16 bytes at a time.
+        ring_words = -(-ring_bytes // 16) * 4
+        memory = torch.zeros(ring_words + count, dtype=torch.int32, device=self.like.device)
+        return memory[:ring_words].view(dtype), memory[ring_words:]
+
+    def launch(self, kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> None:
+        """Walk all steps, as many tiles and recurrences at once as the plan says."""
         plan = self.plan
-        meet = plan.regime == "cooperative"
-        if meet:
-            self.counters = torch.zeros(self.directions * plan.tiles * (last + 1), dtype=torch.int32, device=self.like.device)
-        if plan.regime == "stepwise":
-            for s in range(last):
-                self.run(kernel, s, s + 1, arguments, options)
-            return
         for first_d in range(0, self.directions, plan.directions_at_once):
             count_d = min(plan.directions_at_once, self.directions - first_d)
             for first_tile in range(0, plan.tiles, plan.tiles_at_once):
                 count = min(plan.tiles_at_once, plan.tiles - first_tile)
-                self.run(kernel, 0, last, arguments, options, (first_tile, count), (first_d, count_d))
+                self.run(kernel, arguments, options, (first_tile, count), (first_d, count_d))
 
     def run(
         self,
         kernel: Any,
-        begin: int,
-        end: int,
         arguments: dict[str, Any],
         options: dict[str, Any],
         tiles: tuple[int, int] | None = None,
@@ -77,40 +84,36 @@ class Walk:
         """One launch. tiles, directions: the first, and how many; all where not given."""
         plan = self.plan
         tiles, directions = tiles or (0, plan.tiles), directions or (0, self.directions)
-        meet = plan.regime == "cooperative"
-        extra = {"launch_cooperative_grid": True} if meet and not INTERPRETED else {}
+        # The driver starts such a launch only if all of its programs run at once, so none waits for one that does not.
+        extra = {"launch_cooperative_grid": True} if plan.meets and not INTERPRETED else {}
         # An argument that a launch does not use still needs an address.
         unused = self.like
-        with _guard(self.like):
-            kernel[(plan.slices, tiles[1], directions[1])](
-                p_reset=unused if self.reset is None else self.reset,
-                p_lengths=unused if self.rows is None else self.rows.lengths,
-                p_offsets=unused if self.rows is None else self.rows.offsets,
-                p_counters=self.counters if meet else unused,
-                s_begin=begin,
-                s_end=end,
-                first_tile=tiles[0],
-                first_d=directions[0],
-                reverse_bits=self.reverse_bits,
-                tiles=plan.tiles,
-                T=self.steps.length,
-                N=self.steps.batch,
-                RAGGED=self.rows is not None,
-                HAS_RESET=self.reset is not None,
-                GIVEN=plan.regime == "library",
-                RESIDENT=plan.unrolled,
-                MEET=meet,
-                UNITS=plan.units,
-                BATCH=plan.batch,
-                CHUNKS=plan.chunks if plan.unrolled else 1,
-                CHUNK=plan.chunk,
-                COMPUTE=tl.float64 if self.like.dtype == torch.float64 else tl.float32,
-                num_warps=plan.warps,
-                # No load of a step may be moved before the barrier of the step before. What may overlap says so itself.
-                num_stages=1,
+        launch(
+            kernel,
+            plan,
+            (plan.slices, -(-tiles[1] // plan.tiles_each), directions[1]),
+            {
+                "p_reset": unused if self.reset is None else self.reset,
+                "p_lengths": unused if self.rows is None else self.rows.lengths,
+                "p_offsets": unused if self.rows is None else self.rows.offsets,
+                "first_tile": tiles[0],
+                **({"tiles_each": plan.tiles_each} if plan.fragments else {}),
+                "first_d": directions[0],
+                "reverse_bits": self.reverse_bits,
+                "tiles": plan.tiles,
+                "D": self.directions,
+                "T": self.steps.length,
+                "N": self.steps.batch,
+                "RAGGED": self.rows is not None,
+                "HAS_RESET": self.reset is not None,
+                "UNITS": plan.units,
+                "BATCH": plan.batch,
+                "num_warps": plan.warps,
                 # A product and a sum in one instruction; said here because Triton's default is about to change.
-                enable_fp_fusion=True,
+                "enable_fp_fusion": True,
                 **arguments,
                 **options,
                 **extra,
-            )
+            },
+            self.like.device,
+        )

@@ -1,11 +1,8 @@
-"""The backward kernel: one body that walks the steps the other way, for every cell and every way to launch it.
+"""The backward whose weights come from memory in each step: one body for every cell, in one launch or in one for each step.
 
 A program owns the same kind of tile as in the forward. In each step it first forms what the d_gates of the step before (in
-this walk) send to its units of h, W[:, units]ᵀ · d_gatesᵀ, then differentiates its own units and writes their d_gates, which
+this walk) send to its units of h, W[:, units]ᵀ · d_gatesᵀ, then differentiates its own units and hands on their d_gates, which
 all programs of the tile read in the next step. One more step follows the last one, for its product alone.
-
-``SPLIT`` slices of K are products of their own, one dimension of a batched product, summed at the end: so each warp has a part
-of K to itself, where a tile of 16 units would make all warps repeat each other's work.
 
 Legend: T steps, N sequences, H units, s counts steps in the order of this walk, t in the order of the rows.
 """
@@ -20,84 +17,47 @@ from fused_rnn.kernels.triton.product import STAGES, dot
 
 
 @triton.jit
-def _load_weight(p_weight, i_program, i_tile, tiles, SPLIT: tl.constexpr, UNITS: tl.constexpr, CHUNK: tl.constexpr):
-    """Tile ``i_tile`` (of gate and chunk of K) of a program's weights: (UNITS, CHUNK), or (SPLIT, UNITS, CHUNK / SPLIT)."""
-    PART: tl.constexpr = CHUNK // SPLIT
-    p = p_weight + (i_program.to(tl.int64) * tiles + i_tile) * (UNITS * CHUNK)
-    if SPLIT == 1:
-        o = tl.arange(0, UNITS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-    else:
-        o = tl.arange(0, SPLIT)[:, None, None] * PART + tl.arange(0, UNITS)[None, :, None] * CHUNK
-        o = o + tl.arange(0, PART)[None, None, :]
-    return tl.load(p + o)
-
-
-@triton.jit
-def _load_d_gates(p_rows, mask, gate, k, H, SPLIT: tl.constexpr, CHUNK: tl.constexpr):
-    """d_gates of one gate and chunk of K: (CHUNK, BATCH), or (SPLIT, CHUNK / SPLIT, BATCH). p_rows, mask: (1, BATCH)."""
-    PART: tl.constexpr = CHUNK // SPLIT
-    if SPLIT == 1:
-        o_k = tl.arange(0, CHUNK)[:, None]
-        p = p_rows + o_k + (gate * H + k * CHUNK)
-        m = mask & (o_k < H - k * CHUNK)
-    else:
-        o_k = tl.arange(0, SPLIT)[:, None, None] * PART + tl.arange(0, PART)[None, :, None]
-        p = p_rows[None, :, :] + o_k + (gate * H + k * CHUNK)
-        m = mask[None, :, :] & (o_k < H - k * CHUNK)
-    return tl.load(p, mask=m, other=0.0, cache_modifier=".cg")
-
-
-@triton.jit
-def _product(p_weight, weights, p_rows, mask, i_program, H, GATES: tl.constexpr, RESIDENT: tl.constexpr, UNITS: tl.constexpr,
-             BATCH: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr,
+def _product(p_weight, p_rows, mask, i_program, K, UNITS: tl.constexpr, BATCH: tl.constexpr, CHUNK: tl.constexpr,
              PRECISION: tl.constexpr):  # fmt: skip
-    """W[:, units]ᵀ · d_gatesᵀ of a tile: (UNITS, BATCH)."""
-    if SPLIT == 1:
-        total = tl.zeros((UNITS, BATCH), tl.float32)
-    else:
-        total = tl.zeros((SPLIT, UNITS, BATCH), tl.float32)
-    if RESIDENT:
-        for gate in tl.static_range(GATES):
-            for k in tl.static_range(CHUNKS):
-                d = _load_d_gates(p_rows, mask, gate, k, H, SPLIT, CHUNK)
-                total = dot(weights[gate * CHUNKS + k], d, total, PRECISION)
-    else:
-        # K is no constant here: one kernel serves every H.
-        chunks = tl.cdiv(H, CHUNK)
-        for i in tl.range(0, GATES * chunks, num_stages=STAGES):
-            w = _load_weight(p_weight, i_program, i, GATES * chunks, SPLIT, UNITS, CHUNK)
-            d = _load_d_gates(p_rows, mask, i // chunks, i % chunks, H, SPLIT, CHUNK)
-            total = dot(w, d, total, PRECISION)
-    if SPLIT > 1:
-        total = tl.sum(total, 0)
+    """W[:, units]ᵀ · d_gatesᵀ of a tile: (UNITS, BATCH). p_rows, mask: (1, BATCH), to rows that are K wide."""
+    total = tl.zeros((UNITS, BATCH), tl.float32)
+    p_rows = p_rows + tl.arange(0, CHUNK)[:, None]
+    p = p_weight + i_program.to(tl.int64) * (UNITS * K) + tl.arange(0, UNITS)[:, None] * K + tl.arange(0, CHUNK)[None, :]
+    # K is no constant here: one kernel serves every H.
+    for k in tl.range(0, K, CHUNK, num_stages=STAGES):
+        d = tl.load(p_rows + k, mask=mask, other=0.0, cache_modifier=".cg")
+        total = dot(tl.load(p + k), d, total, PRECISION)
     return total
 
 
 @triton.jit(
     do_not_specialize=[
-        "s_begin", "s_end", "t_begin", "t_end", "first_row", "first_tile", "first_d", "reverse_bits", "tiles", "T", "N",
+        "s_begin", "s_end", "t_begin", "t_end", "first_row", "first_tile", "first_d", "reverse_bits", "tiles", "D", "T",
+        "N",
     ]
 )  # fmt: skip
 def walk_backward(
-    p_d_gates, p_d_h, p_d_carry, p_d_out, p_d_carries, p_tape, p_before, p_before_0, p_weight, p_product, p_reset, p_lengths,
-    p_offsets, p_counters,
-    s_begin, s_end, t_begin, t_end, first_row, first_tile, first_d, reverse_bits, tiles, T, N, H,
+    p_d_gates, p_ring, p_d_h, p_d_carry, p_d_out, p_d_carries, p_tape, p_before, p_before_0, p_weight, p_product, p_reset,
+    p_lengths, p_offsets, p_counters,
+    s_begin, s_end, t_begin, t_end, first_row, first_tile, first_d, reverse_bits, tiles, D, T, N, H, ring_rows, ring_row,
     d_gates_row, d_gates_d, d_out_row, d_out_d, d_carries_row, d_carries_d, tape_row, tape_d, before_row, before_d,
     STEP: tl.constexpr, GATES: tl.constexpr, TAPE: tl.constexpr, EMITTED: tl.constexpr, CARRY: tl.constexpr,
     RAGGED: tl.constexpr, HAS_RESET: tl.constexpr, HAS_D_OUT: tl.constexpr, HAS_D_CARRIES: tl.constexpr,
-    GIVEN: tl.constexpr, RESIDENT: tl.constexpr, MEET: tl.constexpr, UNITS: tl.constexpr, BATCH: tl.constexpr,
-    CHUNKS: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    GIVEN: tl.constexpr, UNITS: tl.constexpr, BATCH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Walk steps s_begin .. s_end - 1 of n + 1, n = t_end - t_begin. Grid: (slices of units, batch tiles, recurrences).
 
     Args:
         p_d_gates: (rows from first_row on, D, EMITTED blocks·H), written; the first GATES blocks meet the weights.
+        p_ring: (2, D, ring_rows, ring_row): those blocks of a step, each padded with zeros to ring_row / GATES columns; slot
+            s % 2 is read in step s. Unused if the product is GIVEN.
         p_d_h, p_d_carry: (D, N, H), in and out; without another carry than h, p_d_carry is unused.
         p_d_out: (R, D, H), if HAS_D_OUT. p_d_carries: (R, D, H), the gradient of every step's carry, if HAS_D_CARRIES.
         p_tape: (R, D, TAPE blocks·H).
         p_before: where the carry of every step lies, one column block of (R, D, ·); p_before_0: that before the first step,
             (D, N, H). Both are read with CARRY alone.
-        p_weight: (D, slices, GATES·⌈H / CHUNK⌉, UNITS, CHUNK), padded with zeros. CHUNKS is ⌈H / CHUNK⌉ if RESIDENT.
+        p_weight: (D, slices, UNITS, ring_row), padded with zeros.
         p_product: (D, N, H): Wᵀ·d_gates of the step before, if GIVEN.
         p_reset, p_lengths, p_offsets, p_counters: as in the forward, the last for n + 1 steps.
     """
@@ -133,10 +93,6 @@ def walk_backward(
     d_carry = tl.zeros((UNITS, BATCH), COMPUTE)
     if CARRY == 1:
         d_carry = tl.load(p_d_carry + o_state, mask=m_all, other=0.0).to(COMPUTE)
-    weights = ()
-    if RESIDENT:
-        for i in tl.static_range(GATES * CHUNKS):
-            weights = weights + (_load_weight(p_weight, i_program, i, GATES * CHUNKS, SPLIT, UNITS, CHUNK),)
 
     for s in range(begin, end):
         t = tl.where(reverse != 0, t_begin + s, t_end - 1 - s)
@@ -175,25 +131,29 @@ def walk_backward(
             d_above = tl.load(p_d_out + rows * d_out_row + o_u, mask=mask, other=0.0).to(COMPUTE)
         if HAS_D_CARRIES:
             d_carry += tl.load(p_d_carries + rows * d_carries_row + o_u, mask=mask, other=0.0).to(COMPUTE)
-        if MEET:
+        if not GIVEN:
             if s > begin:
                 wait(p_counters + s - 1, tl.num_programs(0))
         if GIVEN:
             d_h += tl.load(p_product + o_state, mask=m_u & m_done, other=0.0).to(COMPUTE)
         else:
-            p_rows = p_d_gates + (rows_done - first_row) * d_gates_row
-            d_h += _product(p_weight, weights, p_rows, m_done, i_program, H, GATES, RESIDENT, UNITS, BATCH, CHUNKS, CHUNK,
-                            SPLIT, PRECISION)  # fmt: skip
+            slot = ((s % 2) * D + i_d).to(tl.int64)
+            p_rows = p_ring + (slot * ring_rows + o_b) * ring_row
+            d_h += _product(p_weight, p_rows, m_done, i_program, ring_row, UNITS, BATCH, CHUNK, PRECISION)
 
         d_gates, d_direct, d_carry_before = STEP(tape, before, d_h + d_above, d_carry)
 
         o_gates = (rows - first_row) * d_gates_row + o_u
+        if not GIVEN:
+            next_slot = (((s + 1) % 2) * D + i_d).to(tl.int64)
+            o_ring = (next_slot * ring_rows + o_b) * ring_row + o_u
+            for gate in tl.static_range(GATES):
+                stored = d_gates[gate].to(p_ring.dtype.element_ty)
+                tl.store(p_ring + o_ring + gate * (ring_row // GATES), stored, mask=mask)
+            arrive(p_counters + s)
+        # What no other program waits for.
         for block in tl.static_range(EMITTED):
             tl.store(p_d_gates + o_gates + block * H, d_gates[block].to(p_d_gates.dtype.element_ty), mask=mask)
-        if MEET:
-            arrive(p_counters + s)
-        else:
-            tl.debug_barrier()
         # A sequence that has no step here keeps its gradients; one that was reset sends none further back.
         d_h = tl.where(m_b, tl.where(m_fresh, d_direct, 0.0), d_h)
         if CARRY == 1:

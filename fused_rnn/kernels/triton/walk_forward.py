@@ -1,4 +1,7 @@
-"""The forward kernel: one body that walks steps s_begin .. s_end - 1 for every cell and every way to launch it.
+"""The forward whose weights come from memory in each step: one body for every cell, in one launch or in one for each step.
+
+The launch of all steps streams weights and h through shared memory; between two steps its programs meet (``barrier``). The one
+of a single step is GIVEN the product (``library``).
 
 A program owns ``UNITS`` hidden units of ``BATCH`` sequences of one recurrence: all their gates, and their carry (the LSTM's c,
 the GRU's h), which stays in registers inside a launch and passes through memory between launches. What a step needs of h comes
@@ -21,21 +24,6 @@ from fused_rnn.kernels.triton.product import STAGES, dot
 
 
 @triton.jit
-def _weights(p_weight, i_program, GATES: tl.constexpr, STACKED: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr,
-             CHUNK: tl.constexpr):  # fmt: skip
-    """All weights of a program, as tiles of (rows, CHUNK): for each gate (one pile if stacked), for each chunk of K."""
-    ROWS: tl.constexpr = 4 * UNITS if STACKED else UNITS
-    PILES: tl.constexpr = 1 if STACKED else GATES
-    o = tl.arange(0, ROWS)[:, None] * (CHUNKS * CHUNK) + tl.arange(0, CHUNK)[None, :]
-    p = p_weight + i_program.to(tl.int64) * (PILES * ROWS * CHUNKS * CHUNK)
-    tiles = ()
-    for pile in tl.static_range(PILES):
-        for k in tl.static_range(CHUNKS):
-            tiles = tiles + (tl.load(p + pile * ROWS * CHUNKS * CHUNK + k * CHUNK + o),)
-    return tiles
-
-
-@triton.jit
 def _split(product, UNITS: tl.constexpr, BATCH: tl.constexpr):
     """(4·UNITS, BATCH) into four tiles of (UNITS, BATCH)."""
     # Row = (2·a + b)·UNITS + unit; splitting takes the last dimension apart.
@@ -47,42 +35,25 @@ def _split(product, UNITS: tl.constexpr, BATCH: tl.constexpr):
 
 
 @triton.jit
-def _product(p_weight, weights, p_h, mask, i_program, H, GATES: tl.constexpr, STACKED: tl.constexpr, RESIDENT: tl.constexpr,
-             UNITS: tl.constexpr, BATCH: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr,
-             PRECISION: tl.constexpr):  # fmt: skip
-    """W·hᵀ of a program's units, a tile of (UNITS, BATCH) per gate. p_h: (1, BATCH) pointers to the rows of h."""
+def _product(p_weight, p_h, mask, i_program, K, GATES: tl.constexpr, STACKED: tl.constexpr, UNITS: tl.constexpr,
+             BATCH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """W·hᵀ of a program's units, a tile of (UNITS, BATCH) per gate. p_h: (1, BATCH) pointers to the rows of h, K wide."""
     ROWS: tl.constexpr = 4 * UNITS if STACKED else UNITS
     PILES: tl.constexpr = 1 if STACKED else GATES
-    ZERO = tl.zeros((ROWS, BATCH), tl.float32)
     sums = ()
     for _ in tl.static_range(PILES):
-        sums = sums + (ZERO,)
-    # One set of addresses, from which every chunk is a constant away: each with its own would keep registers of its own.
+        sums = sums + (tl.zeros((ROWS, BATCH), tl.float32),)
     p_h = p_h + tl.arange(0, CHUNK)[:, None]
-    if RESIDENT:
-        # Many loads before the first product: one after another, each would wait for memory on its own.
-        for first in tl.static_range(0, CHUNKS, AHEAD):
-            parts = ()
-            for k in tl.static_range(first, min(first + AHEAD, CHUNKS)):
-                parts = parts + (tl.load(p_h + k * CHUNK, mask=mask, other=0.0, cache_modifier=".cg"),)
-            for k in tl.static_range(first, min(first + AHEAD, CHUNKS)):
-                added = ()
-                for pile in tl.static_range(PILES):
-                    added = added + (dot(weights[pile * CHUNKS + k], parts[k - first], sums[pile], PRECISION),)
-                sums = added
-    else:
-        # K is no constant here: one kernel serves every H.
-        chunks = tl.cdiv(H, CHUNK)
-        width = chunks * CHUNK
-        p = p_weight + i_program.to(tl.int64) * (PILES * ROWS * width)
-        o = tl.arange(0, ROWS)[:, None] * width + tl.arange(0, CHUNK)[None, :]
-        for k in tl.range(0, chunks, num_stages=STAGES):
-            h = tl.load(p_h + k * CHUNK, mask=mask, other=0.0)
-            added = ()
-            for pile in tl.static_range(PILES):
-                w = tl.load(p + pile * ROWS * width + k * CHUNK + o)
-                added = added + (dot(w, h, sums[pile], PRECISION),)
-            sums = added
+    p = p_weight + i_program.to(tl.int64) * (PILES * ROWS * K)
+    o = tl.arange(0, ROWS)[:, None] * K + tl.arange(0, CHUNK)[None, :]
+    # K is no constant here: one kernel serves every H.
+    for k in tl.range(0, K, CHUNK, num_stages=STAGES):
+        h = tl.load(p_h + k, mask=mask, other=0.0, cache_modifier=".cg")
+        added = ()
+        for pile in tl.static_range(PILES):
+            w = tl.load(p + pile * ROWS * K + k + o)
+            added = added + (dot(w, h, sums[pile], PRECISION),)
+        sums = added
     if STACKED:
         sums = _split(sums[0], UNITS, BATCH)
     return sums
@@ -95,8 +66,7 @@ def walk_forward(
     out_d,
     STEP: tl.constexpr, GATES: tl.constexpr, TAPE: tl.constexpr, BIAS: tl.constexpr, CARRY: tl.constexpr,
     KEEP: tl.constexpr, HAS_OUT: tl.constexpr, RAGGED: tl.constexpr, HAS_RESET: tl.constexpr, HAS_BIAS: tl.constexpr,
-    GIVEN: tl.constexpr, RESIDENT: tl.constexpr, MEET: tl.constexpr, STACKED: tl.constexpr, UNITS: tl.constexpr,
-    BATCH: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr,
+    GIVEN: tl.constexpr, STACKED: tl.constexpr, UNITS: tl.constexpr, BATCH: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Walk steps s_begin .. s_end - 1. Grid: (slices of units, batch tiles from first_tile on, recurrences from first_d on).
@@ -107,13 +77,13 @@ def walk_forward(
         p_ring: (2, D, ring_rows, ring_row): h, zero beyond H up to the next multiple of CHUNK; slot s % 2 is read in step s.
         p_carry: (D, N, H), in and out; unused without CARRY (1: c, 2: h).
         p_h_n: (D, N, H): h of every sequence's last step, if HAS_OUT; unused where h is the carry.
-        p_weight: (D, slices, piles, rows, ⌈H / CHUNK⌉·CHUNK), padded with zeros. CHUNKS is ⌈H / CHUNK⌉ if RESIDENT.
+        p_weight: (D, slices, piles, rows, ring_row), padded with zeros.
         p_product: (D, N, GATES·H): W·h of this one step, if GIVEN.
         p_bias: (D, BIAS blocks·H).
         p_reset: (R,) bytes.
         p_lengths: (N,) steps of each sequence, longest first, if RAGGED.
         p_offsets: (T,) first row of each step, if RAGGED.
-        p_counters: (D, batch tiles, T + 1) zeros, if programs MEET.
+        p_counters: (D, batch tiles, T + 1) zeros, unless the product is GIVEN.
     """
     i_u = tl.program_id(0)
     i_b = first_tile + tl.program_id(1)
@@ -148,9 +118,6 @@ def walk_forward(
     carry = tl.zeros((UNITS, BATCH), COMPUTE)
     if CARRY:
         carry = tl.load(p_carry + o_state, mask=m_all, other=0.0).to(COMPUTE)
-    weights = ()
-    if RESIDENT:
-        weights = _weights(p_weight, i_program, GATES, STACKED, UNITS, CHUNKS, CHUNK)
 
     for s in range(begin, end):
         t = tl.where(reverse != 0, T - 1 - s, s)
@@ -170,7 +137,7 @@ def walk_forward(
         if HAS_RESET:
             m_h = m_b & (tl.load(p_reset + rows, mask=m_b, other=0) == 0)
             carry = tl.where(m_h | ~m_b, carry, 0.0)
-        if MEET:
+        if not GIVEN:
             if s > begin:
                 wait(p_counters + s - 1, tl.num_programs(0))
         slot = ((s % 2) * D + i_d).to(tl.int64)
@@ -181,8 +148,7 @@ def walk_forward(
                 product = product + (tl.load(p_product + o_product, mask=m_u & m_h, other=0.0).to(COMPUTE),)
         else:
             p_h = p_ring + (slot * ring_rows + o_b) * ring_row
-            product = _product(p_weight, weights, p_h, m_h, i_program, H, GATES, STACKED, RESIDENT, UNITS, BATCH, CHUNKS, CHUNK,
-                               AHEAD, PRECISION)  # fmt: skip
+            product = _product(p_weight, p_h, m_h, i_program, ring_row, GATES, STACKED, UNITS, BATCH, CHUNK, PRECISION)
 
         x = ()
         for gate in tl.static_range(GATES):
@@ -192,10 +158,8 @@ def walk_forward(
         stored = h.to(p_out.dtype.element_ty)
         next_slot = (((s + 1) % 2) * D + i_d).to(tl.int64)
         tl.store(p_ring + (next_slot * ring_rows + o_b) * ring_row + o_u, stored, mask=mask)
-        if MEET:
+        if not GIVEN:
             arrive(p_counters + s)
-        else:
-            tl.debug_barrier()
         # What no other program waits for.
         if HAS_OUT:
             tl.store(p_out + rows * out_row + o_u, stored, mask=mask)
