@@ -8,7 +8,7 @@ import torch
 from test_kernels import Case, make_inputs, run
 from torch import Tensor
 
-from fused_rnn.kernels.triton import launch, plan
+from fused_rnn.kernels.triton import launch, packing, plan
 from fused_rnn.kernels.triton.plan import Device
 
 CHIP = Device("a chip", (9, 0), 32, 227 << 10)
@@ -88,3 +88,22 @@ def test_numbers_beyond_finite_ones(regime: str, planes: int, monkeypatch: pytes
     assert not out[0, 0].isfinite().any()
     assert out[0, 1].isnan().all()
     assert out[0, 2].isfinite().all()
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_streamed_products_in_tf32(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both factors are rounded to the nearest of 11 bits: a sum of K = 33 products errs by some 2⁻¹¹ of its size; NaN stays."""
+    monkeypatch.setattr(launch, "allows_tf32", lambda: True)
+    case = Case(steps=3, batch=3, hidden=33, reset=True)
+    inputs = make_inputs(cell, case)
+    with plan.force(regime="streamed", units=64, batch=16):
+        found = run("triton", cell, case, inputs, torch.float32)
+    expected = run("reference", cell, case, inputs, torch.float64)
+    for name, value in expected.items():
+        error = (found[name].double() - value).abs().max().item()
+        assert error <= 4 * 2**-11 * max(1.0, value.abs().max().item()), name
+    assert max((found[name].double() - value).abs().max().item() for name, value in expected.items()) > 2**-16
+    lost = torch.tensor([float("nan"), float("inf"), -1.0, 1.0 + 2**-11, 2**-130])
+    torch.testing.assert_close(
+        packing.rounded(lost), torch.tensor([float("nan"), float("inf"), -1.0, 1.0 + 2**-10, 2**-130]), equal_nan=True
+    )

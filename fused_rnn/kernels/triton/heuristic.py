@@ -120,7 +120,7 @@ def microseconds(call: Call, plan: Plan) -> float:
     work = work * (1.0 if plan.batch <= 8 else 1.4) + more
     # Two programs of a processor hide some of each other's waits, and get in each other's way.
     beside = math.ceil(plan.slices * plan.tiles / plan.tiles_each * call.directions / _PROCESSORS) if plan.warps <= 4 else 1
-    shared = 1.0 if plan.warps > 4 else 1.05 if beside <= 1 else 1.25
+    shared = 1.0 if plan.warps > 4 else 1.05 if beside <= 1 else 1.6
     return rounds * shared * each * ((1.2 if backward else 1.45) + work)
 
 

@@ -39,6 +39,12 @@ def backward_slices(cell: Cell, weight_hh: Sequence[Tensor], plan: Plan) -> Tens
     return split.permute(0, 2, 3, 1).contiguous()
 
 
+def rounded(weights: Tensor) -> Tensor:
+    """Float32 weights to the nearest number of TF32, where the chip itself would cut bits off."""
+    bits = weights.view(torch.int32).add(0x1000).bitwise_and_(-0x2000).view(torch.float32)
+    return torch.where(weights == weights, bits, weights)
+
+
 def first_gate(cell: Cell) -> int:
     """The gate of the weights to which the first block of d_gates belongs; the next ones follow, and the first again."""
     name = cell.d_gates[0]

@@ -14,6 +14,16 @@ STAGES = tl.constexpr(4)
 
 
 @triton.jit
+def rounded(x, PRECISION: tl.constexpr):
+    """X as a product in TF32 wants it: to the nearest number, where the chip itself would cut bits off."""
+    if PRECISION == "tf32":
+        bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        # A NaN of all ones would become a zero.
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x
+
+
+@triton.jit
 def dot(left, right, total, PRECISION: tl.constexpr):
     """Total + left · right in float32."""
     if _INTERPRETED:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ from fused_rnn.kernels.triton.launch import allows_tf32
 # cublas_api.h: cublasOperation_t, cudaDataType_t (library_types.h), cublasComputeType_t, cublasGemmAlgo_t.
 _NO_TRANSPOSE, _TRANSPOSE = 0, 1
 _FLOAT32, _FAST_TF32, _ANY_ALGORITHM = 0, 77, -1
+# Elements of a weight up to which cuDNN's RNNs stay exact themselves: those that one of its programs holds (H = 64 does, on an
+# H100 with cuDNN 9.19; H = 256 does not). To round there would make us less exact than what we replace.
+_MOST_EXACT = 128 * 512
 
 
 @functools.cache
@@ -67,6 +71,9 @@ def _in_tf32(left: Tensor, right: Tensor, out: Tensor, add: bool) -> bool:
     if gemm is None or out.stride(1) != 1 or not (_takes(left) and _takes(right)) or 0 in (*left.shape, *right.shape):
         return False
     (m, k), n = left.shape, right.shape[1]
+    # Two of the three are those of the weight, the third, as a rule the largest, is the number of rows.
+    if math.prod(sorted((m, k, n))[:2]) <= _MOST_EXACT:
+        return False
     # cuBLAS has columns where torch has rows: outᵀ = rightᵀ · leftᵀ.
     ops, strides = [], []
     for factor in (right, left):

@@ -134,7 +134,8 @@ class Recurrence:
             return Packed(plan, [weight.contiguous() for weight in weight_hh], None)
         if plan.regime == "streamed":
             slices = packing.backward_slices if backward else packing.forward_slices
-            return Packed(plan, [slices(cell, weight_hh, plan)], None)
+            weights = slices(cell, weight_hh, plan)
+            return Packed(plan, [packing.rounded(weights) if plan.planes == 2 else weights], None)
         if backward:
             weights = torch.stack([packing.by_d_gates(cell, weight).flatten(0, 1) for weight in weight_hh])
             projection = None if weight_hr is None else torch.stack(tuple(weight_hr))
@@ -220,7 +221,7 @@ class Recurrence:
             ring = flat.view(2, directions, walk.ring_rows, columns)
         if packed.projection is None:
             # Both slots: a sequence whose first step comes later finds its h in either.
-            ring[:, :, : steps.batch, :hidden] = states_n[0]
+            ring[:, :, : steps.batch, :hidden] = packing.rounded(states_n[0]) if plan.planes == 2 and not given else states_n[0]
         arguments |= {
             "p_ring": ring,
             "p_counters": counters,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fused_rnn.kernels.triton.barrier import arrive, wait
-from fused_rnn.kernels.triton.product import STAGES, dot
+from fused_rnn.kernels.triton.product import STAGES, dot, rounded
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def walk_backward(
             next_slot = (((s + 1) % 2) * D + i_d).to(tl.int64)
             o_ring = (next_slot * ring_rows + o_b) * ring_row + o_u
             for gate in tl.static_range(GATES):
-                stored = d_gates[gate].to(p_ring.dtype.element_ty)
+                stored = rounded(d_gates[gate].to(p_ring.dtype.element_ty), PRECISION)
                 tl.store(p_ring + o_ring + gate * (ring_row // GATES), stored, mask=mask)
             arrive(p_counters + s)
         # What no other program waits for.

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from fused_rnn.kernels.triton.barrier import arrive, wait
-from fused_rnn.kernels.triton.product import STAGES, dot
+from fused_rnn.kernels.triton.product import STAGES, dot, rounded
 
 
 @triton.jit
@@ -156,8 +156,9 @@ def walk_forward(
         h, after, blocks = STEP(x, product, bias, carry)
 
         stored = h.to(p_out.dtype.element_ty)
+        sent = rounded(stored, PRECISION)
         next_slot = (((s + 1) % 2) * D + i_d).to(tl.int64)
-        tl.store(p_ring + (next_slot * ring_rows + o_b) * ring_row + o_u, stored, mask=mask)
+        tl.store(p_ring + (next_slot * ring_rows + o_b) * ring_row + o_u, sent, mask=mask)
         if not GIVEN:
             arrive(p_counters + s)
         # What no other program waits for.
