@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_rnn.cells import Weights
 from fused_rnn.layer import COMPUTE, Layer, States, compute_weights, copied, in_dtype, pack
-from fused_rnn.memory import empty
+from fused_rnn.memory import empties, empty
 from fused_rnn.steps import Steps
 
 # A chunk of d_gates. Every chunk adds to the weights' gradients, which are read and written once more for it: below some 2,000
@@ -56,6 +56,9 @@ def _previous_rows_there(batch_sizes: bytes, batch: int, reverse: bool, device: 
     """The same on a GPU; kept, because a CUDA graph cannot hold copies from the host: what ran before a capture has made it."""
     sizes = torch.frombuffer(bytearray(batch_sizes), dtype=torch.int64)
     return _previous_rows(Steps.packed(sizes, batch), reverse).to(device)
+
+
+empties(_previous_rows_there.cache_clear)
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,12 +34,24 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return torch.frombuffer(memory, dtype=dtype).resize_(shape)
 
 
+_kept_elsewhere: list[Callable[[], None]] = []
+
+
+def empties(forget: Callable[[], None]) -> None:
+    """Have ``empty_cache`` call a function too."""
+    _kept_elsewhere.append(forget)
+
+
 def empty_cache() -> None:
     """Give the memory that fused_rnn keeps for its next call back to the system: up to 256 MiB, as after training.
+
+    On a GPU, what was kept there of ragged batches for the next one with the same lengths.
 
     Outputs and gradients from 256 KiB on lie in such memory, whose size stays: to resize their storage raises.
 
     Source: torch.cuda.empty_cache.
     """
+    for forget in _kept_elsewhere:
+        forget()
     if _release_kept is not None:
         _release_kept()
