@@ -59,6 +59,7 @@ def _previous_rows_there(batch_sizes: bytes, batch: int, reverse: bool, device: 
 
 
 empties(_previous_rows_there.cache_clear)
+_captured: list[Tensor] = []
 
 
 @dataclass
@@ -81,7 +82,11 @@ class _PreviousH:
         sizes = self.steps.batch_sizes
         if sizes is None or not self.out.is_cuda:
             return _previous_rows(self.steps, self.reverse)
-        return _previous_rows_there(sizes.numpy().tobytes(), self.steps.batch, self.reverse, self.out.device)
+        index = _previous_rows_there(sizes.numpy().tobytes(), self.steps.batch, self.reverse, self.out.device)
+        if torch.cuda.is_current_stream_capturing():
+            # The graph reads this address whenever it is replayed.
+            _captured.append(index)
+        return index
 
     def parts(self, t_begin: int, t_end: int) -> list[Tensor]:
         """Return h before each row of steps t_begin .. t_end - 1, in parts that follow one another: (·, P) each."""

@@ -312,3 +312,24 @@ def test_importing_the_package_imports_no_triton() -> None:
     program = "import sys, fused_rnn; assert 'triton' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_a_compiled_kernel_knows_of_a_number() -> None:
+    """One is a constant of its code; nothing else may be launched with that, multiples of sixteen least of all."""
+    from fused_rnn.kernels.triton.launcher import compiled_as
+
+    alike = [{1}, {16, 32, 1024}, {0}, {2, 17, 1000}, {1 << 31, 1 << 32}, {(1 << 31) + 1}]
+    names = [{compiled_as(number) for number in numbers} for numbers in alike]
+    assert all(len(each) == 1 for each in names)
+    assert compiled_as(0) == compiled_as(16)
+    assert len({compiled_as(next(iter(numbers))) for numbers in alike}) == 5
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_more_sequences_than_a_launch_counts(backward: bool) -> None:
+    """A grid has 65,535 programs along the batch, and what is exchanged is counted in 32 bits."""
+    for hidden, batch in ((32, 600_000), (100, 1 << 20), (512, 1 << 17)):
+        made = choose(Call(LSTM, backward, hidden, batch, 2, torch.float32), H100)
+        assert made.tiles_at_once // made.tiles_each <= 65_535
+        if made.regime == "cooperative":
+            assert 2 * made.planes * 2 * made.tiles * made.batch * made.columns < 1 << 31

@@ -30,4 +30,4 @@ def wait(p_counter, programs):
         while tl.atomic_add(p_counter, 0, sem="acquire", scope="gpu") < programs:
             pass
     else:
-        tl.inline_asm_elementwise(WAIT, "=r,l,r", [p_counter.to(tl.int64), programs], dtype=tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise(WAIT, "=&r,l,r", [p_counter.to(tl.int64), programs], dtype=tl.int32, is_pure=False, pack=1)

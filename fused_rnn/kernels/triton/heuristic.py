@@ -30,6 +30,8 @@ _MOST_TILES = 16
 # Units times sequences of a program that streams its weights: more addresses in rows that are not aligned, and more products of
 # one factor, leave room for fewer. Read from compiled code.
 _MOST_ELEMENTS = 4096
+# Programs of a launch along the batch: CUDA's limit of a grid's second dimension.
+_MOST_PROGRAMS = 65535
 # Multiprocessors of the chip that the model of a step's time was fitted to.
 _PROCESSORS = 132
 
@@ -195,7 +197,7 @@ def _resident(call: Call, device: Device, fields: dict[str, object]) -> Plan | s
         max(1, units // PILE),
         slices=1,
         tiles=math.ceil(call.batch / batch),
-        tiles_at_once=math.ceil(call.batch / batch) or 1,
+        tiles_at_once=max(1, min(_MOST_PROGRAMS, math.ceil(call.batch / batch))),
         directions_at_once=call.directions,
         planes=call.planes,
         held=held,
@@ -228,6 +230,9 @@ def _cooperative(call: Call, device: Device, fields: dict[str, object]) -> Plan 
             why = f"{slices} programs must run at once, and {device.name} runs {room}"
             continue
         plan = _cooperative_plan(call, device, units, batch, warps, room)
+        if 2 * plan.planes * call.directions * plan.tiles * plan.batch * plan.columns >= 1 << 31:
+            why = f"what {call.batch} sequences exchange is more than 32 bits can count"
+            continue
         # Tiles of 32 take more registers than are left beside many weights: read from compiled code.
         crowded = plan.held < plan.piles * plan.parts * plan.planes or (call.backward and plan.parts * plan.planes > 8)
         if batch > 16 and "batch" not in fields and (warps <= 4 or crowded):
@@ -332,7 +337,7 @@ def _library(call: Call, device: Device, fields: dict[str, object]) -> Plan | st
         _asked(fields, "warps", 4),
         math.ceil(call.hidden / units),
         tiles,
-        max(1, tiles),
+        max(1, min(_MOST_PROGRAMS, tiles)),
         call.directions,
         reason="torch.matmul and one pointwise launch a step",
     )

@@ -33,7 +33,7 @@ else:
     @triton.jit
     def wait_each(p_counter, needed):
         """Wait, each thread for its own element, until a counter is as high as needed."""
-        gl.inline_asm_elementwise(WAIT, "=r,l,r", [p_counter.to(gl.int64), needed], dtype=gl.int32, is_pure=False, pack=1)
+        gl.inline_asm_elementwise(WAIT, "=&r,l,r", [p_counter.to(gl.int64), needed], dtype=gl.int32, is_pure=False, pack=1)
 
 
 def constant(value: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 import triton
@@ -86,7 +87,7 @@ def planned(cell: Cell, weight_hh: Tensor, steps: Steps, directions: int, backwa
     if forced():
         return choose(make_call(cell, weight_hh, steps, directions, backward, projected), device)
     sizes = (cell.name, weight_hh.shape[0], steps.batch, directions)
-    key = (*sizes, backward, projected, weight_hh.dtype, device, allows_tf32(), tuned.table_path())
+    key = (*sizes, backward, projected, weight_hh.dtype, device, allows_tf32(), os.environ.get(tuned.ENVIRONMENT))
     plan = _plans.get(key)
     if plan is None:
         plan = _plans[key] = choose(make_call(cell, weight_hh, steps, directions, backward, projected), device)

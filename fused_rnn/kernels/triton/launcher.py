@@ -38,6 +38,13 @@ def _names(kernel: Any) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ..
     return tuple(each.name for each in parameters), pointers, numbers, tuple(name for name in constants if name not in implied)
 
 
+def compiled_as(number: int) -> str:
+    """What a compiled kernel knows of a number: one itself, whether it is a multiple, and whether it needs 64 bits."""
+    if number == 1:
+        return "one"
+    return f"{'long' if number >= 1 << 31 else 'int'}{' multiple' if number % _ALIGNMENT == 0 else ''}"
+
+
 def launch(kernel: Any, plan: Plan, grid: tuple[int, int, int], arguments: Mapping[str, Any], device: torch.device) -> None:
     """Launch ``kernel`` on the current stream of a device. arguments: the kernel's, and the options of a compilation."""
     if INTERPRETED or device.type != "cuda":
@@ -52,8 +59,7 @@ def launch(kernel: Any, plan: Plan, grid: tuple[int, int, int], arguments: Mappi
         alike.append(tensor.data_ptr() % _ALIGNMENT == 0)
     for name in numbers:
         number = arguments[name]
-        # One and multiples are known to the compiler; what needs 64 bits is another type.
-        alike.append(number if number == 1 or number >= 1 << 31 else number % _ALIGNMENT == 0)
+        alike.append(compiled_as(number))
     for name in constants:
         alike.append(arguments[name])
     key = tuple(alike)

@@ -50,7 +50,7 @@ def forward(
     arguments["p_product"] = product
     for s in range(steps.length):
         torch.bmm(h if projection is not None else ring[s % 2], weights, out=product)
-        walk.run(kernel, arguments | {"s_begin": s, "s_end": s + 1}, options)
+        walk.launch(kernel, arguments | {"s_begin": s, "s_end": s + 1}, options)
         if projection is None:
             continue
         projected = torch.bmm(ring[(s + 1) % 2], projection)
@@ -109,4 +109,4 @@ def backward(
             arguments["p_d_h"][d, :n] = d_total.to(projection.dtype) @ projection[d]
             d_h[d, :n] = 0
         if projection is None or t_begin + s < t_end:
-            walk.run(kernel, arguments | {"s_begin": s, "s_end": s + 1}, options)
+            walk.launch(kernel, arguments | {"s_begin": s, "s_end": s + 1}, options)

@@ -21,7 +21,7 @@ from fused_rnn.kernels.triton.launch import allows_tf32
 
 # cublas_api.h: cublasOperation_t, cudaDataType_t (library_types.h), cublasComputeType_t, cublasGemmAlgo_t.
 _NO_TRANSPOSE, _TRANSPOSE = 0, 1
-_FLOAT32, _FAST_TF32, _ANY_ALGORITHM = 0, 77, -1
+_FLOAT32, _FAST_TF32, _EXACT, _ANY_ALGORITHM = 0, 77, 69, -1
 # Elements of a weight up to which cuDNN's RNNs stay exact themselves: those that one of its programs holds (H = 64 does, on an
 # H100 with cuDNN 9.19; H = 256 does not). To round there would make us less exact than what we replace.
 _MOST_EXACT = 128 * 512
@@ -32,9 +32,12 @@ def _cublas() -> Any:
     """CublasGemmEx of the library that torch has loaded, or None where it is not found: torch then multiplies."""
     try:
         with open("/proc/self/maps") as maps:
-            paths = {line.split()[-1] for line in maps if "/libcublas.so" in line}
-        function = ctypes.CDLL(sorted(paths)[0]).cublasGemmEx
-    except (OSError, IndexError, AttributeError):
+            paths = {line.split(maxsplit=5)[-1].strip() for line in maps if "/libcublas.so" in line}
+        if len(paths) != 1:
+            # Of two, only one made the handle.
+            return None
+        function = ctypes.CDLL(paths.pop()).cublasGemmEx
+    except (OSError, AttributeError):
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int
     function.argtypes = [
@@ -53,27 +56,31 @@ def _takes(tensor: Tensor) -> bool:
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor, add: bool = False) -> None:
-    """Write left · right to ``out``, or add it; in TF32 where that is allowed."""
-    if (
-        left.dtype == torch.float32
-        and left.is_cuda
-        and allows_tf32()
-        and torch.is_tensor(out)
-        and _in_tf32(left, right, out, add)
-    ):
-        return
+    """Write left · right to ``out``, or add it; float32 in TF32 where that is allowed, and nowhere else."""
+    if left.dtype == torch.float32 and left.is_cuda:
+        compute = _computed_in(left, right)
+        if compute is not None and _by_cublas(left, right, out, add, compute):
+            return
     plain_multiply(left, right, out, add)
 
 
-def _in_tf32(left: Tensor, right: Tensor, out: Tensor, add: bool) -> bool:
+def _computed_in(left: Tensor, right: Tensor) -> int | None:
+    """What cuBLAS is told of a float32 product, or None where torch's own does the same."""
+    # Two of the three sizes are those of the weight, the third, as a rule the largest, is the number of rows.
+    if allows_tf32() and math.prod(sorted((*left.shape, right.shape[1]))[:2]) > _MOST_EXACT:
+        return _FAST_TF32
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    rounds = matmul.allow_tf32 if precision is None else precision == "tf32"
+    return _EXACT if rounds else None
+
+
+def _by_cublas(left: Tensor, right: Tensor, out: Tensor, add: bool, compute: int) -> bool:
     """The product by cuBLAS, or False where it can't: nothing has been done then."""
     gemm = _cublas()
     if gemm is None or out.stride(1) != 1 or not (_takes(left) and _takes(right)) or 0 in (*left.shape, *right.shape):
         return False
     (m, k), n = left.shape, right.shape[1]
-    # Two of the three are those of the weight, the third, as a rule the largest, is the number of rows.
-    if math.prod(sorted((m, k, n))[:2]) <= _MOST_EXACT:
-        return False
     # cuBLAS has columns where torch has rows: outᵀ = rightᵀ · leftᵀ.
     ops, strides = [], []
     for factor in (right, left):
@@ -85,7 +92,7 @@ def _in_tf32(left: Tensor, right: Tensor, out: Tensor, add: bool) -> bool:
         one, beta = ctypes.c_float(1.0), ctypes.c_float(1.0 if add else 0.0)
         status = gemm(
             handle, ops[0], ops[1], n, m, k, ctypes.addressof(one), right.data_ptr(), _FLOAT32, strides[0], left.data_ptr(),
-            _FLOAT32, strides[1], ctypes.addressof(beta), out.data_ptr(), _FLOAT32, out.stride(0), _FAST_TF32, _ANY_ALGORITHM,
+            _FLOAT32, strides[1], ctypes.addressof(beta), out.data_ptr(), _FLOAT32, out.stride(0), compute, _ANY_ALGORITHM,
         )  # fmt: skip
     if status != 0:
         raise RuntimeError(f"cublasGemmEx: expected status 0, got {status}, for ({m}, {k}) · ({k}, {n})")
@@ -96,7 +103,7 @@ def weight_gradient(
     d_gates: Tensor, inputs: Sequence[Tensor], d_weight: Tensor | None, d_bias: Tensor | None, add: bool
 ) -> None:
     """Sum a weight's gradient; arguments as of ``fused_rnn.kernels.weight_gradient``."""
-    if d_weight is None or d_gates.dtype != torch.float32 or not d_gates.is_cuda or not allows_tf32():
+    if d_weight is None or d_gates.dtype != torch.float32 or not d_gates.is_cuda:
         plain_weight_gradient(d_gates, inputs, d_weight, d_bias, add)
         return
     row = 0

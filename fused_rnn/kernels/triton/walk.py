@@ -28,7 +28,14 @@ def ragged(steps: Steps, device: torch.device) -> Ragged | None:
     """The rows of the steps, for the kernels; None for a dense batch."""
     if steps.batch_sizes is None or steps.offsets is None:
         return None
-    return _ragged(steps.batch_sizes.numpy().tobytes(), steps.offsets.numpy().tobytes(), steps.batch, device)
+    found = _ragged(steps.batch_sizes.numpy().tobytes(), steps.offsets.numpy().tobytes(), steps.batch, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # The graph reads these addresses whenever it is replayed.
+        _captured.append(found)
+    return found
+
+
+_captured: list[Ragged] = []
 
 
 @functools.lru_cache(maxsize=16)
