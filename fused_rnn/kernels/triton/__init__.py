@@ -91,7 +91,7 @@ def explain(
     >>> from fused_rnn.kernels.triton.plan import Device
     >>> chip = Device("a chip", capability=(9, 0), processors=132, shared_bytes=227 << 10)
     >>> print(explain("lstm", 1024, 16, dtype=torch.bfloat16, device=chip).split(":")[1])
-     cooperative (16 units × 16 sequences per program, 4 warps)
+     cooperative (16 units × 8 sequences per program, 8 warps)
     """
     from fused_rnn.kernels.triton import heuristic, plan
 
