@@ -16,7 +16,7 @@ from torch import Tensor
 from fused_rnn.cells import Weights
 from fused_rnn.layer import COMPUTE, Layer, States, compute_weights, copied, in_dtype, pack
 from fused_rnn.memory import empties, empty
-from fused_rnn.steps import Steps
+from fused_rnn.steps import Steps, keep_if_captured
 
 # A chunk of d_gates. Every chunk adds to the weights' gradients, which are read and written once more for it: below some 2,000
 # rows that costs more than what the chunk gains in cache.
@@ -59,7 +59,6 @@ def _previous_rows_there(batch_sizes: bytes, batch: int, reverse: bool, device: 
 
 
 empties(_previous_rows_there.cache_clear)
-_captured: list[Tensor] = []
 
 
 @dataclass
@@ -83,9 +82,7 @@ class _PreviousH:
         if sizes is None or not self.out.is_cuda:
             return _previous_rows(self.steps, self.reverse)
         index = _previous_rows_there(sizes.numpy().tobytes(), self.steps.batch, self.reverse, self.out.device)
-        if torch.cuda.is_current_stream_capturing():
-            # The graph reads this address whenever it is replayed.
-            _captured.append(index)
+        keep_if_captured(index, index.device)
         return index
 
     def parts(self, t_begin: int, t_end: int) -> list[Tensor]:

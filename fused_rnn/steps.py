@@ -89,3 +89,12 @@ class Steps:
             return Steps(self.length, self.batch // size)
         with torch._C._DisableFuncTorch():
             return Steps(self.length, self.batch // size, self.batch_sizes // size, self.offsets // size)
+
+
+_captured: list[object] = []
+
+
+def keep_if_captured(tensors: object, device: torch.device) -> None:
+    """Keep what a CUDA graph that is being captured will read of the steps, at the same address whenever it is replayed."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(tensors)

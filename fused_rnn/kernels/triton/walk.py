@@ -13,7 +13,7 @@ from torch import Tensor
 from fused_rnn.kernels.triton.launcher import launch
 from fused_rnn.kernels.triton.plan import Plan
 from fused_rnn.kernels.triton.version import INTERPRETED
-from fused_rnn.steps import Steps
+from fused_rnn.steps import Steps, keep_if_captured
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,8 @@ def ragged(steps: Steps, device: torch.device) -> Ragged | None:
     if steps.batch_sizes is None or steps.offsets is None:
         return None
     found = _ragged(steps.batch_sizes.numpy().tobytes(), steps.offsets.numpy().tobytes(), steps.batch, device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # The graph reads these addresses whenever it is replayed.
-        _captured.append(found)
+    keep_if_captured(found, device)
     return found
-
-
-_captured: list[Ragged] = []
 
 
 @functools.lru_cache(maxsize=16)
