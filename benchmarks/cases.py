@@ -62,6 +62,9 @@ MODES: dict[str, str] = {
     "streaming": "one time step under no_grad",
 }
 
+# What is called once a step.
+LOOPS = ("layer", "cell")
+
 # Dtype -> bytes of an element.
 ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
@@ -89,6 +92,12 @@ class Case:
         num_layers, bidirectional, dropout: as in torch.nn.
         ragged: the sequences are as long as sentences are (``benchmarks.lengths``), T being the longest.
         resets: mean number of steps after which a sequence's state is set to zero, as at the end of an episode; 0 for never.
+        proj_size: as in torch.nn, LSTM only.
+        padded: as ragged, but in any order and padded to T: ``lengths=``, which torch.nn does by packing and padding again.
+        summed: called as most code does: no initial states, and in training the gradients of the output's sum, those of the
+            parameters alone.
+        loop: "layer" or "cell": every step is a call of its own, of a layer with T = 1 or of the cell module, which hands its
+            state to the next; in training one backward through all of them, gradients of the parameters alone.
         threads: of every provider, or None for the run's.
     """
 
@@ -101,11 +110,25 @@ class Case:
     dropout: float = 0.0
     ragged: bool = False
     resets: int = 0
+    proj_size: int = 0
+    padded: bool = False
+    summed: bool = False
+    loop: str = ""
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.resets and (self.bidirectional or self.ragged):
+        if self.resets and (self.bidirectional or self.ragged or self.padded):
             raise ValueError("a case with resets is of one direction and not ragged")
+        if self.ragged and self.padded:
+            raise ValueError("a case is ragged or padded, not both")
+        if self.proj_size and self.cell != "lstm":
+            raise ValueError(f"a case with a projection is an LSTM, got {self.cell}")
+        if self.loop not in ("", *LOOPS):
+            raise ValueError(f"a case's loop is one of {','.join(LOOPS)}, got {self.loop!r}")
+        if self.loop and (self.num_layers > 1 or self.bidirectional or self.dropout or self.proj_size):
+            raise ValueError("a case that loops is one plain layer of one direction")
+        if self.loop and (self.ragged or self.padded or self.resets or self.summed):
+            raise ValueError("a case that loops is dense, and has its own loss")
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -116,6 +139,10 @@ class Case:
             *((f"dropout={self.dropout:g}",) if self.dropout else ()),
             *(("ragged",) if self.ragged else ()),
             *((f"resets={self.resets}",) if self.resets else ()),
+            *((f"proj_size={self.proj_size}",) if self.proj_size else ()),
+            *(("lengths",) if self.padded else ()),
+            *(("summed",) if self.summed else ()),
+            *((f"loop={self.loop}",) if self.loop else ()),
             *((f"threads={self.threads}",) if self.threads else ()),
         )
 
@@ -150,16 +177,34 @@ class Case:
         return 2 if self.bidirectional else 1
 
     @property
+    def features(self) -> int:
+        """Features of one direction's h."""
+        return self.proj_size or self.shape.H
+
+    @property
+    def parameters_only(self) -> bool:
+        """Whether a training step takes the gradients of the parameters alone."""
+        return self.summed or bool(self.loop)
+
+    @property
+    def unusual(self) -> bool:
+        """Whether only what has torch.nn's modules and arguments can serve it: a projection, padding, another call or loss."""
+        return bool(self.proj_size or self.padded or self.summed or self.loop)
+
+    @property
     def rows(self) -> int:
         """Steps of all sequences together."""
-        return sum(lengths(self.shape.B, self.shape.T)) if self.ragged else self.shape.B * self.shape.T
+        B, T = self.shape.B, self.shape.T
+        return sum(lengths(B, T)) if self.ragged or self.padded else B * T
 
     @property
     def num_weights(self) -> int:
         """Elements of all weight matrices."""
         I, H = self.shape.I, self.shape.H  # noqa: E741
-        columns = sum((I if layer == 0 else self.directions * H) + H for layer in range(self.num_layers))
-        return CELLS[self.cell][1] * H * columns * self.directions
+        P = self.features
+        columns = sum((I if layer == 0 else self.directions * P) + P for layer in range(self.num_layers))
+        projections = H * self.proj_size * self.num_layers
+        return (CELLS[self.cell][1] * H * columns + projections) * self.directions
 
     @property
     def flops(self) -> float:
@@ -180,7 +225,7 @@ class Case:
         """
         B, _, I, H = self.shape.sizes  # noqa: E741
         states = 2 * (2 if self.cell == "lstm" else 1) * self.num_layers * self.directions * B * H
-        elements = self.rows * (I + self.directions * H) + self.num_weights + states
+        elements = self.rows * (I + self.directions * self.features) + self.num_weights + states
         return float(elements * ITEM_BYTES[self.dtype] * (2 if self.training else 1))
 
     @property

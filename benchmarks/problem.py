@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from benchmarks.cases import Case
 from benchmarks.lengths import lengths
@@ -23,9 +23,10 @@ class Problem:
 
     Attributes:
         case: the case that the problem was made for.
-        module: ``torch.nn`` module with the weights.
+        module: ``torch.nn``'s module of the case, with the weights.
         input: (T, B, I); of a ragged case the rows of all steps without gaps, (R, I), as PackedSequence has them.
         batch_sizes: of a ragged case the number of sequences of each step, (T,) int64, else None.
+        lengths: of a padded case the steps of each sequence, in no order, (B,) int64, else None.
         reset: of a case with resets (T, B) bool, where a state is zero before a step, else None.
         states: initial states, each (layers, B, H).
         d_outputs: gradients of (out, h_n[, c_n]).
@@ -38,19 +39,18 @@ class Problem:
         directions = case.directions
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.module: nn.RNNBase = getattr(nn, case.class_name)(
-                I, H, num_layers=case.num_layers, bidirectional=case.bidirectional, dropout=case.dropout, dtype=dtype
-            )
-            num_states = 2 if case.cell == "lstm" else 1
-            state_size = (directions * case.num_layers, B, H)
+            self.module = make_module(case, nn)
+            P = case.features
+            state_sizes = [(directions * case.num_layers, B, size) for size in ((P, H) if case.cell == "lstm" else (H,))]
             rows = (case.rows,) if case.ragged else (T, B)
             self.input = torch.randn(*rows, I, dtype=dtype)
-            self.states = tuple(torch.randn(state_size, dtype=dtype) for _ in range(num_states))
+            self.states = tuple(torch.randn(size, dtype=dtype) for size in state_sizes)
             self.d_outputs = (
-                torch.randn(*rows, directions * H, dtype=dtype),
-                *(torch.randn(state_size, dtype=dtype) for _ in range(num_states)),
+                torch.randn(*rows, directions * P, dtype=dtype),
+                *(torch.randn(size, dtype=dtype) for size in state_sizes),
             )
             self.reset = torch.rand(T, B) < 1 / case.resets if case.resets else None
+            self.lengths = torch.tensor(lengths(B, T))[torch.randperm(B)] if case.padded else None
         self.batch_sizes: Tensor | None = None
         if case.ragged:
             ends = torch.tensor(lengths(B, T))
@@ -69,11 +69,16 @@ class Problem:
     def result_names(self) -> tuple[str, ...]:
         """Names of what one training step returns; a forward returns the leading ones."""
         names = ("h", "c")[: len(self.states)]
-        parameters = (name for name, _ in self.module.named_parameters())
-        return ("out", *(f"{n}_n" for n in names), "d_input", *(f"d_{n}_0" for n in names), *(f"d_{n}" for n in parameters))
+        parameters = (f"d_{name}" for name, _ in self.module.named_parameters())
+        data = () if self.case.parameters_only else ("d_input", *(f"d_{n}_0" for n in names))
+        return ("out", *(f"{n}_n" for n in names), *data, *parameters)
 
-    def named(self, results: tuple[Tensor, ...]) -> Results:
-        """Give the results of one call their names."""
+    def named(self, results: tuple[Any, ...]) -> Results:
+        """Give the results of one call their names; the outputs of a loop's steps are put together here, outside the timing."""
+        if self.case.loop:
+            outs, *others = results
+            states = [state.reshape(own.shape) for state, own in zip(others, self.states, strict=False)]
+            results = (torch.stack([out.reshape(self.states[0].shape[1:]) for out in outs]), *states, *others[len(states) :])
         return dict(zip(self.result_names, results, strict=False))
 
     def reference(self, training: bool) -> Results:
@@ -85,14 +90,31 @@ class Problem:
         return self._reference
 
 
-# How a module is called: (module, problem, input, hx) -> (out, states).
-Call = Callable[[nn.Module, Problem, Tensor, Any], tuple[Tensor, Any]]
+def make_module(case: Case, namespace: Any) -> nn.Module:
+    """What is called in a case, of torch.nn or of a package with the same classes: a layer, or a cell that is looped over."""
+    sizes, dtype = (case.shape.I, case.shape.H), getattr(torch, case.dtype)
+    if case.loop == "cell":
+        cell: nn.Module = getattr(namespace, f"{case.class_name}Cell")(*sizes, dtype=dtype)
+        return cell
+    options: dict[str, Any] = {"proj_size": case.proj_size} if case.proj_size else {}
+    options |= {"num_layers": case.num_layers, "bidirectional": case.bidirectional, "dropout": case.dropout}
+    layer: nn.Module = getattr(namespace, case.class_name)(*sizes, dtype=dtype, **options)
+    return layer
 
 
-def call_module(module: nn.Module, problem: Problem, input_: Tensor, hx: Any) -> tuple[Tensor, Any]:
+# How a module is called: (module, problem, input, hx) -> (out, states). A loop's out is a tuple, one of each step.
+Call = Callable[[nn.Module, Problem, Tensor, Any], tuple[Any, Any]]
+
+
+def call_module(module: nn.Module, problem: Problem, input_: Tensor, hx: Any) -> tuple[Any, Any]:
     """Call a module as torch.nn's are: dense, with a PackedSequence, or, where states are reset, once per step."""
+    if problem.case.loop:
+        return call_in_loop(module, problem, input_, hx)
     if problem.reset is not None:
         return call_per_step(module, problem, input_, hx)
+    if problem.lengths is not None:
+        out, states = module(pack_padded_sequence(input_, problem.lengths, enforce_sorted=False), hx)
+        return pad_packed_sequence(out, total_length=len(input_))[0], states
     if problem.batch_sizes is None:
         out, states = module(input_, hx)
         return out, states
@@ -100,10 +122,28 @@ def call_module(module: nn.Module, problem: Problem, input_: Tensor, hx: Any) ->
     return packed.data, states
 
 
+def call_in_loop(module: nn.Module, problem: Problem, input_: Tensor, hx: Any) -> tuple[tuple[Tensor, ...], Any]:
+    """One call a step, as a decoder or an agent makes them: of a cell, or of a layer with T = 1."""
+    outs = []
+    if problem.case.loop == "cell":
+        hx = tuple(state[0] for state in hx) if isinstance(hx, tuple) else hx[0]
+        for x in input_.unbind():
+            hx = module(x, hx)
+            outs.append(hx[0] if isinstance(hx, tuple) else hx)
+    else:
+        for x in torch.split(input_, 1):
+            out, hx = module(x, hx)
+            outs.append(out)
+    return tuple(outs), hx
+
+
 def call_per_step(module: nn.Module, problem: Problem, input_: Tensor, hx: Any) -> tuple[Tensor, Any]:
     """The loop that recurrent PPO code writes (CleanRL, sb3-contrib): mask the states, take one step."""
     assert problem.reset is not None
     keep = (~problem.reset).to(input_.dtype)[:, None, :, None]  # (T, 1, B, 1)
+    if hx is None:
+        zeros = tuple(torch.zeros_like(state, dtype=input_.dtype) for state in problem.states)
+        hx = zeros if len(zeros) > 1 else zeros[0]
     outs = []
     for x, kept in zip(input_, keep, strict=True):
         hx = tuple(kept * state for state in hx) if isinstance(hx, tuple) else kept * hx
@@ -114,7 +154,7 @@ def call_per_step(module: nn.Module, problem: Problem, input_: Tensor, hx: Any) 
 
 def module_forward(
     module: nn.Module, problem: Problem, training: bool, dtype: torch.dtype | None = None, call: Call | None = None
-) -> tuple[Callable[[], tuple[Tensor, ...]], tuple[Tensor, ...]]:
+) -> tuple[Callable[[], tuple[Any, ...]], tuple[Tensor, ...]]:
     """One forward of a module with torch.nn's contract, and the tensors whose gradients are wanted.
 
     Args:
@@ -124,23 +164,25 @@ def module_forward(
         call: how the module is called, ``(module, problem, input, hx) -> (out, states)``; ``call_module`` by default.
 
     Returns:
-        ``forward() -> (out, h_n[, c_n])`` and ``(input, h_0[, c_0], *parameters)``.
+        ``forward() -> (out, h_n[, c_n])`` and ``(input, h_0[, c_0], *parameters)``, or the parameters alone where the case says
+        so.
     """
-    dtype, call = dtype or problem.input.dtype, call or call_module
+    dtype, call, case = dtype or problem.input.dtype, call or call_module, problem.case
     module = module.to(dtype).train(training)
-    input_, *states = (x.to(dtype, copy=True).requires_grad_(training) for x in (problem.input, *problem.states))
-    hx = tuple(states) if len(states) > 1 else states[0]
+    wanted = training and not case.parameters_only
+    input_, *states = (x.to(dtype, copy=True).requires_grad_(wanted) for x in (problem.input, *problem.states))
+    hx = None if case.summed else tuple(states) if len(states) > 1 else states[0]
 
-    def forward() -> tuple[Tensor, ...]:
+    def forward() -> tuple[Any, ...]:
         out, hn = call(module, problem, input_, hx)
         return (out, *hn) if isinstance(hn, tuple) else (out, hn)
 
-    return forward, (input_, *states, *module.parameters())
+    return forward, tuple(module.parameters()) if case.parameters_only else (input_, *states, *module.parameters())
 
 
 def module_step(
     module: nn.Module, problem: Problem, training: bool, dtype: torch.dtype | None = None, call: Call | None = None
-) -> Callable[[], tuple[Tensor, ...]]:
+) -> Callable[[], tuple[Any, ...]]:
     """The call that is timed, of a module with torch.nn's contract. Arguments as in ``module_forward``.
 
     ``torch.autograd.grad`` hands the gradients back instead of adding them to ``.grad``: the same work as a training step
@@ -151,8 +193,19 @@ def module_step(
         return forward
     d_outputs = tuple(d.to(leaves[0].dtype) for d in problem.d_outputs)
 
-    def step() -> tuple[Tensor, ...]:
+    def step() -> tuple[Any, ...]:
         outputs = forward()
         return (*outputs, *torch.autograd.grad(outputs, leaves, d_outputs))
 
-    return step
+    def summed() -> tuple[Any, ...]:
+        outputs = forward()
+        return (*outputs, *torch.autograd.grad(outputs[0].sum(), leaves))
+
+    # Each step's output has the shape that the module gave it.
+    d_steps = torch.split(d_outputs[0], 1) if problem.case.loop == "layer" else d_outputs[0].unbind()
+
+    def looped() -> tuple[Any, ...]:
+        outputs = forward()
+        return (*outputs, *torch.autograd.grad(outputs[0], leaves, d_steps))
+
+    return summed if problem.case.summed else looped if problem.case.loop else step

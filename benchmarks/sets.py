@@ -5,14 +5,30 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.cases import CELLS, ITEM_BYTES, MODES, SHAPES, Case, Shape, parse_shape
+from benchmarks.cases import CELLS, ITEM_BYTES, LOOPS, MODES, SHAPES, Case, Shape, parse_shape
 
 _GATED = ("lstm", "gru")
+
+# What a small call can be; the projection is to half of H.
+_SMALL_KINDS: tuple[dict[str, Any], ...] = (
+    {},
+    {"bidirectional": True},
+    {"padded": True},
+    {"resets": 4},
+    {"ragged": True},
+    {"proj_size": True},
+    {"dtype": "bfloat16"},
+)
+
+# (T, N, H) and (B, H) that --quick measures of the small calls and of the steps.
+_QUICK_SMALL = {(4, 4, 16), (16, 16, 64)}
+_QUICK_STEPS = {(1, 128), (32, 128), (8, 512)}
 
 # With --quick, a case outside the goals is left out above this.
 QUICK_FLOPS = 2e9
@@ -89,6 +105,28 @@ def _grid() -> list[Case]:
     return [case for H in (64, 128, 256, 512, 1024) for B in (1, 8, 32, 128) for case in _line(B, 32, H, "grid of B and H")]
 
 
+def _small() -> list[Case]:
+    """Calls so short that what surrounds the kernels is most of their time."""
+    cases = []
+    for T, N, H, threads in itertools.product((1, 4, 16), (1, 4, 16), (16, 64), (1, 2)):
+        shape = Shape(N, T, H, H, "small call", quick=(T, N, H) in _QUICK_SMALL)
+        for options in _SMALL_KINDS:
+            for cell in ("lstm",) if "proj_size" in options else tuple(CELLS):
+                own = {"proj_size": H // 2} if "proj_size" in options else {}
+                for mode in ("training", "inference"):
+                    cases.append(Case(cell, shape, mode, summed=True, threads=threads, **(options | own)))
+    return cases
+
+
+def _steps() -> list[Case]:
+    """One call a step: T is the number of calls."""
+    cases = []
+    for H, B, cell, loop in itertools.product((64, 128, 256, 512, 1024), (1, 8, 32, 64, 256), CELLS, LOOPS):
+        shape = Shape(B, 20, H, H, "one call a step", quick=(B, H) in _QUICK_STEPS)
+        cases += [Case(cell, shape, mode, loop=loop) for mode in ("training", "inference")]
+    return cases
+
+
 def _scaling() -> list[Case]:
     cores = os.cpu_count() or 1
     cases = []
@@ -106,20 +144,27 @@ def _scaling() -> list[Case]:
 
 @dataclass(frozen=True)
 class NamedSet:
-    """A set of cases: what it is for, and the function that lists it."""
+    """A set of cases: what it is for, the function that lists it, and whether --quick takes those marked or the fast ones."""
 
     about: str
     cases: Callable[[], list[Case]]
+    marked: bool = False
+
+    def quick(self, case: Case) -> bool:
+        """Whether ``--quick`` measures a case of the set."""
+        return case.shape.quick if self.marked else case.flops < QUICK_FLOPS
 
 
 SETS: dict[str, NamedSet] = {
-    "goals": NamedSet("the shapes that goals are set for", _goals),
+    "goals": NamedSet("the shapes that goals are set for", _goals, marked=True),
     "published": NamedSet("sizes of papers and of other benchmarks", _published),
     "rl": NamedSet("reinforcement learning: large batches of short rollouts, with resets", _rl),
     "streaming": NamedSet("one step at a time", _streaming),
     "options": NamedSet("two directions, ragged, dropout, resets", _options),
     "dtypes": NamedSet("every dtype at one shape", _dtypes),
     "grid": NamedSet("B × H, for the heat maps", _grid),
+    "small": NamedSet("small calls of every kind, on one thread and on two", _small, marked=True),
+    "steps": NamedSet("20 calls of one step, of a cell and of a layer", _steps, marked=True),
     "scaling": NamedSet("T, B, H and threads, one at a time", _scaling),
 }
 ALL = "all"
@@ -154,7 +199,7 @@ def select(
     found: dict[str, Case] = {}
     for name in names:
         for case in SETS[name].cases():
-            if quick and shapes is None and not (case.shape.quick if name == "goals" else case.flops < QUICK_FLOPS):
+            if quick and shapes is None and not SETS[name].quick(case):
                 continue
             # The first set that has a case gives the shape's origin.
             found.setdefault(case.key, case)

@@ -27,6 +27,13 @@ OPTIONS = (
     {"num_layers": 2, "dropout": 0.5},
     {"dtype": "float64"},
     {"dtype": "bfloat16"},
+    {"padded": True},
+    {"padded": True, "bidirectional": True, "summed": True},
+    {"summed": True},
+    {"summed": True, "ragged": True},
+    {"summed": True, "resets": 2},
+    {"loop": "layer"},
+    {"loop": "cell"},
 )
 
 
@@ -68,6 +75,57 @@ def test_a_shape_of_your_own():
 def test_resets_do_not_go_with_two_directions():
     with pytest.raises(ValueError, match="resets"):
         Case("gru", TINY, "training", resets=2, bidirectional=True)
+
+
+@pytest.mark.parametrize(
+    ("cell", "options"),
+    [
+        ("gru", {"proj_size": 2}),
+        ("gru", {"padded": True, "ragged": True}),
+        ("gru", {"padded": True, "resets": 2}),
+        ("gru", {"loop": "cells"}),
+        ("gru", {"loop": "cell", "bidirectional": True}),
+        ("gru", {"loop": "layer", "summed": True}),
+    ],
+    ids=str,
+)
+def test_a_case_that_nobody_can_serve_is_refused(cell, options):
+    with pytest.raises(ValueError, match="a case"):
+        Case(cell, TINY, "training", **options)
+
+
+def test_small_calls_are_of_every_kind_and_size():
+    cases = SETS["small"].cases()
+    assert all(case.summed for case in cases)
+    assert {(c.shape.T, c.shape.B, c.shape.H, c.threads) for c in cases} == {
+        (T, N, H, threads) for T in (1, 4, 16) for N in (1, 4, 16) for H in (16, 64) for threads in (1, 2)
+    }
+    at_one = [case for case in cases if (case.shape.name, case.threads) == ("4x4x16", 2)]
+    # The projection is LSTM's alone.
+    assert len(at_one) == 2 * (3 * 6 + 1)
+    assert {case.proj_size for case in at_one} == {0, 8}
+    assert {case.mode for case in cases} == {"training", "inference"}
+
+
+def test_steps_are_calls_of_cells_and_of_layers():
+    cases = SETS["steps"].cases()
+    assert {(c.shape.B, c.shape.H, c.loop) for c in cases} == {
+        (B, H, loop) for B in (1, 8, 32, 64, 256) for H in (64, 128, 256, 512, 1024) for loop in ("layer", "cell")
+    }
+    assert {case.shape.T for case in cases} == {20}
+    assert len(cases) == 50 * 3 * 2
+
+
+@pytest.mark.parametrize("name", ["small", "steps"])
+def test_quick_takes_some_of_every_kind(name):
+    def kinds(cases):
+        return {
+            (c.cell, c.mode, c.dtype, c.bidirectional, c.ragged, c.padded, bool(c.resets), c.loop, c.threads) for c in cases
+        }
+
+    cases, quick = SETS[name].cases(), select(sets=[name], quick=True)
+    assert kinds(cases) == kinds(quick)
+    assert len(quick) * 5 < len(cases)
 
 
 def test_lengths_have_the_shape_of_the_distribution():
@@ -120,6 +178,47 @@ def test_every_peer_computes_the_same(name, options, mode):
             assert not case.plain
         else:
             assert_right(name, case)
+
+
+@pytest.mark.parametrize("mode", ["training", "inference"])
+@pytest.mark.parametrize("options", [{}, {"summed": True}, {"bidirectional": True, "num_layers": 2}], ids=str)
+def test_a_projection_computes_the_same(options, mode):
+    case = Case("lstm", TINY, mode, proj_size=2, **options)
+    for name in ("ours", "torch"):
+        assert_right(name, case)
+    for name in ("loop", "jax", "onnxruntime"):
+        assert peers()[name].refuses(case)
+    module = Problem(case).module
+    weights = sum(value.numel() for value in module.parameters() if value.dim() == 2)
+    assert case.num_weights == weights
+
+
+def test_padded_lengths_are_in_no_order_and_the_padding_is_zero():
+    case = Case("gru", Shape(16, 20, 4, 6, "test"), "inference", padded=True)
+    problem = Problem(case)
+    assert sorted(problem.lengths.tolist(), reverse=True) == list(lengths(16, 20))
+    assert problem.lengths.tolist() != list(lengths(16, 20))
+    assert case.rows == sum(lengths(16, 20))
+    for name in ("ours", "torch"):
+        with torch.no_grad():
+            out = problem.named(peers()[name].prepare(problem, case, 1).step())["out"]
+        padding = torch.arange(20)[:, None] >= problem.lengths
+        assert padding.any()
+        assert not out[padding].any()
+
+
+@pytest.mark.parametrize("loop", ["layer", "cell"])
+def test_a_loop_takes_the_steps_of_the_layer(loop):
+    """The same weights in one call of a layer, and the gradients of the same sum."""
+    case = Case("lstm", TINY, "training", loop=loop)
+    problem = Problem(case)
+    layer = torch.nn.LSTM(TINY.I, TINY.H)
+    layer.load_state_dict({f"{name.removesuffix('_l0')}_l0": value for name, value in problem.module.state_dict().items()})
+    out, ends = layer(problem.input, problem.states)
+    gradients = torch.autograd.grad(out, tuple(layer.parameters()), problem.d_outputs[0])
+    found = problem.named(peers()["ours"].prepare(problem, case, 1).step())
+    torch.testing.assert_close([found["out"], found["h_n"], found["c_n"]], [out, *ends])
+    torch.testing.assert_close([found[name] for name in problem.result_names[3:]], list(gradients))
 
 
 def test_jax_computes_the_same():

@@ -85,7 +85,7 @@ def _prepare_compiled(problem: Problem, case: Case, threads: int) -> Provider:
 
 
 def _refuses(case: Case) -> str | None:
-    if case.num_layers > 1 or case.bidirectional or case.ragged:
+    if case.num_layers > 1 or case.bidirectional or case.ragged or case.unusual:
         return "compared for one dense layer of one direction only"
     return None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.cases import Case
 from benchmarks.peers.base import Peer, Provider
-from benchmarks.problem import Problem, call_module, module_forward, module_step
+from benchmarks.problem import Problem, call_module, make_module, module_forward, module_step
 
 
 def peer(name: str, backend: str | None) -> Peer:
@@ -55,22 +55,18 @@ def _version(backend: str | None) -> str:
     return version if backend is None else f"{version} ({package().backends()[backend].detail})"
 
 
-def _call(module: Any, problem: Problem, input_: Tensor, hx: Any) -> tuple[Tensor, Any]:
-    if problem.reset is None:
-        return call_module(module, problem, input_, hx)
-    out, states = module(input_, hx, reset=problem.reset)
+def _call(module: Any, problem: Problem, input_: Tensor, hx: Any) -> tuple[Any, Any]:
+    if problem.reset is not None:
+        out, states = module(input_, hx, reset=problem.reset)
+    elif problem.lengths is not None:
+        out, states = module(input_, hx, lengths=problem.lengths)
+    else:
+        out, states = call_module(module, problem, input_, hx)
     return out, states
 
 
 def _prepare(backend: str | None, problem: Problem, case: Case, threads: int) -> Provider:
-    module = getattr(package(), case.class_name)(
-        case.shape.I,
-        case.shape.H,
-        num_layers=case.num_layers,
-        bidirectional=case.bidirectional,
-        dropout=case.dropout,
-        dtype=problem.input.dtype,
-    )
+    module = make_module(case, package())
     module.load_state_dict(problem.module.state_dict())
     return Provider(
         step=module_step(module, problem, case.training, call=_call),

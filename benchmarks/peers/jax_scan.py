@@ -29,7 +29,7 @@ def _cores() -> int:
 
 
 def _refuses(case: Case) -> str | None:
-    if case.dtype != "float32" or case.num_layers > 1 or case.bidirectional or case.ragged:
+    if case.dtype != "float32" or case.num_layers > 1 or case.bidirectional or case.ragged or case.unusual:
         return "compared for one dense float32 layer of one direction only"
     if case.threads not in (None, _cores()):
         return "takes all cores: compared with as many threads only"
