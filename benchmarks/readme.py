@@ -17,6 +17,9 @@ from benchmarks.scaling import sweeps
 
 BEGIN, END = "<!-- speedup:begin -->", "<!-- speedup:end -->"
 
+# The case of two directions that a run without options measures. No goal speaks of it, so no mean has it.
+DIRECTIONS = "32x100x256", ("bidirectional",)
+
 # What recurrent PPO code does with resets: the case that the README names.
 RESETS = "64x128x128", ("resets=32",)
 
@@ -47,6 +50,7 @@ def readme_block(results: Results, picture: str | None = None, trained: Jobs | N
         lines.append(f"| {name.replace('x', ' × ')} | " + " | ".join(shown) + " |")
     means = [summary(results, mode, cell, "torch", statistics.geometric_mean) for mode, cell in columns]
     lines.append("| **geometric mean** | " + " | ".join(f"**{_markdown_ratio(mean)}**" for mean in means) + " |")
+    lines += _directions_line(everything, columns)
     noisy = any("\\*" in line for line in lines)
     remark = "\\* The spread between rounds is too wide for this figure to mean much." if noisy else ""
     for sentence in (remark, _streaming_sentence(results), _onnx_sentence(results), _resets_sentence(everything)):
@@ -59,6 +63,14 @@ def readme_block(results: Results, picture: str | None = None, trained: Jobs | N
     )
     lines += ["", f"All figures, how time grows with each size, and the pictures: [{more}]({more})."] if more else []
     return "\n".join(lines)
+
+
+def _directions_line(results: Results, columns: Sequence[tuple[str, str]]) -> list[str]:
+    rows = [row for row in goal_rows(results, DIRECTIONS[1]) if row["shape"]["name"] == DIRECTIONS[0]]
+    found = [by_case(rows, *column) for column in columns]
+    shown = [_markdown_cell(case[0]) if case else "–" for case in found]
+    label = f"{DIRECTIONS[0].replace('x', ' × ')}, two directions"
+    return [f"| {label} | {' | '.join(shown)} |"] if rows else []
 
 
 def _shape(rows: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -54,7 +54,10 @@ def _line(
 
 
 def _goals() -> list[Case]:
-    return [Case(cell, shape, mode) for cell in CELLS for shape in SHAPES for mode in shape.modes]
+    return [
+        *(Case(cell, shape, mode) for cell in CELLS for shape in SHAPES for mode in shape.modes),
+        *_line(32, 100, 256, "tagger, both directions", cells=_GATED, bidirectional=True),
+    ]
 
 
 def _published() -> list[Case]:

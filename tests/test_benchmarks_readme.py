@@ -162,3 +162,12 @@ def test_files_hold_a_row_a_line_and_six_digits(tmp_path):
     json_file.write_rows(path, rows)
     assert len(path.read_text(encoding="utf-8").splitlines()) == 4
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_directions_have_a_line_of_their_own_and_no_part_in_the_mean():
+    found = everything()
+    found["rows"] += case_rows("training/gru/32x100x256/float32/bidirectional", 4.0, 40.0)
+    block = readme.readme_block(found)
+    assert "| **geometric mean** | **2.00×** |" in block
+    assert "| 32 × 100 × 256, two directions | 10.00× |" in block
+    assert "two directions" not in readme.readme_block(everything())
