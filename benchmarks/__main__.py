@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from benchmarks import compare as comparison
 from benchmarks import peers as peers_module
-from benchmarks.arguments import Parser, number, positive_seconds
+from benchmarks.arguments import Parser, names, number, positive_seconds
 from benchmarks.cases import CELLS, ITEM_BYTES, MODES, Case
 from benchmarks.compare import THRESHOLD
 from benchmarks.peers import DEFAULT, OURS, fused
@@ -36,10 +36,6 @@ _positive_int = number(int, lambda value: value >= 1, "a whole number of 1 or mo
 _factor = number(float, lambda value: value >= 1, "a number of 1 or more")
 
 
-def _names(text: str) -> list[str]:
-    return [name for name in (part.strip() for part in text.split(",")) if name]
-
-
 def _measure_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m benchmarks",
@@ -49,15 +45,15 @@ def _measure_parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", help="backend of fused_rnn (default: its automatic choice)")
     parser.add_argument(
         "--peers",
-        type=_names,
+        type=names,
         default=list(DEFAULT),
         help=f"whom to compare with, of {','.join(list(peers_module.peers())[1:])}; {ALL} for everybody",
     )
-    parser.add_argument("--sets", type=_names, default=["goals"], help=f"which cases, of {','.join(SETS)}; {ALL} for all")
-    parser.add_argument("--cells", type=_names, help=f"some of {','.join(CELLS)}")
-    parser.add_argument("--shapes", type=_names, help="some of the sets' shapes, or your own: BxTxH or BxTxIxH")
-    parser.add_argument("--modes", type=_names, help=f"some of {','.join(MODES)}")
-    parser.add_argument("--dtypes", type=_names, help=f"some of {','.join(ITEM_BYTES)}")
+    parser.add_argument("--sets", type=names, default=["goals"], help=f"which cases, of {','.join(SETS)}; {ALL} for all")
+    parser.add_argument("--cells", type=names, help=f"some of {','.join(CELLS)}")
+    parser.add_argument("--shapes", type=names, help="some of the sets' shapes, or your own: BxTxH or BxTxIxH")
+    parser.add_argument("--modes", type=names, help=f"some of {','.join(MODES)}")
+    parser.add_argument("--dtypes", type=names, help=f"some of {','.join(ITEM_BYTES)}")
     parser.add_argument("--list", action="store_true", help="list the cases and the peers, measure nothing")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds, below a minute")
     parser.add_argument(
@@ -242,7 +238,7 @@ def compare(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("old", metavar="OLD", type=Path, help="a results file")
     parser.add_argument("new", metavar="NEW", type=Path, help="a later one")
-    parser.add_argument("--providers", type=_names, default=[OURS], help=f"whose times (default {OURS})")
+    parser.add_argument("--providers", type=names, default=[OURS], help=f"whose times (default {OURS})")
     parser.add_argument(
         "--threshold", type=_factor, default=THRESHOLD, help=f"smallest change that counts (default {THRESHOLD})"
     )
@@ -264,7 +260,21 @@ def gpu(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
-COMMANDS = {"readme": readme, "show": show, "report": report, "compare": compare, "gpu": gpu}
+def compare_versions(arguments: Sequence[str]) -> int:
+    """The command that measures two versions of the package in turns."""
+    from benchmarks.versions.command import main
+
+    return main(arguments)
+
+
+COMMANDS = {
+    "readme": readme,
+    "show": show,
+    "report": report,
+    "compare": compare,
+    "compare-versions": compare_versions,
+    "gpu": gpu,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

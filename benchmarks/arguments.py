@@ -32,3 +32,8 @@ def number(kind: type[int] | type[float], holds: Callable[[float], bool], wanted
 
 
 positive_seconds = number(float, lambda value: value > 0, "a number of seconds above 0")
+
+
+def names(text: str) -> list[str]:
+    """A type for argparse: names with commas between."""
+    return [name for name in (part.strip() for part in text.split(",")) if name]

@@ -118,15 +118,16 @@ def _judge(
         for spread, r in zip(spreads, (then, now), strict=True)
     )
     ratio, low, high = mid_new / mid_old, low_new / high_old, high_new / low_old
+    return Change(row, old, new, ratio, low, high, controlled, verdict(ratio, low, high, threshold))
+
+
+def verdict(ratio: float, low: float, high: float, threshold: float = THRESHOLD) -> str:
+    """What to say of a time now over the time then that may be anything between low and high."""
     if low > 1 and ratio >= threshold:
-        verdict = "slower"
-    elif high < 1 and ratio <= 1 / threshold:
-        verdict = "faster"
-    elif high > WIDE * low:
-        verdict = "unclear"
-    else:
-        verdict = "same"
-    return Change(row, old, new, ratio, low, high, controlled, verdict)
+        return "slower"
+    if high < 1 and ratio <= 1 / threshold:
+        return "faster"
+    return "unclear" if high > WIDE * low else "same"
 
 
 def _relative(row: Mapping[str, Any], control: Mapping[str, Any] | None) -> tuple[float, float, float] | None:

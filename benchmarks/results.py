@@ -44,12 +44,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def commit() -> str | None:
-    """The commit that is checked out, with "+changes" if files differ from it; None without git."""
+def commit(folder: Path = _ROOT) -> str | None:
+    """The commit that is checked out in a folder, with "+changes" if files differ from it; None without git."""
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=True)
+            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError):
             return None
         return done.stdout.strip()
@@ -109,7 +109,7 @@ def default_path() -> Path:
     return _ROOT / "benchmarks" / "out" / f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}.json"
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, option: str = "--json") -> None:
     """Make the folder and find out now whether the results can be written in the end.
 
     Raises:
@@ -117,13 +117,13 @@ def check_writable(path: Path) -> None:
     """
     try:
         if path.is_dir():
-            raise ResultsError(f"--json: {path} is a folder, expected a file")
+            raise ResultsError(f"{option}: {path} is a folder, expected a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         probe = path.with_name(path.name + ".part")
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise ResultsError(f"--json: cannot write {path}: {error.strerror or error}") from error
+        raise ResultsError(f"{option}: cannot write {path}: {error.strerror or error}") from error
 
 
 def save(results: Mapping[str, Any], path: Path) -> None:

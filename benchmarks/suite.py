@@ -141,7 +141,7 @@ class Suite:
         threads = case.threads or self.threads
         torch.set_num_threads(threads)
         key, case = case.key, replace(case, threads=threads)
-        rows = {name: _row(case, key, name, self.run_info) for name in self.peers}
+        rows = {name: row_of(case, key, name, self.run_info) for name in self.peers}
         self.listener.case_begins(case, "checking")
         gate = Gate(problem, case.training)
         providers = {}
@@ -151,27 +151,14 @@ class Suite:
                 rows[name] |= {"status": "missing", "reason": reason}
                 continue
             setup_begin = time.perf_counter()
-            try:
-                provider = peer.prepare(problem, case, threads)
-                verdict = _judge(gate, problem, provider, case)
-            except Exception as error:  # whatever a peer raises is its row, not the end of the run
-                rows[name] |= {"status": "wrong", "reason": f"raised {type(error).__name__}: {_first_line(error)}"}
-                continue
-            if peer.compiles:
+            provider, found = judge_peer(peer, gate, problem, case, threads)
+            rows[name] |= found
+            if peer.compiles and "gate" in found:
                 rows[name]["setup_s"] = time.perf_counter() - setup_begin
                 self._compiling += rows[name]["setup_s"]
-            rows[name]["gate"] = {
-                "worst": verdict.worst,
-                # JSON has no infinity.
-                "error": min(verdict.error, 1e300),
-                "bound": verdict.bound,
-                "torch": verdict.torch_error,
-            }
-            if not verdict.passed:
-                rows[name] |= {"status": "wrong", "reason": f"wrong results, not timed: {verdict}"}
+            if provider is None:
                 continue
             providers[name] = provider
-            rows[name] |= {"note": provider.note} if provider.note else {}
             rows[name] |= self._peaks.get((key, name), {})
             if case.training and self.plan.measure_memory and provider.forward:
                 rows[name] |= _held(provider)
@@ -221,12 +208,37 @@ class Suite:
         return [name for name, peer in self.peers.items() if not peer.unavailable() and not peer.compiles]
 
 
+def judge_peer(peer: Peer, gate: Gate, problem: Problem, case: Case, threads: int) -> tuple[Provider | None, dict[str, Any]]:
+    """Make a peer ready for a case and judge its results.
+
+    Returns:
+        the provider, or None where its results are wrong, and what its row says of it.
+    """
+    try:
+        provider = peer.prepare(problem, case, threads)
+        verdict = _judge(gate, problem, provider, case)
+    except Exception as error:  # whatever a peer raises is its row, not the end of the run
+        return None, {"status": "wrong", "reason": f"raised {type(error).__name__}: {_first_line(error)}"}
+    found: dict[str, Any] = {
+        "gate": {
+            "worst": verdict.worst,
+            # JSON has no infinity.
+            "error": min(verdict.error, 1e300),
+            "bound": verdict.bound,
+            "torch": verdict.torch_error,
+        }
+    }
+    if not verdict.passed:
+        return None, found | {"status": "wrong", "reason": f"wrong results, not timed: {verdict}"}
+    return provider, found | ({"note": provider.note} if provider.note else {})
+
+
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else "no message"
 
 
-def _row(case: Case, key: str, provider: str, run_info: Mapping[str, Any]) -> dict[str, Any]:
+def row_of(case: Case, key: str, provider: str, run_info: Mapping[str, Any]) -> dict[str, Any]:
     B, T, I, H = case.shape.sizes  # noqa: E741
     return {
         "case": key,

@@ -57,20 +57,42 @@ def turn(provider: Provider, training: bool) -> tuple[float, int]:
         the median seconds of a call, and how many calls it is the median of.
     """
     time.sleep(PAUSE)
-    seconds = []
-    step = provider.step
     with torch.set_grad_enabled(training), provider.scope():
         begin = time.perf_counter()
-        step()
+        provider.step()
         estimate = time.perf_counter() - begin
         calls = max(1, min(MAX_CALLS, int(TURN / max(estimate, 1e-7))))
-        for _ in range(calls):
-            begin = time.perf_counter()
-            result = step()
-            seconds.append(time.perf_counter() - begin)
-            # Freed here, so that neither the timed call nor the next one pays for it.
-            del result
+        seconds = [timed_call(provider) for _ in range(calls)]
     return statistics.median(seconds), calls
+
+
+def timed_call(provider: Provider) -> float:
+    """Seconds of one call. Its result is freed after that, so that neither this call nor the next one pays for it."""
+    begin = time.perf_counter()
+    result = provider.step()
+    seconds = time.perf_counter() - begin
+    del result
+    return seconds
+
+
+def short_turn(provider: Provider, training: bool, length: float, first: bool = True) -> tuple[float, int]:
+    """One turn without a pause, for as many seconds: where providers take turns too quickly for a median.
+
+    Args:
+        first: leave out the first call, unless it alone took longer than the turn.
+
+    Returns:
+        the lower quartile of the seconds of a call: other programs disturb many calls of a few microseconds, and never make one
+        faster; and how many calls it is of.
+    """
+    seconds: list[float] = []
+    with torch.set_grad_enabled(training), provider.scope():
+        end = time.perf_counter() + length
+        if first:
+            timed_call(provider)
+        while not seconds or (time.perf_counter() < end and len(seconds) < MAX_CALLS):
+            seconds.append(timed_call(provider))
+    return sorted(seconds)[(len(seconds) - 1) // 4], len(seconds)
 
 
 def interleave(
