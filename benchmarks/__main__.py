@@ -267,12 +267,20 @@ def compare_versions(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
+def files(arguments: Sequence[str]) -> int:
+    """The command that counts the package's files which a call enters."""
+    from benchmarks.entered import main
+
+    return main(arguments)
+
+
 COMMANDS = {
     "readme": readme,
     "show": show,
     "report": report,
     "compare": compare,
     "compare-versions": compare_versions,
+    "files": files,
     "gpu": gpu,
 }
 

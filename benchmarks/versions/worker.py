@@ -122,6 +122,12 @@ class Worker:
             wait_until_quiet()
         return found
 
+    def files(self, interpreted: bool) -> dict[str, dict[str, int]]:
+        """The files of the package that calls enter; under Triton's interpreter, or those of the CPU."""
+        from benchmarks import entered
+
+        return entered.count(entered.INTERPRETED, "triton") if interpreted else entered.count(entered.CALLS)
+
 
 def main() -> None:
     """Answer requests until standard input ends."""
@@ -148,6 +154,7 @@ def main() -> None:
         "about": worker.about,
         "prepare": worker.prepare,
         "slice": worker.slice,
+        "files": worker.files,
     }
     for line in sys.stdin:
         request = json.loads(line)
