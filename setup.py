@@ -4,6 +4,8 @@ Environment:
     FUSED_RNN_REQUIRE_CPP=1: a failed build of the extension fails the install. Without it the package installs all the same
         and runs on Numba.
     FUSED_RNN_CFLAGS: flags appended to those of the compiler and the linker, such as "-O0 -g".
+    FUSED_RNN_ISAS: the instruction sets to build, such as "avx512" or "baseline,avx2"; the extension is then required. Without
+        it all that the compiler knows are built. What is built for this machine alone does not load on a lesser one.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError, LinkError, PlatformError
+from setuptools.errors import CompileError, LinkError, OptionError, PlatformError
 
 KERNELS = "csrc/kernels.cpp"
 # Everything else, the binding among it, is compiled once and without instruction set flags.
@@ -45,7 +47,9 @@ COMPILE_FLAGS = (
     "-fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra -Wno-psabi"
 ).split()
 
-REQUIRE_CPP = os.environ.get("FUSED_RNN_REQUIRE_CPP", "0") not in ("", "0")
+WANTED_SETS = [name for name in os.environ.get("FUSED_RNN_ISAS", "").replace(" ", "").split(",") if name]
+# Who names instruction sets wants the extension.
+REQUIRE_CPP = os.environ.get("FUSED_RNN_REQUIRE_CPP", "0") not in ("", "0") or bool(WANTED_SETS)
 EXTRA_FLAGS = shlex.split(os.environ.get("FUSED_RNN_CFLAGS", ""))
 
 # Compiling one object takes a few hundred MB, so not as many at once as there are cores.
@@ -64,7 +68,7 @@ class BuildKernels(build_ext):
         output.unlink(missing_ok=True)
         try:
             self._build(output)
-        except (CompileError, LinkError, PlatformError) as error:
+        except (CompileError, LinkError, OptionError, PlatformError) as error:
             if REQUIRE_CPP:
                 raise
             print(NOT_BUILT.format(reason=error), file=sys.stderr, flush=True)
@@ -86,14 +90,10 @@ class BuildKernels(build_ext):
             print("fused_rnn: the compiler has no OpenMP; the kernels will run on one thread", file=sys.stderr)
         flags = COMPILE_FLAGS + (openmp or ["-Wno-unknown-pragmas"])
 
-        built = [
-            name
-            for name, (macro, isa_flags) in INSTRUCTION_SETS.items()
-            if self._accepts(isa_flags, f"#ifndef {macro}\n#error\n#endif\nint main() {{}}")
-        ]
+        built = self._instruction_sets()
         print(f"fused_rnn: instruction sets: {', '.join(built)}; OpenMP: {'yes' if openmp else 'no'}")
 
-        have: list[tuple[str, str | None]] = [(f"FUSED_RNN_HAVE_{name.upper()}", None) for name in built if name != "baseline"]
+        have: list[tuple[str, str | None]] = [(f"FUSED_RNN_HAVE_{name.upper()}", None) for name in built]
         jobs = [(source, "common", have, flags) for source in COMMON]
         jobs += [(KERNELS, name, [("FUSED_RNN_ISA", name)], flags + INSTRUCTION_SETS[name][1]) for name in built]
 
@@ -121,6 +121,20 @@ class BuildKernels(build_ext):
             build_temp=self.build_temp,
             target_lang="c++",
         )
+
+    def _instruction_sets(self) -> list[str]:
+        """Those wanted, or else all that the compiler knows."""
+        known = [
+            name
+            for name, (macro, isa_flags) in INSTRUCTION_SETS.items()
+            if self._accepts(isa_flags, f"#ifndef {macro}\n#error\n#endif\nint main() {{}}")
+        ]
+        for name in WANTED_SETS:
+            if name not in INSTRUCTION_SETS:
+                raise OptionError(f"FUSED_RNN_ISAS: expected some of {', '.join(INSTRUCTION_SETS)}, got {name!r}")
+            if name not in known:
+                raise OptionError(f"FUSED_RNN_ISAS: the compiler has no {name} for this processor, but {', '.join(known)}")
+        return [name for name in known if not WANTED_SETS or name in WANTED_SETS]
 
     def _accepts(self, flags: list[str], source: str) -> bool:
         """Whether the compiler takes the flags and can link the program."""

@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "machine.h"
 #include "packed.h"
 #include "single_step.h"
 #include "tensors.h"
@@ -280,6 +281,7 @@ void weight_gradient(const Tensor& d_gates, const Tensors& inputs, const Tensor&
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  check_instruction_sets();
   m.doc() = "The CPU kernels of fused_rnn (contract: fused_rnn.kernels). Tensors are torch's.";
   m.def("isas", &isas, "Instruction sets that this build and this machine have, best first.");
   m.def("isa", [] { return std::string(current().load()->isa); }, "The instruction set in use.");

@@ -7,28 +7,25 @@
 #include <vector>
 
 #include "kernels.h"
+#include "machine.h"
 #include "memory.h"
 #include "tensors.h"
 
 namespace fused_rnn {
 
-// ---- instruction sets: best first
+// ---- instruction sets: best first, at least one (machine.h)
 
 inline std::vector<const Kernels*> instruction_sets() {
   std::vector<const Kernels*> found;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-#endif
 #if defined(FUSED_RNN_HAVE_AVX512)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-    found.push_back(&avx512::kernels());
-  }
+  if (has_avx512()) found.push_back(&avx512::kernels());
 #endif
 #if defined(FUSED_RNN_HAVE_AVX2)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kernels());
+  if (has_avx2()) found.push_back(&avx2::kernels());
 #endif
+#if defined(FUSED_RNN_HAVE_BASELINE)
   found.push_back(&baseline::kernels());
+#endif
   return found;
 }
 
