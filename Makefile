@@ -16,8 +16,8 @@ CXX         ?= g++
 VENV  := .venv
 RUN   := $(VENV)/bin/python
 READY := $(VENV)/ready
-CSRC  := $(wildcard csrc/*)
-CPP   := $(wildcard csrc/*.h csrc/*.hpp csrc/*.inl csrc/*.cpp tests/cpp/*.h tests/cpp/*.cpp)
+CSRC  := $(wildcard csrc/*.* csrc/*/*.*)
+CPP   := $(filter %.h %.hpp %.inl %.cpp,$(CSRC)) $(wildcard tests/cpp/*.h tests/cpp/*.cpp)
 PY    := fused_rnn tests benchmarks setup.py
 
 .DELETE_ON_ERROR:

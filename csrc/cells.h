@@ -8,3 +8,6 @@
 #include "gru.h"
 #include "lstm.h"
 #include "rnn.h"
+
+// Calls the macro F with every cell's name. csrc/kernels.cpp has the same cells in the order of CellKind.
+#define FUSED_RNN_FOR_EVERY_CELL(F) F(RnnTanh) F(RnnRelu) F(Lstm) F(Gru)

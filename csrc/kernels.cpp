@@ -1,17 +1,31 @@
-// All kernels for one instruction set: compiled once per set, with that set's flags and FUSED_RNN_ISA as its namespace.
-#include "backward.h"
+// The table of all kernels for one instruction set: compiled once per set, with that set's flags and FUSED_RNN_ISA as its
+// namespace. The kernels are in csrc/kernels/, each of these files compiled once per set and dtype: so two processors share the
+// work evenly, and a changed header costs no more than the files that read it.
+#include "kernels.h"
 #include "cells.h"
-#include "forward.h"
-#include "pack.h"
-#include "project.h"
-#include "step.h"
-#include "weight_gradient.h"
 
 #define FUSED_RNN_TEXT_OF(x) #x
 #define FUSED_RNN_TEXT(x) FUSED_RNN_TEXT_OF(x)
 
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
+
+template <class Cell, class T>
+void forward(const ForwardArgs<T>& args);
+template <class Cell, class T>
+void backward(const BackwardArgs<T>& args);
+template <class Cell, class T>
+Index panel_elements(const PackArgs<T>& args);
+template <class Cell, class T>
+void pack(const PackArgs<T>& args);
+template <class T>
+void project(const ProjectArgs<T>& args);
+template <class T>
+Index workspace_elements(const WeightGradientArgs<T>& args);
+template <class T>
+void weight_gradient(const WeightGradientArgs<T>& args);
+template <class Cell, class T>
+void step(const StepArgs<T>& args);
 
 namespace {
 

@@ -1,7 +1,7 @@
 // Weights as the products read them, laid out as a whole.
 #pragma once
 
-#include "panels.h"
+#include "walk.h"
 
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {

@@ -1,4 +1,4 @@
-"""setup.py builds for the instruction sets asked for.
+"""setup.py compiles what has changed and nothing else, for the instruction sets asked for.
 
 It builds a small tree of the same files, which takes a second.
 """
@@ -23,6 +23,7 @@ pytestmark = [
 ]
 ON_X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="names instruction sets of x86-64")
 
+PARTS = ("backward", "forward", "others")
 MODULE = """
 #include <Python.h>
 #include "binding.h"
@@ -47,12 +48,16 @@ class Tree:
         self.folder = folder
         (folder / "fused_rnn").mkdir()
         (folder / "fused_rnn" / "__init__.py").touch()
-        (folder / "csrc").mkdir()
+        (folder / "csrc" / "kernels").mkdir(parents=True)
         shutil.copy(ROOT / "setup.py", folder)
         shutil.copy(ROOT / "csrc" / "machine.h", folder / "csrc")
+        self.write("kernel.h", "inline int kernel() { return 1; }")
+        self.write("forward.h", '#include "kernel.h"')
         self.write("binding.h", "")
         self.write("module.cpp", MODULE)
         self.write("kernels.cpp", "")
+        for part in PARTS:
+            self.write(f"kernels/{part}.cpp", f'#include "{"forward" if part == "forward" else "kernel"}.h"')
 
     def write(self, name: str, text: str) -> None:
         (self.folder / "csrc" / name).write_text(text + "\n")
@@ -80,10 +85,14 @@ class Tree:
 
     def build(self, *options: str, **environment: str) -> set[str]:
         """Which objects were compiled."""
+        return self.build_by("setup.py", "build_ext", "--inplace", *options, **environment)
+
+    def build_by(self, *command: str, **environment: str) -> set[str]:
         before = self.objects()
-        status, said = self.run("setup.py", "build_ext", "--inplace", *options, **environment)
+        status, said = self.run(*command, **environment)
         assert status == 0, said
         made = {name for name, time in self.objects().items() if before.get(name) != time}
+        assert f"{len(made)} of" in said
         return made
 
     def compiler(self, script: str) -> str:
@@ -98,12 +107,80 @@ def tree(tmp_path: Path) -> Tree:
     return Tree(tmp_path)
 
 
+def _files(objects: set[str]) -> set[str]:
+    return {Path(name).name for name in objects}
+
+
+def test_what_has_changed_is_compiled_again(tree: Tree) -> None:
+    first = tree.build()
+    assert len(first) == len(tree.objects()) == 8
+    assert tree.build() == set()
+
+    # Times say nothing.
+    for path in (tree.folder / "csrc").rglob("*.*"):
+        path.touch()
+    assert tree.build() == set()
+
+    tree.write("binding.h", "// other")
+    assert _files(tree.build()) == {"module.o"}
+    tree.write("forward.h", '#include "kernel.h"\n// other')
+    assert _files(tree.build()) == {"forward.o"}
+    tree.write("kernel.h", "inline int kernel() { return 2; }")
+    made = tree.build()
+    assert _files(made) == {"backward.o", "forward.o", "others.o"}
+    assert len(made) == 6
+
+    # An object of another making, as a checkout of an older setup.py leaves one.
+    (module,) = (tree.folder / "build").rglob("module.o")
+    shutil.copy(next((tree.folder / "build").rglob("forward.o")), module)
+    assert _files(tree.build()) == {"module.o"}
+    # A header that is read no more may go.
+    tree.write("forward.h", "")
+    (tree.folder / "csrc" / "binding.h").rename(tree.folder / "csrc" / "bound.h")
+    tree.write("module.cpp", MODULE.replace("binding.h", "bound.h"))
+    assert _files(tree.build()) == {"forward.o", "module.o"}
+    assert tree.build() == set()
+
+
+def test_how_it_is_compiled_has_changed(tree: Tree) -> None:
+    every = tree.build()
+    assert tree.build(FUSED_RNN_CFLAGS="-O1") == every
+    assert tree.build(FUSED_RNN_CFLAGS="-O1") == set()
+    compiler = tree.compiler("")
+    assert tree.build(CXX=compiler) == every
+    assert tree.build(CXX=compiler) == set()
+    tree.compiler('case "$*" in *--version*) echo another;; esac')
+    assert tree.build(CXX=compiler) == every
+    assert tree.build("--force", CXX=compiler) == every
+
+
+def test_an_editable_install_keeps_its_objects(tree: Tree) -> None:
+    """What pip asks of setuptools for ``pip install -e .``; setuptools gives it a directory that is gone afterwards."""
+    editable = ("-c", "from setuptools import build_meta; build_meta.build_editable('.')")
+    every = tree.build_by(*editable)
+    assert len(every) == 8
+    tree.write("binding.h", "// other")
+    assert _files(tree.build_by(*editable)) == {"module.o"}
+    assert tree.build() == set()
+
+
+def test_a_failed_object_is_compiled_again(tree: Tree) -> None:
+    tree.build()
+    tree.write("binding.h", "wrong")
+    for _ in range(2):
+        status, said = tree.run("setup.py", "build_ext", "--inplace")
+        assert status != 0
+        assert "csrc/module.cpp for common did not compile" in said
+    tree.write("binding.h", "")
+    assert _files(tree.build()) == {"module.o"}
+
+
 @ON_X86
 def test_instruction_sets_that_are_asked_for(tree: Tree) -> None:
     """Without the baseline the extension says so where it does not run."""
     made = tree.build(FUSED_RNN_ISAS="avx512, avx2")
     folders = {name.partition("/")[0] for name in made}
-    assert folders == {"common", "avx2", "avx512"}
+    assert folders == {"common"} | {name + of for name in ("avx2", "avx512") for of in ("", "-float", "-double")}
     # Here the macro stands for a machine without these.
     lesser = {"FUSED_RNN_ISAS": "avx512,avx2", "FUSED_RNN_CFLAGS": "-D'__builtin_cpu_supports(name)=0'"}
     tree.build(**lesser)

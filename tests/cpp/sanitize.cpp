@@ -9,6 +9,14 @@
 #include <thread>
 #include <vector>
 
+// The kernels' code before the table of them, so that the table has them made here for both dtypes.
+#include "backward.h"
+#include "forward.h"
+#include "pack.h"
+#include "project.h"
+#include "step.h"
+#include "weight_gradient.h"
+// And the table.
 #include "kernels.cpp"
 
 namespace fused_rnn {

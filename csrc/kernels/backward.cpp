@@ -1,0 +1,15 @@
+// The backward walk of every cell for one instruction set (FUSED_RNN_ISA) and one dtype (FUSED_RNN_ELEMENT).
+#include "backward.h"
+
+#include "cells.h"
+
+namespace fused_rnn {
+namespace FUSED_RNN_ISA {
+
+using Element = FUSED_RNN_ELEMENT;
+
+#define FUSED_RNN_BACKWARD(Cell) template void backward<Cell<Element>, Element>(const BackwardArgs<Element>&);
+FUSED_RNN_FOR_EVERY_CELL(FUSED_RNN_BACKWARD)
+
+}  // namespace FUSED_RNN_ISA
+}  // namespace fused_rnn

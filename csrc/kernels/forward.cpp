@@ -1,0 +1,15 @@
+// The forward walk of every cell for one instruction set (FUSED_RNN_ISA) and one dtype (FUSED_RNN_ELEMENT).
+#include "forward.h"
+
+#include "cells.h"
+
+namespace fused_rnn {
+namespace FUSED_RNN_ISA {
+
+using Element = FUSED_RNN_ELEMENT;
+
+#define FUSED_RNN_FORWARD(Cell) template void forward<Cell<Element>, Element>(const ForwardArgs<Element>&);
+FUSED_RNN_FOR_EVERY_CELL(FUSED_RNN_FORWARD)
+
+}  // namespace FUSED_RNN_ISA
+}  // namespace fused_rnn
