@@ -27,9 +27,9 @@ PY    := fused_rnn tests benchmarks setup.py
 demo: setup ## train the language model with torch.nn and with fused_rnn
 	$(RUN) -m benchmarks.training.language_model $(ARGS)
 
-# By file, so that what a file builds or Numba compiles for it is made once.
+# By file, so that what a file builds or Numba compiles for it is made once, and in the order of tests/conftest.py.
 test: setup ## run the tests
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # FUSED_RNN_TRITON_DRAWN: of the Triton kernels that the heuristic may choose, how many are compiled for each chip.
 test-extended: setup ## draw some thousand mixtures of arguments, some hundred Triton kernels (half an hour)
