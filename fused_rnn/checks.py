@@ -131,7 +131,7 @@ def check_weights(cell: Cell, weights: Sequence[Weights], directions: int) -> No
         raise RuntimeError("weight_ih, weight_hh and weight_hr must have 2 dimensions")
     if first.hr is None:
         projected = hidden = first.hh.shape[1]
-    elif "c" in cell.states:
+    elif cell.projected is not None:
         projected, hidden = first.hr.shape
     else:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")

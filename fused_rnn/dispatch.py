@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -54,7 +55,7 @@ class Status:
 
 
 # In order of preference. The package of a backend exports `unavailable() -> str | None` and `describe() -> str`, and has
-# one module per row of _MODULES. It may export `devices()`, where these are not always the same.
+# a module for each `Cell.module`. It may export `devices()`, where these are not always the same.
 _PACKAGES = {
     "cpp": ("fused_rnn.kernels.cpp", ("cpu",)),
     "numba": ("fused_rnn.kernels.numba", ("cpu",)),
@@ -65,7 +66,6 @@ _PACKAGES = {
 # A backend that serves these devices only where it was asked for: on a GPU a walk in plain torch is so slow that whoever wants
 # it should say so.
 _ON_REQUEST = {"reference": ("cuda",)}
-_MODULES = {"rnn_tanh": "rnn", "rnn_relu": "rnn", "lstm": "lstm", "gru": "gru"}
 
 _ENVIRONMENT = "FUSED_RNN_BACKEND"
 _ENCODED = os.environ.encodekey(_ENVIRONMENT)
@@ -149,7 +149,10 @@ def backend(name: str) -> Iterator[None]:
 @functools.cache
 def _load(cell_name: str, name: str) -> Kernels:
     package = importlib.import_module(_PACKAGES[name][0])
-    module = importlib.import_module(f"{_PACKAGES[name][0]}.{_MODULES[cell_name]}")
+    place = f"{_PACKAGES[name][0]}.{CELLS[cell_name].module}"
+    if importlib.util.find_spec(place) is None:
+        raise NotImplementedError(f"the {name} backend has no kernels of the cell {cell_name!r}")
+    module = importlib.import_module(place)
     return Kernels(
         name,
         getattr(module, f"{cell_name}_pack"),

@@ -128,9 +128,8 @@ class WeightGradients:
         self.product = layer.kernels.weight_gradient
         self.hidden = weight.hh.shape[0] // layer.cell.num_gates
         self.begun = False
-        # A hidden part of its own (the GRU's hn) has a gradient of its own for its bias.
-        self.hidden_parts = self._hidden_parts()
-        self.apart = len(self.hidden_parts) > 1
+        # A recurrent part that stays apart (the GRU's hn) has a gradient of its own for its bias.
+        self.apart = layer.cell.apart is not None
         biased = wanted.bias_ih or wanted.bias_hh
         self.ih = self.room(weight.ih.shape) if wanted.ih else None
         self.hh = self.room(weight.hh.shape) if wanted.hh else None
@@ -150,11 +149,6 @@ class WeightGradients:
         first = self.cell.d_gates.index(names[0]) * self.hidden
         return d_gates[:, first : first + width]
 
-    def _hidden_parts(self) -> list[tuple[str, ...]]:
-        """The blocks that weight_hh's rows receive, in groups of neighbours, in the order of those rows."""
-        gates = self.cell.gates
-        return [gates[:-1], ("hn",)] if "hn" in self.cell.d_gates else [gates]
-
     def walk(self, d_gates: Tensor, input: Tensor, previous: _PreviousH, t_begin: int, t_end: int, tape: Tensor | None) -> None:
         """Add what steps t_begin .. t_end - 1 contribute.
 
@@ -171,17 +165,16 @@ class WeightGradients:
         if self.hh is not None or self.bias_apart is not None:
             inputs = [] if self.hh is None else [in_dtype(part, d_gates.dtype) for part in previous.parts(t_begin, t_end)]
             first = 0
-            for part in self.hidden_parts:
+            for part in self.cell.d_hh_groups:
                 d_weight = self.hh
                 if d_weight is not None and self.apart:
                     d_weight = d_weight.narrow(-2, first, len(part) * self.hidden)
-                d_bias = self.bias_apart if part == ("hn",) else None
+                d_bias = self.bias_apart if part == (self.cell.apart,) else None
                 self.product(self.blocks(d_gates, part), inputs, d_weight, d_bias, add)
                 first += len(part) * self.hidden
-        if self.hr is not None and tape is not None:
-            o = tape[:, self.cell.tape.index("o") * self.hidden :][:, : self.hidden]
-            c = tape[:, self.cell.tape.index("c") * self.hidden :][:, : self.hidden]
-            self.product(d_gates[:, len(self.cell.d_gates) * self.hidden :], [o * c.tanh()], self.hr, None, add)
+        if self.hr is not None and tape is not None and self.cell.projected is not None:
+            before = self.cell.projected(tape.chunk(len(self.cell.tape), dim=1))
+            self.product(d_gates[:, len(self.cell.d_gates) * self.hidden :], [before], self.hr, None, add)
 
     def result(self) -> tuple[Tensor | None, ...]:
         """The gradients in torch's shapes and the parameters' dtype, in the places of ``Weights``."""

@@ -122,7 +122,7 @@ def _whole(
     ends, tape = layer.kernels.whole_forward(cell, layer.steps, layer.reverse, *given)  # type: ignore[misc]
     if layer.cell_states:
         hidden = weights[0].hh.shape[0] // cell.num_gates
-        first = cell.tape.index("c") * hidden
+        first = cell.tape.index(cell.cell_state) * hidden
         ends = (*ends, tape[..., first : first + hidden].reshape(rows, recurrences * hidden))
     return result, ends, tape if keep and not cell.tape_is_out else None
 
@@ -178,7 +178,7 @@ def forward(
     def copy_cells(tape: Tensor | None, span: slice, recurrence: slice) -> None:
         """Take c of these rows and recurrences, where it is wanted, from what the kernel wrote."""
         if cells is not None and tape is not None:
-            first = cell.tape.index("c") * hidden
+            first = cell.tape.index(cell.cell_state) * hidden
             cells.view(rows, recurrences, hidden)[span, recurrence] = tape[..., first : first + hidden]
 
     def results() -> tuple[Tensor, States, Tensor | None]:

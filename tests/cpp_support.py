@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn import _C
+from fused_rnn import _C, cells
 
 # Blocks of the gates, the tape, d_gates and the bias.
-CELLS = {"rnn_tanh": (1, 1, 1, 1), "rnn_relu": (1, 1, 1, 1), "lstm": (4, 5, 4, 4), "gru": (3, 4, 4, 4)}
+CELLS = {name: (len(row.gates), len(row.tape), len(row.d_gates), len(row.bias)) for name, row in cells.CELLS.items()}
 
 
 def make_call(
@@ -23,13 +23,13 @@ def make_call(
         return torch.randn(shape, generator=random, dtype=dtype) / 4
 
     rows = draw(length * batch, 2, tape * hidden)
-    states = [draw(2, batch, hidden) for _ in range(2 if cell == "lstm" else 1)]
+    states = [draw(2, batch, hidden) for _ in cells.CELLS[cell].states]
     weights = [draw(gates * hidden, hidden) for _ in range(2)]
     return {
         "cell": cell,
         "input": None,
         "tape": rows,
-        "out": rows if tape == 1 else torch.empty((length * batch, 2, hidden), dtype=dtype),
+        "out": rows if cells.CELLS[cell].tape_is_out else torch.empty((length * batch, 2, hidden), dtype=dtype),
         "states": states,
         "weight_ih": None,
         "weight_hh": _C.Packed(cell, weights, False, "hidden", False, 1),
@@ -59,7 +59,9 @@ def make_backward(cell: str) -> dict[str, Any]:
         "d_gates": torch.full((rows, directions, gradients * hidden), torch.nan),
         "d_states": [torch.randn(state.shape, generator=random) for state in states_0],
         "d_out": torch.randn((rows, directions, hidden), generator=random),
-        "d_cells": torch.randn((rows, directions, hidden), generator=random) if cell == "lstm" else None,
+        "d_cells": torch.randn((rows, directions, hidden), generator=random)
+        if cells.CELLS[cell].cell_state is not None
+        else None,
         "states_0": states_0,
         "weight_hh": _C.Packed(cell, weights, True, "hidden", False, 1),
         "t_begin": 0,
@@ -83,7 +85,7 @@ def make_step(
     return {
         "cell": cell,
         "input": draw(1, rows, inputs),
-        "states": tuple(draw(layers, rows, hidden) for _ in range(2 if cell == "lstm" else 1)),
+        "states": tuple(draw(layers, rows, hidden) for _ in cells.CELLS[cell].states),
         "weights": weights,
         "batch_first": False,
         "threads": 2,

@@ -122,7 +122,7 @@ def test_d_input_is_formed_on_the_walk(
     tape = torch.rand(rows, 1, len(row.tape) * hidden, dtype=dtype)
     out = tape if row.tape_is_out else torch.rand(rows, 1, hidden, dtype=dtype)
     d_out = torch.randn(rows, 1, hidden, dtype=dtype)
-    d_cells = torch.randn(rows, 1, hidden, dtype=dtype) if "c" in row.states else None
+    d_cells = torch.randn(rows, 1, hidden, dtype=dtype) if row.cell_state is not None else None
     reset = torch.rand(rows) < 0.3
     states_0 = tuple(torch.randn(1, batch, hidden, dtype=dtype) for _ in row.states)
 

@@ -16,8 +16,8 @@ from tolerances import assert_close_to_reference
 from torch import Tensor
 
 import fused_rnn
-from fused_rnn import dispatch
-from fused_rnn.cells import CELLS
+from fused_rnn import dispatch, reference
+from fused_rnn.cells import CELLS, Weights
 from fused_rnn.steps import Steps
 
 BACKENDS = [name for name, status in fused_rnn.backends().items() if status.available and "cpu" in status.devices]
@@ -102,7 +102,7 @@ def make_inputs(cell_name: str, case: Case) -> Inputs:
         randn(d, len(cell.bias) * h) if case.bias else None,
         torch.rand(rows, generator=generator) < 0.3 if case.reset else None,
         randn(rows, d, p) if case.d_out else None,
-        randn(rows, d, h) if case.d_cells and "c" in cell.states else None,
+        randn(rows, d, h) if case.d_cells and cell.cell_state is not None else None,
         tuple(randn(d, n, width) for width in widths),
         live,
     )
@@ -278,11 +278,12 @@ def test_kernels_match_the_reference(backend: str, cell: str, dtype: torch.dtype
 
 
 @every_dtype
+@pytest.mark.parametrize("cell", [name for name, cell in CELLS.items() if cell.projected is not None])
 @every_backend
 @pytest.mark.parametrize("case", PROJECTED, ids=str)
-def test_projected_lstm_matches_the_reference(backend: str, dtype: torch.dtype, case: Case) -> None:
-    """The same for the LSTM whose h is a projection."""
-    check(backend, "lstm", case, dtype)
+def test_projected_cells_match_the_reference(backend: str, cell: str, dtype: torch.dtype, case: Case) -> None:
+    """The same for the cells whose h can be a projection."""
+    check(backend, cell, case, dtype)
 
 
 @every_cell
@@ -358,7 +359,7 @@ def test_nonlinearities_over_their_whole_range(backend: str, dtype: torch.dtype)
     """Saturation, infinities and NaN in the gates come out as the reference has them, in their own row only."""
     special = [0.0, -0.0, float("inf"), -float("inf"), float("nan")]
     values = torch.cat([torch.tensor(special), torch.linspace(-120, 120, 4001), torch.logspace(-30, 0, 95)]).to(dtype)
-    for cell_name, cell in CELLS.items():
+    for cell in CELLS.values():
         with fused_rnn.backend(backend):
             kernels = dispatch.kernels(cell, torch.device("cpu"))
         n, steps = len(values), Steps(1, len(values))
@@ -368,15 +369,11 @@ def test_nonlinearities_over_their_whole_range(backend: str, dtype: torch.dtype)
         states = tuple(torch.zeros(1, n, 1, dtype=dtype) for _ in cell.states)
         packed = kernels.pack([torch.zeros(cell.num_gates, 1, dtype=dtype)], None, steps, False)
         kernels.forward(tape, out, states, packed, None, steps, (False,), None, True)
-        wide = values.double()
-        sigmoid, tanh = wide.sigmoid(), wide.tanh()
-        expected = {
-            "rnn_tanh": tanh,
-            "rnn_relu": wide.relu(),
-            "lstm": sigmoid * (sigmoid * tanh).tanh(),
-            "gru": (1 - sigmoid) * tanh,
-        }[cell_name]
+        weights = (Weights(torch.ones(cell.num_gates, 1).double(), torch.zeros(cell.num_gates, 1).double()),)
+        states = tuple(torch.zeros(1, n, 1).double() for _ in cell.states)
+        expected, _ = reference.layer(cell, values.double()[:, None], steps, states, weights, (False,))
         eps = torch.finfo(dtype).eps
-        # One rounding error of 1 - z is all of it where z is nearly 1.
-        absolute = 2 * eps if cell_name == "gru" else torch.finfo(dtype).tiny * 100
-        torch.testing.assert_close(out[:, 0, 0].double(), expected, rtol=10 * eps, atol=absolute, equal_nan=True)
+        # A cell that mixes h in has a share that goes to it and a share that goes to its gates: one rounding error of 1 - z is
+        # all of it where z is nearly 1.
+        absolute = 2 * eps if cell.direct else torch.finfo(dtype).tiny * 100
+        torch.testing.assert_close(out[:, 0].double(), expected, rtol=10 * eps, atol=absolute, equal_nan=True)

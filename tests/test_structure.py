@@ -38,7 +38,7 @@ ALLOWED = {
     "whole": DATA
     | {"autocast", "autograd", "batching", "checks", "derivatives", "dispatch", "functional", "layer", "operators", "stack"}
     | {"streaming"},
-    "initialisation": set(),
+    "initialisation": DATA,
     "modules": DATA | {"functional", "streaming", "whole", "initialisation"},
     "cell_modules": DATA | {"functional", "initialisation"},
     "convert": {"modules", "cell_modules", "checks", "initialisation"},

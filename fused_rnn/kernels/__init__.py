@@ -76,10 +76,21 @@ each of d_states may be None for zero. None, and what is raised, are as for ``st
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from fused_rnn.cells import CELLS
+
+
+def load(package: str) -> None:
+    """Import a backend's modules of all cells that it has."""
+    for name in dict.fromkeys(f"{package}.{cell.module}" for cell in CELLS.values()):
+        if importlib.util.find_spec(name) is not None:
+            importlib.import_module(name)
 
 
 def project(input: Tensor, weight: Tensor, out: Tensor) -> None:

@@ -6,18 +6,19 @@ derivative is taken of, and a backend of its own that runs wherever torch does, 
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
-from fused_rnn.cells import Cell, Weights
-from fused_rnn.reference import gru, lstm, recurrence, rnn
+from fused_rnn.cells import CELLS, Cell, Weights
+from fused_rnn.reference import recurrence
 from fused_rnn.steps import Steps
 
 __all__ = ["describe", "layer", "unavailable"]
 
-_EQUATIONS = {
-    equations.cell.name: equations for equations in (rnn.TANH_EQUATIONS, rnn.RELU_EQUATIONS, lstm.EQUATIONS, gru.EQUATIONS)
-}
+for _cell in CELLS.values():
+    importlib.import_module(f"{__name__}.{_cell.module}")
 
 
 def unavailable() -> str | None:
@@ -57,4 +58,4 @@ def layer(
         sequence that has no step keeps its state. With ``cell_states``, c of every step, (R, D·H), zero in rows that no step
         works on, follows the states.
     """
-    return recurrence.layer(_EQUATIONS[cell.name], input, steps, states, weights, reverse, reset, cell_states)
+    return recurrence.layer(recurrence.EQUATIONS[cell.name], input, steps, states, weights, reverse, reset, cell_states)

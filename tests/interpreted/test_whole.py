@@ -101,7 +101,7 @@ def check(case: Case, dtype: torch.dtype, regime: str, monkeypatch: pytest.Monke
 @every_cell
 def test_both_directions(cell: str, regime: str, steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
     """With resets; of the packed sequences one has no step, whose states and gradients pass through."""
-    check(Case(cell, steps, reset=True, cell_states=cell == "lstm"), torch.float32, regime, monkeypatch)
+    check(Case(cell, steps, reset=True, cell_states=CELLS[cell].cell_state is not None), torch.float32, regime, monkeypatch)
 
 
 @pytest.mark.parametrize("biases", list(itertools.product((True, False), repeat=2)), ids=str)
@@ -127,7 +127,7 @@ def test_gradients_that_do_not_come(regime: str, used: tuple[int, ...], monkeypa
 @every_cell
 def test_states_of_16_bits(cell: str, regime: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """In and out, and their gradients; c and the GRU's h are not rounded between the steps."""
-    check(Case(cell, PACKED, cell_states=cell == "lstm"), dtype, regime, monkeypatch)
+    check(Case(cell, PACKED, cell_states=CELLS[cell].cell_state is not None), dtype, regime, monkeypatch)
 
 
 @pytest.mark.parametrize("regime", ["resident", "cooperative"])

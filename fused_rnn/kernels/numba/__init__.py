@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 
+from fused_rnn.kernels import load
+
 
 @functools.cache
 def unavailable() -> str | None:
@@ -15,7 +17,7 @@ def unavailable() -> str | None:
     if numba.config.DISABLE_JIT:
         return "NUMBA_DISABLE_JIT is set"
     try:
-        from fused_rnn.kernels.numba import gru, lstm, rnn  # noqa: F401
+        load(__name__)
     except Exception as error:  # A Numba too old or too new fails in ways of its own; the caller is told which.
         return f"its kernels do not load with numba {numba.__version__} ({type(error).__name__}: {error})"
     return None

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fused_rnn.cells import CELLS
+from fused_rnn.kernels import load
 
 if TYPE_CHECKING:
     from fused_rnn.kernels.triton.plan import Device
@@ -32,7 +33,9 @@ def unavailable() -> str | None:
     except ImportError as error:
         return f"Triton cannot be imported ({error}); pip install triton, or a torch built for CUDA, which brings it"
     try:
-        from fused_rnn.kernels.triton import gru, lstm, rnn, version  # noqa: F401
+        from fused_rnn.kernels.triton import version
+
+        load(__name__)
     except Exception as error:  # A Triton too old or too new fails in ways of its own; the caller is told which.
         return f"its kernels do not load with triton {triton.__version__} ({type(error).__name__}: {error})"
     if version.INTERPRETED:
@@ -73,7 +76,7 @@ def explain(
     """Say which regime and tiles the forward and the backward of a layer would take, and why.
 
     Args:
-        cell: ``"lstm"``, ``"gru"``, ``"rnn_tanh"`` or ``"rnn_relu"``.
+        cell: the name of a row of ``fused_rnn.cells``: ``"lstm"``, ``"gru"``, ``"rnn_tanh"``, …
         hidden_size: H.
         batch: N, the number of sequences.
         dtype: of the layer.

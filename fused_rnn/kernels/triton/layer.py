@@ -213,11 +213,11 @@ def _weight_gradients(
     d_ih, d_hh = torch.empty_like(weights.ih), torch.empty_like(weights.hh)
     products.multiply(gates.t(), input, out=d_ih)
     # h before each step is the output of the step before; the first step has h_0, or zero.
-    apart = len(cell.d_gates) - cell.num_gates
-    kept = (cell.num_gates - apart) * hidden
-    groups = [(gates[:, :kept], d_hh[:kept])]
-    if apart:
-        groups.append((d_gates[:, : apart * hidden], d_hh[kept:]))
+    groups, first = [], 0
+    for names in cell.d_hh_groups:
+        begin, rows = cell.d_gates.index(names[0]) * hidden, len(names) * hidden
+        groups.append((d_gates[:, begin : begin + rows], d_hh[first : first + rows]))
+        first += rows
     for part, target in groups:
         later = part[batch:]
         if len(later):
@@ -229,10 +229,10 @@ def _weight_gradients(
     d_bias_ih: Tensor | None = None
     d_bias_hh: Tensor | None = None
     if weights.bias_ih is not None or weights.bias_hh is not None:
-        if apart and weights.bias_hh is not None:
+        if cell.apart is not None and weights.bias_hh is not None:
             sums = d_gates.sum(0)
-            d_bias_ih = sums[apart * hidden :]
-            d_bias_hh = torch.cat((sums[apart * hidden : -apart * hidden], sums[: apart * hidden]))
+            d_bias_ih = sums[hidden:]
+            d_bias_hh = torch.cat((sums[hidden:-hidden], sums[:hidden]))
         else:
             d_bias_ih = gates.sum(0)
             # A tensor of its own even where the values are the same: two parameters must not share a .grad.
