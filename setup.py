@@ -23,7 +23,7 @@ from setuptools.errors import CompileError, LinkError, PlatformError
 KERNELS = "csrc/kernels.cpp"
 # Everything else, the binding among it, is compiled once and without instruction set flags.
 COMMON = sorted(path.as_posix() for path in Path("csrc").glob("*.cpp") if path.as_posix() != KERNELS)
-HEADERS = sorted(path.as_posix() for pattern in ("*.h", "*.hpp", "*.inl") for path in Path("csrc").glob(pattern))
+HEADERS = sorted(path.as_posix() for pattern in ("*.h", "*.hpp", "*.inl", "*.def") for path in Path("csrc").glob(pattern))
 
 # Lowest first, because objects are linked in this order, after those of COMMON: of an inline function that several objects emit
 # (std::vector, say) the linker keeps the first copy, which must be one that runs on every machine.

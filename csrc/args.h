@@ -11,8 +11,33 @@ namespace fused_rnn {
 
 using Index = std::ptrdiff_t;
 
-enum class CellKind : int { kRnnTanh, kRnnRelu, kLstm, kGru };
-constexpr int kCellKinds = 4;
+enum class CellKind : int {
+#define FUSED_RNN_CELL(name, Struct) k##Struct,
+#include "cells.def"
+};
+constexpr int kCellKinds = 0
+#define FUSED_RNN_CELL(name, Struct) +1
+#include "cells.def"
+    ;
+
+// Which state before a step a cell's backward reads.
+enum class Previous : int { kNone, kH, kC };
+
+// A group of columns in a product holds so many vectors, and all gates of a unit must fit in one.
+constexpr int kMostGates = 4;
+
+// The sizes of a cell, for code outside the kernels: its struct's constants (CellDefaults in pointwise.h says what they are).
+struct CellShape {
+  const char* name;
+  int gates, tape, gradients, bias;  // blocks
+  bool has_c, has_projection, tape_is_out;
+  int feedback;                   // blocks of the gradients that weight_hh carries back to h: the first ones
+  int weight_blocks[kMostGates];  // for each of those, the block of weight_hh's rows that it belongs to
+  int apart;                      // gate, or -1
+  int tape_c;                     // block, or -1
+  Previous previous;
+  bool direct;
+};
 
 // One weight matrix as a product reads it: element (k, column) of a K x columns matrix.
 enum class Layout : int {
@@ -189,6 +214,7 @@ struct TypedKernels {
 struct Kernels {
   const char* isa;
   int vector_bytes;
+  CellShape shapes[kCellKinds];
   TypedKernels<float> f32;
   TypedKernels<double> f64;
 };

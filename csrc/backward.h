@@ -85,7 +85,7 @@ class BackwardWalk {
     const Index after = walked < 0 ? 0 : steps_.offset(walked) + batch_.begin;
     const T** rows = scratch_.rows.get();
     for (Index j = 0; j < active; ++j) rows[j] = resets(after + j) ? zeros_ : d_gates(after + j);
-    if (shared_) fetch_few(rows, active, Cell::kFeedback * hidden_);
+    if (shared_) fetch_few(rows, active, kFeedback<Cell> * hidden_);
     const Range columns = kProjected ? outputs_ : units_;
     const auto ahead = [&](Index j, Index v) __attribute__((always_inline)) {
       if (j < n && !kProjected) fetch(t, j, v * kLanes<T>);
@@ -218,8 +218,8 @@ template <class Cell, class T>
 void backward(const BackwardArgs<T>& args) {
   const Sizes& s = args.sizes;
   if (s.steps.batch == 0 || args.t_begin == args.t_end) return;
-  const Groups groups(s, step_cost<T>(s, Cell::kFeedback, 20 * Cell::kGates, args.inputs));
-  const Buffer<T> zeros((Cell::kFeedback > 1 ? Cell::kFeedback : 1) * s.hidden);
+  const Groups groups(s, step_cost<T>(s, kFeedback<Cell>, 20 * Cell::kGates, args.inputs));
+  const Buffer<T> zeros(kFeedback<Cell> * s.hidden);
   // For the panels of one group of weights that are laid out as they are needed.
   const bool loose = args.weight_ih && args.weight_ih->layout != Layout::kPanels;
   const Index room_of_group = loose ? groups.plan().unit_parts * kGroup * args.weight_ih->inner * kLanes<T> : 0;

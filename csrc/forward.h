@@ -117,7 +117,7 @@ class ForwardWalk {
     if (weight_ih) {
       for (Index j = 0; j < n; ++j) scratch_.inputs.get()[j] = args_.input + (first + j) * args_.input_stride;
     }
-    const T* bias = args_.bias ? args_.bias + d_ * Cell::kBias * hidden_ : nullptr;
+    const T* bias = args_.bias ? args_.bias + d_ * kBias<Cell> * hidden_ : nullptr;
     const auto ahead = [&](Index j, Index v) __attribute__((always_inline)) {
       if (!fetches_) return;
       const Index unit = v * kLanes<T>;

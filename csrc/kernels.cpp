@@ -15,24 +15,38 @@ namespace FUSED_RNN_ISA {
 
 namespace {
 
-// In the order of CellKind.
+template <class Cell, class T>
+constexpr void add(TypedKernels<T>& table, CellKind kind) {
+  const int i = static_cast<int>(kind);
+  table.forward[i] = forward<Cell, T>;
+  table.backward[i] = backward<Cell, T>;
+  table.panel_elements[i] = panel_elements<Cell, T>;
+  table.pack[i] = pack<Cell, T>;
+  table.step[i] = step<Cell, T>;
+}
+
 template <class T>
 constexpr TypedKernels<T> typed_kernels() {
-  return {{forward<RnnTanh<T>, T>, forward<RnnRelu<T>, T>, forward<Lstm<T>, T>, forward<Gru<T>, T>},
-          {backward<RnnTanh<T>, T>, backward<RnnRelu<T>, T>, backward<Lstm<T>, T>, backward<Gru<T>, T>},
-          {panel_elements<RnnTanh<T>, T>, panel_elements<RnnRelu<T>, T>, panel_elements<Lstm<T>, T>, panel_elements<Gru<T>, T>},
-          {pack<RnnTanh<T>, T>, pack<RnnRelu<T>, T>, pack<Lstm<T>, T>, pack<Gru<T>, T>},
-          project<T>,
-          workspace_elements<T>,
-          weight_gradient<T>,
-          {step<RnnTanh<T>, T>, step<RnnRelu<T>, T>, step<Lstm<T>, T>, step<Gru<T>, T>}};
+  TypedKernels<T> table{};
+#define FUSED_RNN_CELL(name, Struct) add<Struct<T>, T>(table, CellKind::k##Struct);
+#include "cells.def"
+  table.project = project<T>;
+  table.workspace_elements = workspace_elements<T>;
+  table.weight_gradient = weight_gradient<T>;
+  return table;
+}
+
+constexpr Kernels all_kernels() {
+  Kernels table{FUSED_RNN_TEXT(FUSED_RNN_ISA), FUSED_RNN_VECTOR_BYTES, {}, typed_kernels<float>(), typed_kernels<double>()};
+#define FUSED_RNN_CELL(name, Struct) table.shapes[static_cast<int>(CellKind::k##Struct)] = shape_of<Struct<float>>(#name);
+#include "cells.def"
+  return table;
 }
 
 }  // namespace
 
 const Kernels& kernels() {
-  static constexpr Kernels table = {FUSED_RNN_TEXT(FUSED_RNN_ISA), FUSED_RNN_VECTOR_BYTES, typed_kernels<float>(),
-                                    typed_kernels<double>()};
+  static constexpr Kernels table = all_kernels();
   return table;
 }
 

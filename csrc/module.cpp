@@ -281,6 +281,7 @@ void weight_gradient(const Tensor& d_gates, const Tensors& inputs, const Tensor&
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The CPU kernels of fused_rnn (contract: fused_rnn.kernels). Tensors are torch's.";
+  m.def("cells", &cells, "The cells that the kernels know, and their sizes.");
   m.def("isas", &isas, "Instruction sets that this build and this machine have, best first.");
   m.def("isa", [] { return std::string(current().load()->isa); }, "The instruction set in use.");
   m.def("set_isa", &set_isa, py::arg("name"), "Use another instruction set for weights packed from now on.");

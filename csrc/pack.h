@@ -16,7 +16,7 @@ struct PackShape {
       inner = p.backward ? p.output : p.hidden;
     } else {
       columns = p.backward ? p.output : p.hidden;
-      inner = !p.backward ? p.output : (p.product == Product::kInput ? Cell::kGates : Cell::kFeedback) * p.hidden;
+      inner = !p.backward ? p.output : (p.product == Product::kInput ? Cell::kGates : kFeedback<Cell>)*p.hidden;
     }
   }
   int gates;

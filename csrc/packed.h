@@ -1,91 +1,16 @@
-// Weights laid out for the kernels, and what that needs to know: the instruction sets of this machine and the cells' sizes.
+// Weights laid out for the kernels.
 #pragma once
 
-#include <atomic>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "kernels.h"
+#include "cell_shapes.h"
+#include "isa.h"
 #include "memory.h"
 #include "tensors.h"
 
 namespace fused_rnn {
-
-// ---- instruction sets: best first
-
-inline std::vector<const Kernels*> instruction_sets() {
-  std::vector<const Kernels*> found;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-#endif
-#if defined(FUSED_RNN_HAVE_AVX512)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-    found.push_back(&avx512::kernels());
-  }
-#endif
-#if defined(FUSED_RNN_HAVE_AVX2)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kernels());
-#endif
-  found.push_back(&baseline::kernels());
-  return found;
-}
-
-inline std::atomic<const Kernels*>& current() {
-  static std::atomic<const Kernels*> kernels{instruction_sets().front()};
-  return kernels;
-}
-
-inline std::vector<std::string> isas() {
-  std::vector<std::string> names;
-  for (const Kernels* kernels : instruction_sets()) names.emplace_back(kernels->isa);
-  return names;
-}
-
-inline void set_isa(const std::string& name) {
-  std::string known;
-  for (const Kernels* kernels : instruction_sets()) {
-    if (name == kernels->isa) {
-      current().store(kernels);
-      return;
-    }
-    known += (known.empty() ? "" : ", ") + std::string(kernels->isa);
-  }
-  refuse("isa", "one that this machine and this build have: " + known, name);
-}
-
-// ---- cells
-
-// The sizes that the checks need (csrc/<cell>.h has the same for the kernels).
-struct CellShape {
-  const char* name;
-  int gates, tape, gradients, bias;
-  bool has_c, has_projection, tape_is_out;
-};
-
-constexpr CellShape kShapes[kCellKinds] = {{"rnn_tanh", 1, 1, 1, 1, false, false, true},
-                                           {"rnn_relu", 1, 1, 1, 1, false, false, true},
-                                           {"lstm", 4, 5, 4, 4, true, true, false},
-                                           {"gru", 3, 4, 4, 4, false, false, false}};
-
-inline int cell_index(const std::string& name) {
-  for (int i = 0; i < kCellKinds; ++i) {
-    if (name == kShapes[i].name) return i;
-  }
-  refuse("cell", "rnn_tanh, rnn_relu, lstm or gru", name);
-}
-
-template <class T>
-const TypedKernels<T>& typed(const Kernels& kernels) {
-  if constexpr (sizeof(T) == 4) {
-    return kernels.f32;
-  } else {
-    return kernels.f64;
-  }
-}
-
-// ---- packed weights
 
 // The D weights of one product, as the kernels of one instruction set read them.
 class Packed {
@@ -164,7 +89,8 @@ class Packed {
     args.threads = threads;
     const auto& kernels = typed<T>(*kernels_);
     const Index elements = kernels.panel_elements[cell_](args);
-    const Index inner = backward_ ? (projection ? output_ : rows) : columns;
+    const Index carried_back = product_ == Product::kHidden ? kShapes[cell_].feedback * hidden_ : rows;
+    const Index inner = backward_ ? carried_back : columns;
     if (!as_columns) panels_ = Memory(static_cast<std::size_t>(elements) * weights.size() * sizeof(T));
     for (std::size_t d = 0; d < weights.size(); ++d) {
       const std::string name = "weights[" + std::to_string(d) + "]";

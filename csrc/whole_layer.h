@@ -140,8 +140,8 @@ struct Laid {
     args.hidden = layer.hidden();
     args.output = of_input ? layer.inputs : layer.hidden();
     args.threads = layer.threads;
-    matrix = {args.weight, layer.layout(product, backward), backward ? layer.shape.gates * layer.hidden() : args.output,
-              args.row_stride};
+    const Index carried_back = (of_input ? layer.shape.gates : layer.shape.feedback) * layer.hidden();
+    matrix = {args.weight, layer.layout(product, backward), backward ? carried_back : args.output, args.row_stride};
     if (matrix.layout != Layout::kPanels) return;
     memory = room<T>(kernels.panel_elements[layer.cell](args));
     args.panels = static_cast<T*>(memory.get());

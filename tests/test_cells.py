@@ -52,3 +52,33 @@ def test_blocks_of_both_weights(cell: Cell) -> None:
         first = cell.d_gates.index(group[0])
         assert cell.d_gates[first : first + len(group)] == group
     assert [cell.d_hh[block] for block in cell.weight_blocks] == list(cell.d_gates[: cell.num_gates])
+
+
+def test_the_kernels_know_the_same_cells() -> None:
+    """csrc/cells.def, and the constants of the structs, field by field."""
+    _C = pytest.importorskip("fused_rnn._C")
+
+    def place(blocks: tuple[str, ...], block: str | None) -> int | None:
+        return None if block is None else blocks.index(block)
+
+    expected = [
+        {
+            "name": cell.name,
+            "gates": len(cell.gates),
+            "tape": len(cell.tape),
+            "bias": len(cell.bias),
+            "d_gates": len(cell.d_gates),
+            "weight_blocks": list(cell.weight_blocks),
+            "apart": place(cell.d_hh, cell.apart),
+            "cell_state": place(cell.tape, cell.cell_state),
+            "reads_before": cell.reads_before if cell.reads_before in (None, "h") else "c",
+            "direct": cell.direct,
+            "projection": cell.projected is not None,
+            "tape_is_out": cell.tape_is_out,
+        }
+        for cell in CELLS.values()
+    ]
+    assert sorted(_C.cells(), key=str) == sorted(expected, key=str)
+    names = ", ".join(row["name"] for row in _C.cells()[:-1]) + " or " + _C.cells()[-1]["name"]
+    with pytest.raises(ValueError, match=f"cell: expected {names}, got lstn"):
+        _C.Packed("lstn", [], False, "hidden", False, 1)

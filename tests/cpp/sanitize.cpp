@@ -15,16 +15,8 @@ namespace fused_rnn {
 namespace FUSED_RNN_ISA {
 namespace {
 
-struct CellSizes {
-  const char* name;
-  CellKind kind;
-  int gates, tape, gradients, bias, states;
-};
-
-constexpr CellSizes kCells[] = {{"rnn_tanh", CellKind::kRnnTanh, 1, 1, 1, 1, 1},
-                                {"rnn_relu", CellKind::kRnnRelu, 1, 1, 1, 1, 1},
-                                {"lstm", CellKind::kLstm, 4, 5, 4, 4, 2},
-                                {"gru", CellKind::kGru, 3, 4, 4, 4, 1}};
+// Its place in the tables of kernels.
+int number(const CellShape& cell) { return static_cast<int>(&cell - kernels().shapes); }
 
 struct Shape {
   Index length, batch, recurrences, hidden, output;
@@ -33,7 +25,7 @@ struct Shape {
 
 template <class T>
 struct Problem {
-  Problem(const CellSizes& cell, const Shape& shape, unsigned seed) : cell(cell), shape(shape), random(seed) {
+  Problem(const CellShape& cell, const Shape& shape, unsigned seed) : cell(cell), shape(shape), random(seed) {
     const Index D = shape.recurrences, H = shape.hidden, P = shape.output, N = shape.batch;
     Index row = 0;
     for (Index t = 0; t < shape.length; ++t) {
@@ -83,7 +75,7 @@ struct Problem {
     return s;
   }
 
-  const CellSizes& cell;
+  const CellShape& cell;
   const Shape shape;
   std::mt19937 random;
   Index rows, inputs;
@@ -114,14 +106,15 @@ struct Weights {
     args.output = of_input ? problem.inputs : problem.shape.output;
     args.row_stride = projection ? args.hidden : args.output;
     args.threads = threads;
-    const int kind = static_cast<int>(problem.cell.kind);
+    const int kind = number(problem.cell);
     for (Index d = 0; d < problem.shape.recurrences; ++d) {
       args.weight = source.data() + d * static_cast<Index>(source.size()) / problem.shape.recurrences;
       panels.emplace_back(new Panels<T>(kernels.panel_elements[kind](args)));
       args.panels = panels.back()->data;
       kernels.pack[kind](args);
       const Index forward_inner = projection ? args.hidden : args.output;
-      const Index backward_inner = projection ? args.output : problem.cell.gates * args.hidden;
+      const Index blocks = of_input ? problem.cell.gates : problem.cell.feedback;
+      const Index backward_inner = projection ? args.output : blocks * args.hidden;
       matrices.push_back({args.panels, Layout::kPanels, backward ? backward_inner : forward_inner, 0});
     }
   }
@@ -134,9 +127,9 @@ template <class T>
 std::vector<std::vector<T>> run(const Problem<T>& p, const TypedKernels<T>& kernels, int threads, Sharing sharing) {
   const Index D = p.shape.recurrences, H = p.shape.hidden, P = p.shape.output;
   const bool projected = H != P;
-  const int kind = static_cast<int>(p.cell.kind);
+  const int kind = number(p.cell);
   std::vector<T> tape = p.gates_x, out(static_cast<std::size_t>(p.rows * D * P)), h = p.h_0, c = p.c_0;
-  const bool tape_is_out = p.cell.tape == 1;
+  const bool tape_is_out = p.cell.tape_is_out;
   {
     const Weights<T> hh(p, kernels, false, Product::kHidden, threads), hr(p, kernels, false, Product::kProjection, threads);
     ForwardArgs<T> args;
@@ -144,7 +137,7 @@ std::vector<std::vector<T>> run(const Problem<T>& p, const TypedKernels<T>& kern
     args.tape = {tape.data(), D * p.cell.tape * H, p.cell.tape * H};
     args.out = {tape_is_out ? tape.data() : out.data(), D * P, P};
     args.states[0] = h.data();
-    args.states[1] = p.cell.states == 2 ? c.data() : nullptr;
+    args.states[1] = p.cell.has_c ? c.data() : nullptr;
     args.bias = p.bias.data();
     args.weight_hh = hh.matrices.data();
     args.weight_hr = projected ? hr.matrices.data() : nullptr;
@@ -162,7 +155,7 @@ std::vector<std::vector<T>> run(const Problem<T>& p, const TypedKernels<T>& kern
     args.input = p.input.data();
     args.input_stride = p.inputs;
     args.states[0] = h_x.data();
-    args.states[1] = p.cell.states == 2 ? c_x.data() : nullptr;
+    args.states[1] = p.cell.has_c ? c_x.data() : nullptr;
     args.bias = p.bias.data();
     args.weight_ih = ih.matrices.data();
     args.weight_hh = hh.matrices.data();
@@ -197,14 +190,14 @@ std::vector<std::vector<T>> run(const Problem<T>& p, const TypedKernels<T>& kern
     args.t_end = p.shape.length;
     args.d_gates = {d_gates.data(), D * columns, columns};
     args.d_states[0] = d_h.data();
-    args.d_states[1] = p.cell.states == 2 ? d_c.data() : nullptr;
+    args.d_states[1] = p.cell.has_c ? d_c.data() : nullptr;
     args.d_out = {p.d_out.data(), D * P, P};
     // Not in all problems, so that both ways through the cell are walked.
-    if (p.cell.states == 2 && p.shape.reset) args.d_cells = {p.d_cells.data(), D * H, H};
+    if (p.cell.has_c && p.shape.reset) args.d_cells = {p.d_cells.data(), D * H, H};
     args.tape = {tape.data(), D * p.cell.tape * H, p.cell.tape * H};
     args.out = {tape_is_out ? tape.data() : out.data(), D * P, P};
     args.states_0[0] = p.h_0.data();
-    args.states_0[1] = p.cell.states == 2 ? p.c_0.data() : nullptr;
+    args.states_0[1] = p.cell.has_c ? p.c_0.data() : nullptr;
     args.weight_hh = hh.matrices.data();
     args.weight_hr = projected ? hr.matrices.data() : nullptr;
     if (D == 1) {
@@ -248,7 +241,7 @@ std::vector<std::vector<T>> run(const Problem<T>& p, const TypedKernels<T>& kern
 
 // One step of its own kind must come out as a walk of length one, but for the order in which biases are added.
 template <class T>
-int check_step(const TypedKernels<T>& kernels, const CellSizes& cell, const Shape& shape) {
+int check_step(const TypedKernels<T>& kernels, const CellShape& cell, const Shape& shape) {
   const Problem<T> problem(cell, shape, 3);
   const auto expected = run(problem, kernels, 1, Sharing::kAuto);
   const Index N = shape.batch, H = shape.hidden, columns = cell.gates * H;
@@ -281,11 +274,11 @@ int check_step(const TypedKernels<T>& kernels, const CellSizes& cell, const Shap
     args.h_new = h.data();
     args.c_new = c.data();
     args.threads = threads;
-    kernels.step[static_cast<int>(cell.kind)](args);
+    kernels.step[number(cell)](args);
     T worst = 0;
     for (std::size_t i = 0; i < out.size(); ++i) {
       worst = std::max(worst, std::abs(out[i] - expected[2][i]));
-      if (cell.states == 2) worst = std::max(worst, std::abs(c[i] - expected[3][i]));
+      if (cell.has_c) worst = std::max(worst, std::abs(c[i] - expected[3][i]));
     }
     if (!(worst < 100 * std::numeric_limits<T>::epsilon()) || h != out) {
       std::printf("%s, N=%td H=%td: a step is not a walk of one, error %g\n", cell.name, N, H, static_cast<double>(worst));
@@ -302,13 +295,13 @@ int check(const TypedKernels<T>& kernels, const char* dtype) {
                           {6, 9, 2, 37, 11, true, true},   {2, 4, 1, 70, 33, false, false},    {5, 1, 2, 150, 150, false, true},
                           {5, 2, 1, 150, 150, true, false}};
   int failures = 0;
-  for (const CellSizes& cell : kCells) {
+  for (const CellShape& cell : FUSED_RNN_ISA::kernels().shapes) {
     for (const Index hidden : {1, 16, 37}) {
       failures += check_step(kernels, cell, {1, 1, 1, hidden, hidden, false, false});
       failures += check_step(kernels, cell, {1, 3, 1, hidden, hidden, false, false});
     }
     for (const Shape& shape : shapes) {
-      if (shape.hidden != shape.output && cell.kind != CellKind::kLstm) continue;
+      if (shape.hidden != shape.output && !cell.has_projection) continue;
       const Problem<T> problem(cell, shape, 7);
       const auto expected = run(problem, kernels, 1, Sharing::kAuto);
       for (int threads : {2, 3, 4}) {

@@ -1,0 +1,64 @@
+// The instruction sets that this build and this machine have, and the one in use.
+#pragma once
+
+#include <atomic>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "tensors.h"
+
+namespace fused_rnn {
+
+// Best first.
+inline std::vector<const Kernels*> instruction_sets() {
+  std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#endif
+#if defined(FUSED_RNN_HAVE_AVX512)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
+    found.push_back(&avx512::kernels());
+  }
+#endif
+#if defined(FUSED_RNN_HAVE_AVX2)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kernels());
+#endif
+  found.push_back(&baseline::kernels());
+  return found;
+}
+
+inline std::atomic<const Kernels*>& current() {
+  static std::atomic<const Kernels*> kernels{instruction_sets().front()};
+  return kernels;
+}
+
+inline std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Kernels* kernels : instruction_sets()) names.emplace_back(kernels->isa);
+  return names;
+}
+
+inline void set_isa(const std::string& name) {
+  std::string known;
+  for (const Kernels* kernels : instruction_sets()) {
+    if (name == kernels->isa) {
+      current().store(kernels);
+      return;
+    }
+    known += (known.empty() ? "" : ", ") + std::string(kernels->isa);
+  }
+  refuse("isa", "one that this machine and this build have: " + known, name);
+}
+
+template <class T>
+const TypedKernels<T>& typed(const Kernels& kernels) {
+  if constexpr (sizeof(T) == 4) {
+    return kernels.f32;
+  } else {
+    return kernels.f64;
+  }
+}
+
+}  // namespace fused_rnn
