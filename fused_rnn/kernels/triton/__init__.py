@@ -5,6 +5,12 @@ and float16 are summed in float32, in which the states are kept too.
 
 With ``TRITON_INTERPRET=1`` in the environment before Triton is imported, its interpreter runs the same kernels on the CPU,
 for tests: slowly.
+
+Names in the kernels begin with what they are: ``p_`` a pointer; ``o_`` an offset in elements, or the numbers of units, rows or
+columns that offsets are made of; ``m_`` a mask; ``i_`` the place of a program, or of something in a list (``i_u`` among the
+slices of units, ``i_b`` among the batch tiles, ``i_d`` among the recurrences); ``d_`` a gradient; ``s_`` and ``t_`` a step, in
+the order of the walk and of the rows. At the end, ``_u`` is along units and ``_b`` along sequences, and ``_d`` and ``_row`` are
+the strides of recurrences and of rows. Upper case is known when a kernel compiles, but for the sizes T, N, D, H and K.
 """
 
 from __future__ import annotations
