@@ -16,8 +16,8 @@ CXX         ?= g++
 VENV  := .venv
 RUN   := $(VENV)/bin/python
 READY := $(VENV)/ready
-CSRC  := $(wildcard csrc/*)
-CPP   := $(wildcard csrc/*.h csrc/*.hpp csrc/*.inl csrc/*.cpp tests/cpp/*.h tests/cpp/*.cpp)
+CSRC  := $(wildcard csrc/*.* csrc/*/*.*)
+CPP   := $(filter %.h %.hpp %.inl %.cpp,$(CSRC)) $(wildcard tests/cpp/*.h tests/cpp/*.cpp)
 PY    := fused_rnn tests benchmarks setup.py
 
 .DELETE_ON_ERROR:
@@ -27,9 +27,9 @@ PY    := fused_rnn tests benchmarks setup.py
 demo: setup ## train the language model with torch.nn and with fused_rnn
 	$(RUN) -m benchmarks.training.language_model $(ARGS)
 
-# By file, so that what a file builds or Numba compiles for it is made once.
+# By file, so that what a file builds or Numba compiles for it is made once, and in the order of tests/conftest.py.
 test: setup ## run the tests
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # FUSED_RNN_TRITON_DRAWN: of the Triton kernels that the heuristic may choose, how many are compiled for each chip.
 test-extended: setup ## draw some thousand mixtures of arguments, some hundred Triton kernels (half an hour)
@@ -104,7 +104,7 @@ $(SANITIZE_DIR)/%.ok: $(SANITIZE_DIR)/%
 	@touch $@
 
 define SANITIZE_RULE
-$(SANITIZE_DIR)/$(1)-$(2): tests/cpp/sanitize.cpp $(CSRC) Makefile
+$(SANITIZE_DIR)/$(1)-$(2): $(wildcard tests/cpp/*) $(CSRC) Makefile
 	@mkdir -p $$(@D)
 	$(SANITIZE_CXX) -DFUSED_RNN_ISA=$(2) $(ISA_$(2)) $(WITH_$(1)) $(SANITIZE_SRC) -o $$@
 endef

@@ -11,8 +11,41 @@ namespace fused_rnn {
 
 using Index = std::ptrdiff_t;
 
-enum class CellKind : int { kRnnTanh, kRnnRelu, kLstm, kGru };
-constexpr int kCellKinds = 4;
+// Numbers of 16 bits, in which a tensor may be stored. The kernels compute in float32 then.
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+
+enum class CellKind : int {
+#define FUSED_RNN_CELL(name, Struct) k##Struct,
+#include "cells.def"
+};
+constexpr int kCellKinds = 0
+#define FUSED_RNN_CELL(name, Struct) +1
+#include "cells.def"
+    ;
+
+// Which state before a step a cell's backward reads.
+enum class Previous : int { kNone, kH, kC };
+
+// A group of columns in a product holds so many vectors, and all gates of a unit must fit in one.
+constexpr int kMostGates = 4;
+
+// The sizes of a cell, for code outside the kernels: its struct's constants (CellDefaults in pointwise.h says what they are).
+struct CellShape {
+  const char* name;
+  int gates, tape, gradients, bias;  // blocks
+  bool has_c, has_projection, tape_is_out;
+  int feedback;                   // blocks of the gradients that weight_hh carries back to h: the first ones
+  int weight_blocks[kMostGates];  // for each of those, the block of weight_hh's rows that it belongs to
+  int apart;                      // gate, or -1
+  int tape_c;                     // block, or -1
+  Previous previous;
+  bool direct;
+};
 
 // One weight matrix as a product reads it: element (k, column) of a K x columns matrix.
 enum class Layout : int {
@@ -21,8 +54,8 @@ enum class Layout : int {
   kRows      // columns contiguous per K: a torch weight as it is, in the backward
 };
 
-// Weights of the input that are not in panels are laid out as they are needed, for as many steps at once as the kernels take
-// together: that pays for few rows in all, and needs steps of at most so many.
+// Weights that are not in panels are laid out group by group as they are needed. Those of the input then serve as many steps at
+// once as the kernels take together: that pays for few rows in all, and needs steps of at most so many.
 constexpr Index kMostLooseBatch = 48;
 
 template <class T>
@@ -31,6 +64,7 @@ struct Matrix {
   Layout layout = Layout::kPanels;
   Index inner = 0;   // K
   Index stride = 0;  // kColumns, kRows: elements from one column or row to the next
+  Index first = 0;   // kRows: the row that is k = 0; after the last row comes row 0
 };
 
 template <class T>
@@ -63,7 +97,8 @@ struct Sizes {
   Index output = 0;       // P: H, or proj_size
   StepRows steps;
   const bool* reverse = nullptr;  // (D,)
-  const bool* reset = nullptr;    // (R,), or null
+  const bool* reset = nullptr;    // one row of flags for each recurrence, or null
+  Index reset_stride = 0;         // from one recurrence's flags to the next
   int threads = 1;
   Sharing sharing = Sharing::kAuto;
 };
@@ -74,9 +109,11 @@ struct ForwardArgs {
   bool keep = true;          // whether the tape is written
   Rows<T> tape;              // in, without weight_ih: gates_x; out: what the backward reads. Null if neither
   Rows<T> out;               // (R, D, P); may be the tape itself for cells whose tape is the output
+  Rows<T> cells;             // (R, D, H): where c of every step goes as well, or null
   const T* input = nullptr;  // (R, I), or null: what gates_x are formed from on the way
   Index input_stride = 0;
   T* states[2] = {};                     // (D, N, P) and (D, N, H), updated in place; the second only where the cell has one
+  bool updates_h = true;                 // whether states[0] is; a single step may leave it
   const Matrix<T>* weight_hh;            // D matrices, K = P
   const Matrix<T>* weight_hr;            // D matrices, K = H, or null
   const Matrix<T>* weight_ih = nullptr;  // D matrices, K = I, or null
@@ -100,6 +137,7 @@ struct BackwardArgs {
   const Matrix<T>* weight_ih = nullptr;  // K = gates * H, I columns, or null
   T* d_input = nullptr;                  // rows of the walked steps only, (·, I)
   Index d_input_stride = 0, inputs = 0;
+  bool add_input = false;  // whether d_input is added to
 };
 
 // What a packed weight multiplies.
@@ -121,16 +159,25 @@ struct PackArgs {
   T* panels = nullptr;
 };
 
-// out = input · weightᵀ
+// out (+)= the sum over d of left[d] · weights[d]
 template <class T>
-struct ProjectArgs {
-  Index rows = 0, inner = 0, columns = 0;
-  const T* input = nullptr;  // rows x inner
-  Index input_stride = 0;
-  const T* weight = nullptr;  // columns x inner
-  Index weight_stride = 0;
-  T* out = nullptr;  // rows x columns
+struct MultiplyArgs {
+  Index rows = 0, columns = 0, recurrences = 1;
+  Rows<const T> left;                  // rows x D x K
+  const Matrix<T>* weights = nullptr;  // D matrices, in panels or kRows
+  T* out = nullptr;                    // rows x columns
   Index out_stride = 0;
+  int threads = 1;
+};
+
+// Rows of numbers in one format, to be written in another.
+template <class From, class To>
+struct ConvertArgs {
+  Index rows = 0, columns = 0;
+  const From* from = nullptr;
+  Index from_stride = 0;
+  To* to = nullptr;
+  Index to_stride = 0;
   int threads = 1;
 };
 
@@ -157,17 +204,13 @@ struct WeightGradientArgs {
   T* workspace = nullptr;  // `workspace_elements` for each thread
 };
 
-// One step without a backward. All states are rows x H, contiguous; the new ones are apart from the old.
+// to[row] = what a projection multiplies in that row (o * tanh(c) of an LSTM), from what the forward kept.
 template <class T>
-struct StepArgs {
-  Index rows = 0, inputs = 0, hidden = 0;
-  const T* input = nullptr;
-  Index input_stride = 0;
-  const T *weight_ih = nullptr, *weight_hh = nullptr;
-  Index weight_ih_stride = 0, weight_hh_stride = 0;
-  const T *bias_ih = nullptr, *bias_hh = nullptr;  // or null
-  const T *h = nullptr, *c = nullptr;
-  T *out = nullptr, *h_new = nullptr, *c_new = nullptr;  // out, a copy of the new h, may be null
+struct UnprojectedArgs {
+  Index rows = 0, hidden = 0;
+  const T* tape = nullptr;
+  Index tape_stride = 0;
+  T* to = nullptr;  // rows x hidden
   int threads = 1;
 };
 
@@ -179,18 +222,26 @@ struct TypedKernels {
   // Elements that PackArgs::panels must hold.
   Index (*panel_elements[kCellKinds])(const PackArgs<T>&);
   void (*pack[kCellKinds])(const PackArgs<T>&);
-  void (*project)(const ProjectArgs<T>&);
+  void (*multiply)(const MultiplyArgs<T>&);
   // Elements of WeightGradientArgs::workspace for each thread.
   Index (*workspace_elements)(const WeightGradientArgs<T>&);
   void (*weight_gradient)(const WeightGradientArgs<T>&);
-  void (*step[kCellKinds])(const StepArgs<T>&);
+  // The forward of a single step without a projection; weights are in kColumns.
+  void (*step[kCellKinds])(const ForwardArgs<T>&);
+  // Null for a cell without a projection.
+  void (*unprojected[kCellKinds])(const UnprojectedArgs<T>&);
 };
 
 struct Kernels {
   const char* isa;
   int vector_bytes;
+  CellShape shapes[kCellKinds];
   TypedKernels<float> f32;
   TypedKernels<double> f64;
+  void (*widen_bfloat16)(const ConvertArgs<BFloat16, float>&);
+  void (*widen_float16)(const ConvertArgs<Float16, float>&);
+  void (*narrow_bfloat16)(const ConvertArgs<float, BFloat16>&);
+  void (*narrow_float16)(const ConvertArgs<float, Float16>&);
 };
 
 }  // namespace fused_rnn

@@ -11,6 +11,7 @@ namespace FUSED_RNN_ISA {
 template <class Cell, class T>
 class BackwardWalk {
  public:
+  // `room` is that of the thread's group.
   BackwardWalk(const BackwardArgs<T>& args, const T* zeros, T* room, Index d, Range batch, const Member& member)
       : args_(args),
         steps_(args.sizes.steps),
@@ -19,6 +20,7 @@ class BackwardWalk {
         origin_(steps_.offset(args.t_begin)),
         zeros_(zeros),
         d_(d),
+        reset_(args.sizes.reset ? args.sizes.reset + d * args.sizes.reset_stride : nullptr),
         reverse_(args.sizes.reverse[d]),
         batch_(batch),
         units_(share(vectors_of(hidden_, kLanes<T>), member.count, member.index)),
@@ -31,10 +33,21 @@ class BackwardWalk {
         d_c_(Cell::kHasC ? args.d_states[1] + d * steps_.batch * hidden_ : nullptr),
         scratch_(steps_.batch, batch.size()),
         input_scratch_(rows_to_wait(args, batch), rows_to_wait(args, batch)),
-        waiting_(rows_to_wait(args, batch)) {
-    if (args.weight_ih && args.weight_ih->layout != Layout::kPanels) {
-      input_scratch_.panels = room + member.index * kGroup * args.weight_ih->inner * kLanes<T>;
+        waiting_(rows_to_wait(args, batch)),
+        weight_hh_(args.weight_hh[d]) {
+    scratch_.as_stored = input_scratch_.as_stored = (args.t_end - args.t_begin) * steps_.batch <= kFewestToLayOut;
+    room += member.index * room_elements(args);
+    if (loose(args.weight_hh)) {
+      scratch_.panels = room;
+      room += group_elements(args.weight_hh, output_);
+      weight_hh_.first = Cell::weight_block(0) * hidden_;
     }
+    if (loose(args.weight_ih)) input_scratch_.panels = room;
+  }
+
+  // Elements that each thread needs for the panels of weights that are laid out as they are needed.
+  static Index room_elements(const BackwardArgs<T>& args) {
+    return group_elements(args.weight_hh, args.sizes.output) + group_elements(args.weight_ih, args.inputs);
   }
 
   void run() {
@@ -65,6 +78,14 @@ class BackwardWalk {
     return !args.weight_ih ? 0 : batch.size() < kInputRows ? kInputRows : batch.size();
   }
 
+  static bool loose(const Matrix<T>* w) { return w && w->layout != Layout::kPanels; }
+  // The panels of a group of columns, or the sums of a few rows.
+  static Index group_elements(const Matrix<T>* w, Index columns) {
+    if (!loose(w)) return 0;
+    const Index panels = kGroup * w->inner, sums = kFewestToLayOut * vectors_of(columns, kLanes<T>);
+    return (panels > sums ? panels : sums) * kLanes<T>;
+  }
+
   struct Direct {};
   struct Projected {};
 
@@ -72,7 +93,7 @@ class BackwardWalk {
     if (shared_) barrier_.wait();
   }
 
-  bool resets(Index row) const { return args_.sizes.reset && args_.sizes.reset[row]; }
+  bool resets(Index row) const { return reset_ && reset_[row]; }
 
   T* d_gates(Index row) const { return args_.d_gates.at(row - origin_, d_); }
 
@@ -85,12 +106,12 @@ class BackwardWalk {
     const Index after = walked < 0 ? 0 : steps_.offset(walked) + batch_.begin;
     const T** rows = scratch_.rows.get();
     for (Index j = 0; j < active; ++j) rows[j] = resets(after + j) ? zeros_ : d_gates(after + j);
-    if (shared_) fetch_few(rows, active, Cell::kFeedback * hidden_);
+    if (shared_) fetch_few(rows, active, kFeedback<Cell> * hidden_);
     const Range columns = kProjected ? outputs_ : units_;
     const auto ahead = [&](Index j, Index v) __attribute__((always_inline)) {
       if (j < n && !kProjected) fetch(t, j, v * kLanes<T>);
     };
-    product<T, 1>(nullptr, {}, args_.weight_hh[d_], output_, columns, n > active ? n : active, active, scratch_, ahead,
+    product<T, 1>(nullptr, {}, weight_hh_, output_, columns, n > active ? n : active, active, scratch_, ahead,
                   [&](Index j, Index v, const Vec<T>* sums) {
                     const Index unit = v * kLanes<T>;
                     T* carry = d_h_ + (batch_.begin + j) * output_ + unit;
@@ -128,16 +149,11 @@ class BackwardWalk {
       if (fetches_) prefetch_to_write(d_input(j, v));
     };
     const auto write = [&](Index j, Index v, const Vec<T>* sums) {
-      with_io<T>(args_.inputs, v, [&](auto io, Index) { io.store(d_input(j, v), sums[0]); });
+      T* to = d_input(j, v);
+      with_io<T>(args_.inputs, v, [&](auto io, Index) { io.store(to, args_.add_input ? io.load(to) + sums[0] : sums[0]); });
     };
-    const Matrix<T>& weight_ih = args_.weight_ih[d_];
-    const Index n_waiting = waiting_rows_;
-    if (weight_ih.layout == Layout::kPanels) {
-      product<T, 1>(nullptr, {}, weight_ih, args_.inputs, inputs_, n_waiting, n_waiting, input_scratch_, ahead, write);
-    } else {
-      product<T, 1, -1, true>(nullptr, {}, weight_ih, args_.inputs, inputs_, n_waiting, n_waiting, input_scratch_, ahead,
-                              write);
-    }
+    product<T, 1>(nullptr, {}, args_.weight_ih[d_], args_.inputs, inputs_, waiting_rows_, waiting_rows_, input_scratch_, ahead,
+                  write);
     waiting_rows_ = 0;
   }
 
@@ -201,6 +217,7 @@ class BackwardWalk {
   const Index hidden_, output_, origin_;
   const T* const zeros_;
   const Index d_;
+  const bool* const reset_;
   const bool reverse_;
   const Range batch_, units_, outputs_, inputs_;
   Barrier& barrier_;
@@ -212,17 +229,16 @@ class BackwardWalk {
   Scratch<T> input_scratch_;
   Buffer<Index> waiting_;
   Index waiting_rows_ = 0;
+  Matrix<T> weight_hh_;
 };
 
 template <class Cell, class T>
 void backward(const BackwardArgs<T>& args) {
   const Sizes& s = args.sizes;
   if (s.steps.batch == 0 || args.t_begin == args.t_end) return;
-  const Groups groups(s, step_cost<T>(s, Cell::kFeedback, 20 * Cell::kGates, args.inputs));
-  const Buffer<T> zeros((Cell::kFeedback > 1 ? Cell::kFeedback : 1) * s.hidden);
-  // For the panels of one group of weights that are laid out as they are needed.
-  const bool loose = args.weight_ih && args.weight_ih->layout != Layout::kPanels;
-  const Index room_of_group = loose ? groups.plan().unit_parts * kGroup * args.weight_ih->inner * kLanes<T> : 0;
+  const Groups groups(s, step_cost<T>(s, kFeedback<Cell>, 20 * Cell::kGates, args.inputs));
+  const Buffer<T> zeros(kFeedback<Cell> * s.hidden);
+  const Index room_of_group = groups.plan().unit_parts * BackwardWalk<Cell, T>::room_elements(args);
   const Memory room(static_cast<std::size_t>(groups.plan().groups * room_of_group) * sizeof(T));
   groups.run([&](Index d, Range batch, const Member& member) {
     T* const mine = static_cast<T*>(room.get()) + member.group * room_of_group;

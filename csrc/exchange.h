@@ -11,7 +11,7 @@ constexpr std::uint32_t kMajorVersion = 1;
 constexpr const char* kCapsule = "dlpack_exchange_api";
 
 enum Device : std::int32_t { kCpu = 1 };
-enum Code : std::uint8_t { kInt = 0, kFloat = 2, kBool = 6 };
+enum Code : std::uint8_t { kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6 };
 
 struct DataType {
   std::uint8_t code, bits;

@@ -36,6 +36,7 @@ class ForwardWalk {
         zeros_(zeros),
         m_(before_projection),
         d_(d),
+        reset_(args.sizes.reset ? args.sizes.reset + d * args.sizes.reset_stride : nullptr),
         batch_(batch),
         units_(share(vectors_of(hidden_, kLanes<T>), member.count, member.index)),
         outputs_(share(vectors_of(output_, kLanes<T>), member.count, member.index)),
@@ -55,7 +56,8 @@ class ForwardWalk {
     if (!in_blocks_) return;
     Vec<T>* const mine = workspace + member.index * member_vectors<Cell>(args, member.count);
     waiting_ = {mine, kInputRows};
-    if (args.weight_ih->layout != Layout::kPanels)
+    // All rows are asked, not those of a part: how they are shared must not change the order of the sums.
+    if (args.weight_ih->layout != Layout::kPanels && steps_.length * steps_.batch > kFewestToLayOut)
       room_ = reinterpret_cast<T*>(mine + waiting_vectors<Cell>(args, member.count));
   }
 
@@ -85,7 +87,7 @@ class ForwardWalk {
     if (shared_) barrier_.wait();
   }
 
-  bool resets(Index row) const { return args_.sizes.reset && args_.sizes.reset[row]; }
+  bool resets(Index row) const { return reset_ && reset_[row]; }
 
   // Step `s` of the walk.
   Index step_at(Index s) const { return args_.sizes.reverse[d_] ? steps_.length - 1 - s : s; }
@@ -117,7 +119,7 @@ class ForwardWalk {
     if (weight_ih) {
       for (Index j = 0; j < n; ++j) scratch_.inputs.get()[j] = args_.input + (first + j) * args_.input_stride;
     }
-    const T* bias = args_.bias ? args_.bias + d_ * Cell::kBias * hidden_ : nullptr;
+    const T* bias = args_.bias ? args_.bias + d_ * kBias<Cell> * hidden_ : nullptr;
     const auto ahead = [&](Index j, Index v) __attribute__((always_inline)) {
       if (!fetches_) return;
       const Index unit = v * kLanes<T>;
@@ -136,7 +138,10 @@ class ForwardWalk {
       p.reset = resets(first + j);
       p.keep = args_.keep;
       p.h = (m_ ? m_ + (d_ * steps_.batch + row) * hidden_ : args_.out.at(first + j, d_)) + unit;
-      with_io<T>(hidden_, v, [&](auto io, Index) { Cell::forward(io, sums, p); });
+      with_io<T>(hidden_, v, [&](auto io, Index) {
+        Cell::forward(io, sums, p);
+        if (Cell::kHasC && args_.cells) io.store(args_.cells.at(first + j, d_) + unit, io.load(p.c));
+      });
     };
     product<T, Cell::kGates, Cell::kApart>(weight_ih, waiting_.from(row_of_block_), args_.weight_hh[d_], hidden_, units_, n, n,
                                            scratch_, ahead, point);
@@ -177,6 +182,7 @@ class ForwardWalk {
   const T* const zeros_;
   T* const m_;
   const Index d_;
+  const bool* const reset_;
   const Range batch_, units_, outputs_;
   Barrier& barrier_;
   const bool shared_;

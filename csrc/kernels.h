@@ -5,9 +5,11 @@
 
 namespace fused_rnn {
 
+#if defined(FUSED_RNN_HAVE_BASELINE)
 namespace baseline {
 const Kernels& kernels();
 }
+#endif
 #if defined(FUSED_RNN_HAVE_AVX2)
 namespace avx2 {
 const Kernels& kernels();

@@ -1,7 +1,7 @@
 // Weights as the products read them, laid out as a whole.
 #pragma once
 
-#include "panels.h"
+#include "walk.h"
 
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
@@ -16,7 +16,7 @@ struct PackShape {
       inner = p.backward ? p.output : p.hidden;
     } else {
       columns = p.backward ? p.output : p.hidden;
-      inner = !p.backward ? p.output : (p.product == Product::kInput ? Cell::kGates : Cell::kFeedback) * p.hidden;
+      inner = !p.backward ? p.output : (p.product == Product::kInput ? Cell::kGates : kFeedback<Cell>)*p.hidden;
     }
   }
   int gates;

@@ -78,7 +78,8 @@ inline Group<T> group_of(const Matrix<T>& w, Columns columns, Index first, Index
   if (w.layout == Layout::kColumns) {
     lay_out_columns<T>(w.data, w.stride, columns, w.inner, {first, first + count}, room);
   } else {
-    lay_out_rows<T>(w.data, w.stride, [](Index k) { return k; }, columns.hidden, w.inner, {first, first + count}, room);
+    const auto row_of = [&](Index k) { return k + w.first < w.inner ? k + w.first : k + w.first - w.inner; };
+    lay_out_rows<T>(w.data, w.stride, row_of, columns.hidden, w.inner, {first, first + count}, room);
   }
   return {{room, Layout::kPanels, w.inner, 0}, 0};
 }

@@ -56,8 +56,34 @@ struct BackwardPoint {
   T* d_gates;
 };
 
-// Which state before the step a cell's backward reads.
-enum class Previous { kNone, kH, kC };
+// What a cell says of itself where it says nothing else. Beside these it has kGates, the gates in the order of the weights;
+// kTape, the blocks that it keeps; and kGradients, the blocks that its backward emits, of which the last are the gates'.
+// fused_rnn/cells.py has the same with names, and a test compares the two.
+struct CellDefaults {
+  // The gate (the last one) whose recurrent part does not add up with its other sums, or -1. That part has a block of the bias
+  // behind the gates, and of the gradients before them.
+  static constexpr int kApart = -1;
+  // Whether there is a state c beside h, and the block of the tape that it is, or -1.
+  static constexpr bool kHasC = false;
+  static constexpr int kTapeC = -1;
+  // The block of weight_hh's rows to which block b of the gradients belongs.
+  static constexpr int weight_block(int b) { return b; }
+  // Whether h itself passes from step to step beside the product.
+  static constexpr bool kDirect = false;
+  static constexpr Previous kPrevious = Previous::kNone;
+  // Whether h may be projected (weight_hr).
+  static constexpr bool kProjection = false;
+  // Whether the tape is the output, and nothing else is kept.
+  static constexpr bool kTapeIsOut = false;
+};
+
+// Blocks of the bias that the kernels add.
+template <class Cell>
+constexpr int kBias = Cell::kGates + (Cell::kApart >= 0);
+
+// Blocks of the gradients that weight_hh carries back to h: the first ones.
+template <class Cell>
+constexpr int kFeedback = Cell::kGates;
 
 }  // namespace FUSED_RNN_ISA
 }  // namespace fused_rnn

@@ -7,29 +7,23 @@ namespace fused_rnn {
 namespace FUSED_RNN_ISA {
 
 template <class T, bool kRelu>
-struct Rnn {
+struct Rnn : CellDefaults {
   static constexpr int kGates = 1;
   static constexpr int kTape = 1;  // h: the output itself
-  static constexpr int kBias = 1;
-  static constexpr int kApart = -1;
+  static constexpr bool kTapeIsOut = true;
   static constexpr int kGradients = 1;
-  static constexpr int kFeedback = 1;
-  static constexpr int weight_block(int b) { return b; }
-  static constexpr bool kDirect = false;
-  static constexpr Previous kPrevious = Previous::kNone;
-  static constexpr bool kHasC = false;
 
   template <class Io>
   static void forward(Io io, const Vec<T>* recurrent, const ForwardPoint<T>& p) {
     const Vec<T> x = input<T>(io, p, 0) + recurrent[0];
     // x < 0 is false for NaN, which passes as it does in torch.
-    io.store(p.h, kRelu ? (x < Vec<T>{} ? Vec<T>{} : x) : tanh<T>(x));
+    io.store(p.h, kRelu ? (x < Vec<T>{} ? Vec<T>{} : x) : tanh<T>(x));  // (1)
   }
 
   template <class Io>
   static void backward(Io io, Vec<T> d_h, const BackwardPoint<T>& p) {
     const Vec<T> h = io.load(p.tape);
-    io.store(p.d_gates, kRelu ? (h <= Vec<T>{} ? Vec<T>{} : d_h) : d_h * (broadcast<T>(1) - h * h));
+    io.store(p.d_gates, kRelu ? (h <= Vec<T>{} ? Vec<T>{} : d_h) : d_h * (broadcast<T>(1) - h * h));  // (1)
   }
 };
 

@@ -1,67 +1,132 @@
-// One time step of a few rows without a backward: streaming and generation.
+// The forward of a single step: a cell, or a layer that is called step by step.
 //
-// Both products and the pointwise part in one parallel region without a barrier: a thread's units need no one else's. Weights
-// are read as torch stores them, once: such a step takes as long as that reading does.
+// Both products and the pointwise part in one parallel region without a barrier, because a thread's units need no one else's.
+// Each weight is read once, as torch stores it: a step of few rows takes as long as that reading does. For more rows a group of
+// its columns is laid out in panels first, for all rows together.
 #pragma once
 
+#include "memory.h"
 #include "walk.h"
 
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
 
+// What the threads share: groups of columns of every recurrence, and where these are few, parts of the rows.
+struct StepTasks {
+  Index recurrences, groups, parts;
+  Index count() const { return recurrences * groups * parts; }
+};
+
+inline StepTasks step_tasks(Index recurrences, Index groups, Index rows, int threads) {
+  const Index most = (rows + 7) / 8;
+  const bool enough = recurrences * groups >= 4 * threads;
+  return {recurrences, groups, enough || most < 1 ? 1 : most < threads ? most : threads};
+}
+
+// As threads_for, for work that may also be many products of small weights.
+inline int threads_for_step(double bytes, double multiply_adds, int threads) {
+  return multiply_adds < (1 << 17) ? threads_for(bytes, threads) : threads;
+}
+
 template <class Cell, class T>
-void step(const StepArgs<T>& args) {
-  constexpr int kGates = Cell::kGates;
-  const Index H = args.hidden;
-  const Matrix<T> weight_ih = {args.weight_ih, Layout::kColumns, args.inputs, args.weight_ih_stride};
-  const Matrix<T> weight_hh = {args.weight_hh, Layout::kColumns, H, args.weight_hh_stride};
-  const double bytes = static_cast<double>(kGates) * H * (args.inputs + H) * sizeof(T);
-  parallel(threads_for(bytes, args.threads), [&](int rank, int size) {
-    const Range mine = share(vectors_of(H, kLanes<T>), size, rank);
-    // Every other call from the last unit to the first, as the walks do (Scratch).
-    thread_local bool descending = false;
-    descending = !descending;
-    alignas(64) Vec<T> of_x[kChunk * kGroup], of_h[kChunk * kGroup];
-    const T *x[kChunk], *h[kChunk];
-    for (Index first = 0; first < args.rows; first += kChunk) {
-      const int rows = static_cast<int>(args.rows - first < kChunk ? args.rows - first : kChunk);
-      for (int j = 0; j < rows; ++j) {
-        x[j] = args.input + (first + j) * args.input_stride;
-        h[j] = args.h + (first + j) * H;
-      }
+class Step {
+ public:
+  explicit Step(const ForwardArgs<T>& args)
+      : args_(args),
+        hidden_(args.sizes.hidden),
+        batch_(args.sizes.steps.batch),
+        rows_(args.sizes.steps.count(0)),
+        zeros_(args.sizes.reset ? hidden_ : 0) {}
+
+  void run() const {
+    const Sizes& s = args_.sizes;
+    const Index columns = args_.weight_ih->inner + s.output, gates = Cell::kGates * hidden_ * s.recurrences;
+    const double elements = static_cast<double>(gates) * static_cast<double>(columns);
+    const int threads = threads_for_step(elements * sizeof(T), elements * static_cast<double>(rows_) / kLanes<T>, s.threads);
+    const Index groups = vectors_of(vectors_of(hidden_, kLanes<T>), kUnitVectors<Cell::kGates>);
+    const StepTasks tasks = step_tasks(s.recurrences, groups, rows_, threads);
+    const Index room = lays_out() ? kGroup * columns * kLanes<T> : 0;
+    const Memory memory(static_cast<std::size_t>(room * threads) * sizeof(T));
+    parallel(threads, [&](int rank, int size) {
+      const Range mine = share(tasks.count(), size, rank);
+      T* const panels = lays_out() ? static_cast<T*>(memory.get()) + rank * room : nullptr;
+      // Every other call from the last group to the first: what the call before read last, the caches still have.
+      thread_local bool descending = false;
+      descending = !descending;
       for (Index i = 0; i < mine.size(); ++i) {
-        const Index v = descending ? mine.end - 1 - i : mine.begin + i;
-        const auto ahead = [](Index) {};
-        product_chunk<T>(weight_ih, {kGates, H}, v * kGates, kGates, x, rows, false, of_x, nullptr, ahead);
-        product_chunk<T>(weight_hh, {kGates, H}, v * kGates, kGates, h, rows, false, of_h, nullptr, ahead);
-        const Index unit = v * kLanes<T>;
-        with_io<T>(H, v, [&](auto io, Index) {
-          for (int j = 0; j < rows; ++j) {
-            Vec<T>*xs = of_x + j * kGroup, *hs = of_h + j * kGroup;
-            for (int g = 0; g < kGates; ++g) {
-              if (args.bias_ih) xs[g] += io.load(args.bias_ih + g * H + unit);
-              if (args.bias_hh) hs[g] += io.load(args.bias_hh + g * H + unit);
-            }
-            const Index place = (first + j) * H + unit;
-            T* c = Cell::kHasC ? args.c_new + place : nullptr;
-            if (Cell::kHasC) io.store(c, io.load(args.c + place));
-            ForwardPoint<T> p;
-            p.gates_x = reinterpret_cast<T*>(xs);
-            p.tape = nullptr;
-            p.hidden = kLanes<T>;
-            p.bias = nullptr;
-            p.h_previous = args.h + place;
-            p.c = c;
-            p.reset = false;
-            p.keep = false;
-            p.h = args.h_new + place;
-            Cell::forward(io, hs, p);
-            if (args.out) io.store(args.out + place, io.load(p.h));
-          }
-        });
+        const Index task = descending ? mine.end - 1 - i : mine.begin + i;
+        const Index group = task / tasks.parts;
+        take(group / groups, group % groups, share(rows_, static_cast<int>(tasks.parts), static_cast<int>(task % tasks.parts)),
+             panels);
+      }
+    });
+    for (Index d = 0; args_.updates_h && d < s.recurrences; ++d) {
+      for (Index j = 0; j < rows_; ++j) {
+        std::memcpy(args_.states[0] + (d * batch_ + j) * hidden_, args_.out.at(j, d),
+                    static_cast<std::size_t>(hidden_) * sizeof(T));
       }
     }
-  });
+  }
+
+ private:
+  bool lays_out() const { return rows_ > kFewestToLayOut; }
+  bool resets(Index d, Index row) const { return args_.sizes.reset && args_.sizes.reset[d * args_.sizes.reset_stride + row]; }
+
+  // One group of columns of recurrence d, for some of the rows.
+  void take(Index d, Index group, Range rows, T* panels) const {
+    constexpr int kGates = Cell::kGates;
+    const Columns columns = {kGates, hidden_};
+    const Index v = group * kUnitVectors<kGates>, all = vectors_of(hidden_, kLanes<T>);
+    const Index count = all - v < kUnitVectors<kGates> ? all - v : kUnitVectors<kGates>;
+    const Matrix<T>&w_x = args_.weight_ih[d], &w_h = args_.weight_hh[d];
+    const Group<T> of_x = group_of(w_x, columns, v * kGates, count * kGates, panels);
+    const Group<T> of_h =
+        group_of(w_h, columns, v * kGates, count * kGates, panels ? panels + kGroup * w_x.inner * kLanes<T> : nullptr);
+    alignas(64) Vec<T> sums[kChunk * kGroup];
+    const T *x[kChunk], *h[kChunk];
+    const int width = static_cast<int>(count * kGates);
+    const auto nothing = [](int) {};
+    for (Index first = rows.begin; first < rows.end; first += kChunk) {
+      const int n = static_cast<int>(rows.end - first < kChunk ? rows.end - first : kChunk);
+      for (int j = 0; j < n; ++j) {
+        x[j] = args_.input + (first + j) * args_.input_stride;
+        h[j] = resets(d, first + j) ? zeros_.get() : args_.states[0] + (d * batch_ + first + j) * hidden_;
+      }
+      product_chunk<T>(of_x.matrix, columns, of_x.first, width, x, n, false, sums, of_h.matrix.data, nothing);
+      move_apart<T, kGates, Cell::kApart>(sums, n);
+      product_chunk<T>(of_h.matrix, columns, of_h.first, width, h, n, true, sums, of_h.matrix.data, nothing);
+      for (int j = 0; j < n; ++j) {
+        for (Index u = 0; u < count; ++u) point(d, first + j, v + u, h[j], sums + j * kGroup + u * kGates);
+      }
+    }
+  }
+
+  void point(Index d, Index row, Index v, const T* h, const Vec<T>* sums) const {
+    const Index unit = v * kLanes<T>;
+    with_io<T>(hidden_, v, [&](auto io, Index) {
+      ForwardPoint<T> p;
+      p.gates_x = nullptr;
+      p.tape = args_.tape ? args_.tape.at(row, d) + unit : nullptr;
+      p.hidden = hidden_;
+      p.bias = args_.bias ? args_.bias + d * kBias<Cell> * hidden_ + unit : nullptr;
+      p.h_previous = h + unit;
+      p.c = Cell::kHasC ? args_.states[1] + (d * batch_ + row) * hidden_ + unit : nullptr;
+      p.reset = resets(d, row);
+      p.keep = args_.keep;
+      p.h = args_.out.at(row, d) + unit;
+      Cell::forward(io, sums, p);
+      if (Cell::kHasC && args_.cells) io.store(args_.cells.at(row, d) + unit, io.load(p.c));
+    });
+  }
+
+  const ForwardArgs<T>& args_;
+  const Index hidden_, batch_, rows_;
+  const Buffer<T> zeros_;
+};
+
+template <class Cell, class T>
+void step(const ForwardArgs<T>& args) {
+  if (args.sizes.steps.batch) Step<Cell, T>(args).run();
 }
 
 }  // namespace FUSED_RNN_ISA

@@ -7,12 +7,10 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -37,23 +35,26 @@ inline std::string text(const Shape& shape) {
   return s + ")";
 }
 
-enum class Dtype { kFloat32, kFloat64, kInt64, kBool, kOther };
+enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kInt64, kBool, kOther };
 
 template <class T>
 constexpr Dtype dtype_of() {
   if constexpr (std::is_same_v<T, float>) return Dtype::kFloat32;
   if constexpr (std::is_same_v<T, double>) return Dtype::kFloat64;
+  if constexpr (std::is_same_v<T, BFloat16>) return Dtype::kBFloat16;
+  if constexpr (std::is_same_v<T, Float16>) return Dtype::kFloat16;
   if constexpr (std::is_same_v<T, std::int64_t>) return Dtype::kInt64;
   if constexpr (std::is_same_v<T, bool>) return Dtype::kBool;
 }
 
 inline const char* dtype_name(Dtype dtype) {
-  constexpr const char* names[] = {"torch.float32", "torch.float64", "torch.int64", "torch.bool", "another"};
+  constexpr const char* names[] = {"torch.float32", "torch.float64", "torch.bfloat16", "torch.float16",
+                                   "torch.int64",   "torch.bool",    "another"};
   return names[static_cast<int>(dtype)];
 }
 
 inline Index dtype_bytes(Dtype dtype) {
-  constexpr Index bytes[] = {4, 8, 8, 1, 0};
+  constexpr Index bytes[] = {4, 8, 2, 2, 8, 1, 0};
   return bytes[static_cast<int>(dtype)];
 }
 
@@ -66,9 +67,6 @@ class Tensor {
 
   explicit Tensor(py::handle tensor) {
     const Names& names = Names::get();
-    if (method(tensor, names.is_neg).cast<bool>()) {
-      throw py::value_error("expected a tensor whose memory holds its numbers, got a view with the other sign");
-    }
     if (!read(names, tensor)) ask(names, tensor);
     if (!data_ && size()) {
       throw std::runtime_error("expected a tensor with memory of its own, got a " +
@@ -78,33 +76,14 @@ class Tensor {
     }
   }
 
+  // Whether the memory holds the numbers with the other sign, as that of z.conj().imag does.
+  static bool is_negated(py::handle tensor) { return method(tensor, Names::get().is_neg).ptr() == Py_True; }
+
   // Whether an object is a torch.Tensor or a torch.nn.Parameter, and not of a class derived from them.
   static bool is_plain(py::handle object) {
     const Names& names = Names::get();
     const void* type = Py_TYPE(object.ptr());
     return type == names.tensor.ptr() || type == names.parameter.ptr();
-  }
-
-  static bool is_tensor(py::handle object) {
-    return PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(Names::get().tensor.ptr()));
-  }
-
-  // The same memory without an axis of one element.
-  Tensor without(int axis) const {
-    Tensor rest = *this;
-    --rest.dimensions_;
-    for (int i = axis; i < rest.dimensions_; ++i) {
-      rest.shape_[i] = shape_[i + 1];
-      rest.strides_[i] = strides_[i + 1];
-    }
-    return rest;
-  }
-  // One entry of the first axis, which stays.
-  Tensor at(Index place) const {
-    Tensor one = *this;
-    one.shape_[0] = 1;
-    one.data_ = static_cast<char*>(data_) + place * strides_[0] * dtype_bytes(dtype_);
-    return one;
   }
 
   Dtype dtype() const { return dtype_; }
@@ -118,7 +97,9 @@ class Tensor {
     for (int i = 0; i < dimensions_; ++i) product *= shape_[i];
     return product;
   }
+  // A tensor without elements may have any strides.
   bool contiguous() const {
+    if (!size()) return true;
     Index expected = 1;
     for (int i = dimensions_; i-- > 0;) {
       if (shape_[i] > 1 && strides_[i] != expected) return false;
@@ -129,14 +110,6 @@ class Tensor {
   template <class T>
   T* data() const {
     return static_cast<T*>(data_);
-  }
-  // From the first byte to behind the last.
-  std::pair<const char*, const char*> span() const {
-    const char* begin = static_cast<const char*>(data_);
-    if (!size()) return {begin, begin};
-    Index elements = 1;
-    for (int i = 0; i < dimensions_; ++i) elements += (shape_[i] - 1) * strides_[i];
-    return {begin, begin + elements * dtype_bytes(dtype_)};
   }
 
  private:
@@ -152,7 +125,8 @@ class Tensor {
       const py::module_ torch = py::module_::import("torch");
       tensor = torch.attr("Tensor");
       parameter = torch.attr("nn").attr("Parameter");
-      dtypes = {torch.attr("float32"), torch.attr("float64"), torch.attr("int64"), torch.attr("bool")};
+      dtypes = {torch.attr("float32"), torch.attr("float64"), torch.attr("bfloat16"),
+                torch.attr("float16"), torch.attr("int64"),   torch.attr("bool")};
       const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
       if (!PyCapsule_IsValid(capsule.ptr(), dlpack::kCapsule)) return;
       const auto* table = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsule));
@@ -183,12 +157,14 @@ class Tensor {
       stride *= shape_[i];
     }
     const auto is = [&](std::uint8_t code, int bits) { return view.dtype.code == code && view.dtype.bits == bits; };
-    dtype_ = view.dtype.lanes != 1    ? Dtype::kOther
-             : is(dlpack::kFloat, 32) ? Dtype::kFloat32
-             : is(dlpack::kFloat, 64) ? Dtype::kFloat64
-             : is(dlpack::kInt, 64)   ? Dtype::kInt64
-             : is(dlpack::kBool, 8)   ? Dtype::kBool
-                                      : Dtype::kOther;
+    dtype_ = view.dtype.lanes != 1     ? Dtype::kOther
+             : is(dlpack::kFloat, 32)  ? Dtype::kFloat32
+             : is(dlpack::kFloat, 64)  ? Dtype::kFloat64
+             : is(dlpack::kBfloat, 16) ? Dtype::kBFloat16
+             : is(dlpack::kFloat, 16)  ? Dtype::kFloat16
+             : is(dlpack::kInt, 64)    ? Dtype::kInt64
+             : is(dlpack::kBool, 8)    ? Dtype::kBool
+                                       : Dtype::kOther;
     data_ = view.data ? static_cast<char*>(view.data) + view.byte_offset : nullptr;
     return true;
   }
@@ -222,124 +198,10 @@ class Tensor {
   std::array<Index, kMostDimensions> shape_{}, strides_{};
 };
 
-using Tensors = std::vector<Tensor>;
-using Optional = std::optional<Tensor>;
-
 inline std::string text(const Tensor& tensor) { return text(tensor.shape()); }
-
-template <class T>
-void check_dtype(const std::string& name, const Tensor& tensor) {
-  if (tensor.dtype() != dtype_of<T>()) refuse(name, dtype_name(dtype_of<T>()), dtype_name(tensor.dtype()));
-}
-
-template <class T>
-void check_shape(const std::string& name, const Tensor& tensor, const Shape& shape) {
-  check_dtype<T>(name, tensor);
-  if (tensor.shape() != shape) refuse(name, "shape " + text(shape), text(tensor));
-}
-
-// A contiguous tensor of the given shape.
-template <class T>
-T* contiguous(const std::string& name, const Tensor& tensor, const Shape& shape) {
-  check_shape<std::remove_const_t<T>>(name, tensor, shape);
-  if (!tensor.contiguous()) refuse(name, "a contiguous tensor", "strides");
-  return tensor.data<T>();
-}
-
-// (rows, D, columns) with contiguous columns.
-template <class T>
-Rows<T> rows(const std::string& name, const Tensor& tensor, Index count, Index recurrences, Index columns) {
-  check_shape<std::remove_const_t<T>>(name, tensor, {count, recurrences, columns});
-  // A tensor without elements may have any strides.
-  if (tensor.size() == 0) return {tensor.data<T>(), columns * recurrences, columns};
-  const Index row = tensor.stride(0), recurrence = tensor.stride(1);
-  if (columns > 1 && tensor.stride(2) != 1) refuse(name, "contiguous columns", "strides");
-  if ((recurrences > 1 && recurrence < columns) || (count > 1 && row < columns)) {
-    refuse(name, "rows that do not overlap", "strides (" + std::to_string(row) + ", " + std::to_string(recurrence) + ")");
-  }
-  return {tensor.data<T>(), row, recurrence};
-}
-
-// One matrix of `name`: rows x columns with contiguous columns; returns its row stride.
-template <class T>
-Index matrix(const std::string& name, const Tensor& tensor, Index row_count, Index columns) {
-  check_shape<T>(name, tensor, {row_count, columns});
-  if (tensor.size() == 0) return columns;
-  if (columns > 1 && tensor.stride(1) != 1) refuse(name, "contiguous rows", "strides");
-  const Index row = tensor.stride(0);
-  if (row_count > 1 && row < columns) refuse(name, "rows that do not overlap", std::to_string(row));
-  return row;
-}
 
 inline void check_dimensions(const std::string& name, const Tensor& tensor, int dimensions) {
   if (tensor.dimensions() != dimensions) refuse(name, std::to_string(dimensions) + " dimensions", text(tensor));
 }
 
-// Memory that a kernel writes while another argument is read must not be part of it.
-inline void check_apart(const std::string& name, const Tensor& a, const std::string& other, const Tensor& b) {
-  const auto [a_begin, a_end] = a.span();
-  const auto [b_begin, b_end] = b.span();
-  if (a_begin < b_end && b_begin < a_end) refuse(name, "memory apart from " + other, "the same memory");
-}
-
-// The steps' rows: within the buffers, sorted, never overlapping.
-struct CheckedSteps {
-  StepRows steps;
-  Index rows;  // that a buffer of all steps has at least
-  std::vector<std::int64_t> batch_sizes, offsets;
-
-  CheckedSteps(Index length, Index batch, const Optional& batch_sizes_tensor, const Optional& offsets_tensor) {
-    if (length < 0) refuse("length", "0 or more", std::to_string(length));
-    if (batch < 0) refuse("batch", "0 or more", std::to_string(batch));
-    steps.length = length;
-    steps.batch = batch;
-    if (batch_sizes_tensor.has_value() != offsets_tensor.has_value()) {
-      throw py::value_error("batch_sizes and offsets: expected both or neither");
-    }
-    if (!batch_sizes_tensor) {
-      if (__builtin_mul_overflow(length, batch, &rows)) throw py::value_error("length * batch overflows");
-      return;
-    }
-    // Copied, so that what was checked is what the kernels read, whoever else holds the tensors.
-    batch_sizes = copy("batch_sizes", *batch_sizes_tensor);
-    offsets = copy("offsets", *offsets_tensor);
-    rows = 0;
-    for (std::size_t t = 0; t < batch_sizes.size(); ++t) {
-      const Index most = t ? batch_sizes[t - 1] : batch;
-      if (batch_sizes[t] < 0 || batch_sizes[t] > most) {
-        refuse("batch_sizes[" + std::to_string(t) + "]", "0 to " + std::to_string(most), std::to_string(batch_sizes[t]));
-      }
-      Index end;
-      if (offsets[t] < rows || __builtin_add_overflow(offsets[t], batch_sizes[t], &end)) {
-        refuse("offsets[" + std::to_string(t) + "]", std::to_string(rows) + " or more", std::to_string(offsets[t]));
-      }
-      rows = end;
-    }
-    steps.batch_sizes = batch_sizes.data();
-    steps.offsets = offsets.data();
-  }
-  CheckedSteps(const CheckedSteps&) = delete;
-
- private:
-  std::vector<std::int64_t> copy(const std::string& name, const Tensor& tensor) const {
-    const std::int64_t* data = contiguous<const std::int64_t>(name, tensor, {steps.length});
-    return std::vector<std::int64_t>(data, data + steps.length);
-  }
-};
-
 }  // namespace fused_rnn
-
-namespace pybind11::detail {
-
-template <>
-struct type_caster<fused_rnn::Tensor> {
-  PYBIND11_TYPE_CASTER(fused_rnn::Tensor, const_name("torch.Tensor"));
-
-  bool load(handle source, bool) {
-    if (!fused_rnn::Tensor::is_tensor(source)) return false;
-    value = fused_rnn::Tensor(source);
-    return true;
-  }
-};
-
-}  // namespace pybind11::detail

@@ -85,6 +85,8 @@ struct Scratch {
   Buffer<const T*> inputs;
   // Room for the panels of one group, where the weight is not in panels; else null.
   T* panels = nullptr;
+  // Whether all rows of the walk are so few that weights in rows are read as they lie.
+  bool as_stored = false;
 };
 
 // Whether buffers with so many columns of T, for every row of all steps, outgrow the caches: only then is it worth the while to
@@ -115,6 +117,9 @@ constexpr Index kUnitVectors = kGates == 1 ? kGroup : 1;
 // rows. The weights then pass by once for all of them, and in between the caches keep those of the recurrence.
 constexpr Index kInputRows = 2 * kChunk;
 static_assert(2 * kMostLooseBatch <= kInputRows);
+
+// So few rows read weights in columns as they are: laying them out takes longer.
+constexpr Index kFewestToLayOut = 4;
 
 // Products of a few steps' inputs that wait for those of the recurrence: kGroup vectors for each row of each group.
 template <class T>
@@ -160,24 +165,70 @@ inline void input_products(const Matrix<T>& w, Index hidden, Range vectors, cons
   }
 }
 
+// As product(), for a few rows times weights whose columns are contiguous: the weights are read row by row, as they lie, and
+// not column by column, which would touch another page with every vector. Sums wait in `room`, a row of them for each row.
+template <class T>
+inline void few_rows_product(const Matrix<T>& w, Index columns, Range vectors, const T* const* rows, Index n, Vec<T>* room) {
+  constexpr int kBlock = 8;
+  const Index count = vectors.size();
+  for (Index i = 0; i < n * count; ++i) room[i] = Vec<T>{};
+  const auto row_at = [&](Index k) {
+    const Index row = k + w.first;
+    return w.data + (row < w.inner ? row : row - w.inner) * w.stride;
+  };
+  const auto take = [&](Index k, auto block) {
+    constexpr int kRows = decltype(block)::value;
+    const T* from[kRows];
+    for (int i = 0; i < kRows; ++i) from[i] = row_at(k + i);
+    for (Index v = 0; v < count; ++v) {
+      with_io<T>(columns, vectors.begin + v, [&](auto io, Index at) {
+        Vec<T> weights[kRows];
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) weights[i] = io.load(from[i] + at * kLanes<T>);
+        for (Index j = 0; j < n; ++j) {
+          Vec<T> sum = room[j * count + v];
+#pragma GCC unroll 8
+          for (int i = 0; i < kRows; ++i) sum += broadcast<T>(rows[j][k + i]) * weights[i];
+          room[j * count + v] = sum;
+        }
+      });
+    }
+  };
+  Index k = 0;
+  for (; k + kBlock <= w.inner; k += kBlock) take(k, std::integral_constant<int, kBlock>{});
+  for (; k < w.inner; ++k) take(k, std::integral_constant<int, 1>{});
+}
+
 // The product of rows `rows` (pointers, one per row; null products where `known` rows end) with the columns `vectors` of
 // `w`, handed to sink(row, v, sums): v is a vector of units, sums its `gates` products.
 // `ahead(row, v)` is called some time before sink(row, v, …), for it to fetch what sink will touch.
 //
 // With `w_inputs`, the rows scratch.inputs times these weights are added, or what is `waiting` of them. `w` may be other than
 // in panels: in columns for few rows, or in any way if scratch has room for panels.
-template <class T, int kGates, int kApart = -1, bool kLoose = false, class Ahead, class Sink>
+template <class T, int kGates, int kApart = -1, class Ahead, class Sink>
 inline void product(const Matrix<T>* w_inputs, const Waiting<T>& waiting, const Matrix<T>& w, Index hidden, Range vectors,
                     Index n, Index known, Scratch<T>& scratch, Ahead&& ahead, Sink&& sink) {
   constexpr Index kVectors = kUnitVectors<kGates>;
   const Index groups = vectors_of(vectors.size(), kVectors);
+  if constexpr (kGates == 1) {
+    if (scratch.as_stored && scratch.panels && w.layout == Layout::kRows) {
+      Vec<T>* const sums = reinterpret_cast<Vec<T>*>(scratch.panels);
+      few_rows_product<T>(w, hidden, vectors, scratch.rows.get(), known, sums);
+      const Vec<T> zero{};
+      for (Index j = 0; j < n; ++j) {
+        for (Index v = 0; v < vectors.size(); ++v) {
+          sink(j, vectors.begin + v, j < known ? sums + j * vectors.size() + v : &zero);
+        }
+      }
+      return;
+    }
+  }
   for (Index i = 0; i < groups; ++i) {
     const Index group = scratch.descending ? groups - 1 - i : i;
     const Index v = vectors.begin + group * kVectors;
     const Index count = vectors.end - v < kVectors ? vectors.end - v : kVectors;
     const Columns columns = {kGates, hidden};
-    [[maybe_unused]] const Matrix<T> loose =
-        kLoose ? group_of(w, columns, v * kGates, count * kGates, scratch.panels).matrix : Matrix<T>{};
+    const Group<T> of = group_of(w, columns, v * kGates, count * kGates, scratch.panels);
     for (Index row = 0; row < n; row += kChunk) {
       const Index end = n - row < kChunk ? n : row + kChunk;
       // The next chunk reads the same panels again, the next group those beside them, and the next step turns round here.
@@ -198,11 +249,10 @@ inline void product(const Matrix<T>* w_inputs, const Waiting<T>& waiting, const 
           move_apart<T, kGates, kApart>(c, chunk);
           product_chunk<T>(w, columns, v * kGates, width, scratch.rows.get() + row, chunk, true, c,
                            panels_after(*w_inputs, next), [](int) {});
-        } else if constexpr (kLoose) {
-          product_chunk<T>(loose, columns, 0, width, scratch.rows.get() + row, chunk, false, c, scratch.panels, fetch);
         } else {
-          product_chunk<T>(w, columns, v * kGates, width, scratch.rows.get() + row, chunk, waiting.data != nullptr, c,
-                           panels_after(w, next), fetch);
+          const T* after = scratch.panels && !scratch.few ? scratch.panels : panels_after(w, next);
+          product_chunk<T>(of.matrix, columns, of.first, width, scratch.rows.get() + row, chunk, waiting.data != nullptr, c,
+                           after, fetch);
         }
       }
       for (Index i = products * kGroup; i < (end - row) * kGroup; ++i) c[i] = Vec<T>{};

@@ -183,12 +183,42 @@ inline void gradient_tile_of(Index vectors, const T* left, const T* right, Index
   }
 }
 
+// So few rows make an outer product or a few: bound by the writing of d_weight, which is written row by row.
+constexpr Index kFewGradientRows = 4;
+
+template <class T>
+void outer_products(const WeightGradientArgs<T>& p) {
+  const T* x[kFewGradientRows];
+  const Part<T>* part = p.parts;
+  for (Index row = 0, begin = 0; row < p.rows; ++row) {
+    while (row - begin >= part->rows) begin += (part++)->rows;
+    x[row] = part->data + (row - begin) * part->stride;
+  }
+  parallel(threads_for(static_cast<double>(p.outputs) * p.inputs * sizeof(T), p.threads), [&](int rank, int size) {
+    const Range mine = share(p.outputs, size, rank);
+    for (Index m = mine.begin; m < mine.end; ++m) {
+      T d[kFewGradientRows] = {}, bias{};
+      for (Index row = 0; row < p.rows; ++row) bias += d[row] = p.d_gates[row * p.d_gates_stride + m];
+      if (p.d_bias) p.d_bias[m] = p.add ? p.d_bias[m] + bias : bias;
+      T* const to = p.d_weight + m * p.d_weight_stride;
+      for (Index v = 0; v < vectors_of(p.inputs, kLanes<T>); ++v) {
+        with_io<T>(p.inputs, v, [&](auto io, Index) {
+          Vec<T> sum = p.add ? io.load(to + v * kLanes<T>) : Vec<T>{};
+          for (Index row = 0; row < p.rows; ++row) sum += broadcast<T>(d[row]) * io.load(x[row] + v * kLanes<T>);
+          io.store(to + v * kLanes<T>, sum);
+        });
+      }
+    }
+  });
+}
+
 template <class T>
 void weight_gradient(const WeightGradientArgs<T>& p) {
+  if (p.rows <= kFewGradientRows) return outer_products(p);
   const ColumnGroups<T> groups(p.inputs);
   const Index tiles = (p.outputs + kGradientRows - 1) / kGradientRows;
   const Index passes = p.rows ? (p.rows + kDepth - 1) / kDepth : 1;
-  const double work = static_cast<double>(p.rows) * p.outputs * p.inputs / 16 * sizeof(T);
+  const double work = static_cast<double>(p.rows) * p.outputs * (p.inputs + 16) / 16 * sizeof(T);
   parallel(threads_for(work, p.threads), [&](int rank, int size) {
     const Range own = share(tiles, size, rank);
     const Index begin = own.begin * kGradientRows;

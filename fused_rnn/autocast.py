@@ -57,10 +57,10 @@ def dtypes_of(
         return None
     lower = torch.get_autocast_dtype(input.device.type)
     projected = weights[0].hr is not None
-    whole = dense and "c" in cell.states and not projected
-    # h of the simple recurrence is a function of the gates alone; in the others the last state is the one that is mixed in.
-    alone = cell.num_gates == 1
-    wider = lower if input.device.type != "cpu" or alone or whole else torch.promote_types(lower, states[-1].dtype)
+    in_one_piece = dense and cell.in_one_piece and not projected
+    # Where the new states are functions of the gates alone, no old one is mixed in; else it is the last state that is.
+    alone = cell.cell_state is None and not cell.direct
+    wider = lower if input.device.type != "cpu" or alone or in_one_piece else torch.promote_types(lower, states[-1].dtype)
     return (lower if projected else wider, wider)[: len(states)]
 
 

@@ -1,4 +1,4 @@
-"""One autograd Function for every cell and backend."""
+"""Eager calls of a layer, and one autograd Function for every cell and backend."""
 
 from __future__ import annotations
 
@@ -10,82 +10,131 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fused_rnn import autocast, batching, derivatives, dispatch, gradients, operators, reference
-from fused_rnn import layer as layers
+from fused_rnn import autocast, batching, derivatives, dispatch, operators
 from fused_rnn.batching import BackwardCall
-from fused_rnn.cells import Cell, Weights, split
+from fused_rnn.cells import Cell, Weights
 from fused_rnn.derivatives import transformed
-from fused_rnn.gradients import WeightGradients
-from fused_rnn.layer import Layer, States
-from fused_rnn.per_sample import GroupedWeightGradients
+from fused_rnn.protocol import Backend, Layer, LayerCall, LayerResult, OutputGradients, States
 from fused_rnn.steps import Steps, unwrapped
 
 # Places of the biases in Weights.
 _BIAS_IH, _BIAS_HH = Weights._fields.index("bias_ih"), Weights._fields.index("bias_hh")
 _NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
 
+# out, the states after the walk, and c of every step where it is asked for.
+Outputs = tuple[Tensor, States, Tensor | None]
+
 
 def layer(
     cell: Cell,
     input: Tensor,
     steps: Steps,
-    states: States,
-    weights: tuple[Weights, ...],
+    states: States | None,
+    weights: Sequence[Weights],
     reverse: tuple[bool, ...],
     reset: Tensor | None = None,
     cell_states: bool = False,
-) -> tuple[Tensor, States]:
+    step: bool = False,
+    backend: Backend | None = None,
+) -> Outputs:
     """Compute one layer with the fused kernels; by way of operators where torch traces the call (``fused_rnn.operators``).
 
     Args:
-        cell: which cell.
-        input: the rows of all steps without gaps, (R, I).
-        steps: which rows a step works on.
-        states: the states before the walk, h (D, N, P) and for the LSTM c (D, N, H).
-        weights: the parameters of each of the D directions.
-        reverse: for each direction, whether it walks from the last step to the first.
-        reset: (R,) bool: where set, the row's states are zero before that step. None for nowhere.
-        cell_states: whether c of every step is wanted; for a cell that has one.
+        cell, steps, reverse, cell_states, step: as in ``fused_rnn.protocol.Layer``.
+        input, states, weights, reset: as in ``fused_rnn.protocol.LayerCall``.
+        backend: of an eager call, as ``eager_backend`` found it; None to have it chosen here.
 
     Returns:
-        out (R, D·P), and the states after the walk, in the shapes of ``states``. With ``cell_states``, c of every step,
-        (R, D·H), follows the states.
+        out, the states after the walk, and c of every step or None, as in ``fused_rnn.protocol.LayerResult``.
 
     Raises:
-        RuntimeError, NotImplementedError: if no backend can run; see ``fused_rnn.dispatch.kernels``.
+        RuntimeError, NotImplementedError: if no backend can run; see ``fused_rnn.dispatch.choose``.
     """
+    if backend is not None:
+        return _eager(LayerCall(Layer(cell, backend, steps, reverse, cell_states, step), input, states, weights, reset))
+    weight = weights[0].hh
     if forward_ad._current_level >= 0 and torch._C._len_torch_dispatch_stack() > 0:
         # torch.func.linearize traces the tangents: it has to see operations of torch.
-        return reference.layer(cell, input, steps, states, weights, reverse, reset, cell_states)
-    if operators.traced(input, weights[0].hh):
-        return operators.layer(cell, input, steps, states, weights, reverse, reset, cell_states)
-    if input.is_meta or input.numel() == 0 or weights[0].hh.numel() == 0:
+        return derivatives.plain(cell, input, steps, states, weights, reverse, reset, cell_states, step)
+    if operators.traced(input, weight):
+        return operators.layer(cell, input, steps, states, weights, reverse, reset, cell_states, step)
+    if input.is_meta or input.numel() == 0 or weight.numel() == 0:
         # Shapes alone, or no row, no feature, no hidden unit: nothing for a kernel, but a graph that gradients flow through.
-        return reference.layer(cell, input, steps, states, weights, reverse, reset, cell_states)
-    call = Layer(cell, dispatch.kernels(cell, input.device), steps, reverse, cell_states)
-    tensors: list[Tensor | None] = [input, *states]
-    for weight in weights:
-        tensors += weight
-    recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    if not recorded and not transformed():
-        out, ends, _ = layers.forward(call, input, states, weights, reset, keep=False)
-        return out, ends
-    out, *rest = _applied(_Layer, call, reset, *tensors)
-    return out, tuple(rest[: len(states) + cell_states])
+        return derivatives.plain(cell, input, steps, states, weights, reverse, reset, cell_states, step)
+    backend = dispatch.choose(input.device)
+    call = LayerCall(Layer(cell, backend, steps, reverse, cell_states, step), input, states, weights, reset)
+    if not transformed():
+        return _eager(call)
+    dispatch.check_supported(call)
+    out, *rest, _ = _applied(_Layer, call.layer, reset, *call.operands())
+    cells = rest.pop() if cell_states else None
+    return out, tuple(rest), cells
+
+
+def eager_backend(input: Tensor, weight: Tensor) -> Backend | None:
+    """The backend of a call that nothing but its kernels is to see, and that has work for them; None for any other."""
+    if operators.traced(input, weight) or transformed() or torch._C._is_any_autocast_enabled():
+        return None
+    if input.is_meta or input.numel() == 0 or weight.numel() == 0:
+        return None
+    return dispatch.choose(input.device)
+
+
+def _eager(call: LayerCall) -> Outputs:
+    """Run the backend's kernels, and record the call where a gradient is to flow through it."""
+    layer = call.layer
+    backend = layer.backend
+    if not backend.checks:
+        dispatch.check_supported(call)
+    if torch.is_grad_enabled():
+        operands = call.operands()
+        for operand in operands:
+            if operand is not None and operand.requires_grad:
+                result = backend.forward(call, True)
+                # As _Recorded.apply, without binding the arguments to the forward's signature: all of them come by position.
+                apply = super(torch.autograd.Function, _Recorded).apply
+                out, *rest = apply(layer, result, call.reset, *operands)  # type: ignore[no-untyped-call]
+                cells = rest.pop() if layer.cell_states else None
+                return out, tuple(rest), cells
+    return backend.forward(call, False)[:3]
+
+
+def layer_in_autocast(
+    as_dense: bool,
+    cell: Cell,
+    rows: Tensor,
+    steps: Steps,
+    states: States,
+    weights: Sequence[Weights],
+    reverse: tuple[bool, ...],
+    reset: Tensor | None = None,
+    cell_states: bool = False,
+    step: bool = False,
+    backend: None = None,
+) -> Outputs:
+    """As ``layer``, with the dtypes that torch.nn has under torch.autocast.
+
+    Args:
+        as_dense: whether torch.nn would take dense ``steps`` for a dense batch, which it computes in other dtypes: not the step
+            of a cell, and not a batch with lengths, whose dtypes must not depend on whether all of them are full.
+    """
+    dtypes = autocast.dtypes_of(cell, rows, states, weights, steps.dense and as_dense)
+    if dtypes is None:
+        return layer(cell, rows, steps, states, weights, reverse, reset, cell_states, step)
+    wider = dtypes[-1]
+    rows, states, weights = rows.to(wider), tuple([state.to(wider) for state in states]), autocast.cast(weights, wider)
+    with torch.autocast(rows.device.type, enabled=False):
+        out, ends, cells = layer(cell, rows, steps, states, weights, reverse, reset, cell_states, step)
+    # c of every step has the last state's dtype already.
+    ends = tuple([end.to(dtype) for end, dtype in zip(ends, dtypes[step:], strict=True)])
+    return out.to(dtypes[0]), ends, cells
 
 
 def _applied(function: type[torch.autograd.Function], call: Layer | BackwardCall, *operands: Tensor | None) -> tuple[Any, ...]:
-    """As ``function.apply``, without binding the arguments to the forward's signature: all of them come by position.
-
-    That takes longer than the kernels of a small layer. Under a transform, where time goes elsewhere, it is left to torch.
-    """
-    results: tuple[Any, ...]
-    if torch._C._are_functorch_transforms_active():
-        results = function.apply(call, *operands)  # type: ignore[no-untyped-call]
-        return results
-    # A tensor may have left a transform that has ended.
-    alive = [None if operand is None else torch._C._functorch.unwrap_if_dead(operand) for operand in operands]
-    results = super(torch.autograd.Function, function).apply(call, *alive)  # type: ignore[misc]
+    """As ``function.apply``; a tensor may have left a transform that has ended."""
+    if not torch._C._are_functorch_transforms_active():
+        operands = tuple([None if each is None else torch._C._functorch.unwrap_if_dead(each) for each in operands])
+    results: tuple[Any, ...] = function.apply(call, *operands)  # type: ignore[no-untyped-call]
     return results
 
 
@@ -139,84 +188,118 @@ class Kept:
             tensors[place] = bias
 
 
-class _Layer(torch.autograd.Function):
-    """A layer: fused in both directions, mapped by ``batching``, with the tangents of ``derivatives``."""
+class _Recorded(torch.autograd.Function):
+    """A layer that an eager call has computed: what its backward needs is kept, and the results join the graph."""
 
     @staticmethod
-    def forward(call: Layer, reset: Tensor | None, *tensors: Tensor | None) -> tuple[Any, ...]:
-        input, states, weights = split(call.cell, tensors)
-        out, ends, tape = layers.forward(call, input, states, weights, reset, keep=True)
-        return (out, *ends, tape)
+    def forward(ctx: Any, layer: Layer, result: LayerResult, reset: Tensor | None, *operands: Tensor | None) -> tuple[Any, ...]:
+        _keep(ctx, layer, reset, operands, result.out, result.tape, inside_transform=False)
+        if result.cell_states is None:
+            return (result.out, *result.states)
+        return (result.out, *result.states, result.cell_states)
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
+        return (None, None, None, *_back(ctx, d_outputs, ctx.needs_input_grad[3:]))
+
+
+class _Layer(torch.autograd.Function):
+    """A layer under a transform: mapped by ``batching``, with the tangents of ``derivatives``. The tape is an output too."""
+
+    @staticmethod
+    def forward(layer: Layer, reset: Tensor | None, *operands: Tensor | None) -> tuple[Any, ...]:
+        out, ends, cells, tape = layer.backend.forward(LayerCall.of(layer, operands, reset), True)
+        return (out, *ends, *((cells,) if layer.cell_states else ()), tape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        call, reset, *tensors = inputs
-        out, tape = output[0], output[-1]
+        layer, reset, *operands = inputs
+        tape = output[-1]
         if tape is not None:
             ctx.mark_non_differentiable(tape)
-        # Absent gradients stay None: a zero tensor the size of the output would be read for nothing.
-        ctx.set_materialize_grads(False)
-        ctx.call = call
         inside_transform = transformed()
         if inside_transform:
-            ctx.save_for_forward(reset, *tensors)
-        ctx.kept = kept = Kept(out, call.cell, tensors, inside_transform)
-        for place, _, _ in kept.biases:
-            tensors[place] = None
-        # The data alone: without a graph, and without the output's count of changes.
-        ctx.save_for_backward(reset, out.data, tape, *tensors)
+            ctx.save_for_forward(reset, *operands)
+        _keep(ctx, layer, reset, operands, output[0], tape, inside_transform)
 
     @staticmethod
-    @autocast.without
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
-        mapped = batching.through_vmap(partial(_Layer.backward, ctx), d_outputs)
-        if mapped is not None:
-            return mapped
-        reset, out, tape, *tensors = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[2:]
-        return (None, None, *layer_backward(ctx.call, ctx.kept, reset, out, tape, tensors, d_outputs[:-1], wanted))
+        return (None, None, *_back(ctx, d_outputs[:-1], ctx.needs_input_grad[2:]))
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
-        reset, *tensors = ctx.saved_tensors
-        return derivatives.tangents(lambda: (*derivatives.layer(ctx.call, reset, tensors), None), tensors[0].dtype)
+        reset, *operands = ctx.saved_tensors
+        return derivatives.tangents(lambda: (*derivatives.layer(ctx.layer, reset, operands), None), operands[0].dtype)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], call: Layer, *operands: Any) -> tuple[Any, Any]:
-        return batching.layer_rule(_Layer.apply, info.batch_size, in_dims, call, operands)
+    def vmap(info: Any, in_dims: tuple[Any, ...], layer: Layer, *operands: Any) -> tuple[Any, Any]:
+        return batching.layer_rule(_Layer.apply, info.batch_size, in_dims, layer, operands)
 
 
-def layer_backward(
-    call: Layer,
-    kept: Kept,
+def _keep(
+    ctx: Any,
+    layer: Layer,
     reset: Tensor | None,
+    operands: Sequence[Tensor | None],
     out: Tensor,
     tape: Tensor | None,
-    tensors: list[Any],
-    d_outputs: Sequence[Tensor | None],
-    wanted: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Compute a layer's gradients in the backward of an autograd Function, with a graph where one is asked for.
+    inside_transform: bool,
+) -> None:
+    """Keep what the backward needs."""
+    # Absent gradients stay None: a zero tensor the size of the output would be read for nothing.
+    ctx.set_materialize_grads(False)
+    ctx.layer = layer
+    ctx.kept = kept = Kept(out, layer.cell, operands, inside_transform)
+    saved = list(operands)
+    for place, _, _ in kept.biases:
+        saved[place] = None
+    # The data alone: without a graph, and without the output's count of changes.
+    ctx.save_for_backward(reset, out.data, tape, *saved)
+
+
+def _back(ctx: Any, d_outputs: Sequence[Tensor | None], wanted: tuple[bool, ...]) -> Sequence[Tensor | None]:
+    """The gradients of a layer's operands, with a graph where one is asked for.
 
     Args:
-        reset, out, tape: as the forward had and left them.
-        tensors: input, states and weights; of the biases, only those that ``kept`` has not.
-        d_outputs: the gradients of out and of what comes after it.
-        wanted: for each of ``tensors``, whether its gradient is.
+        d_outputs: the gradients of out and of what comes after it, but for the tape.
+        wanted: for each of the operands, whether its gradient is.
     """
-    changed = kept.output_changed()
-    differentiable = torch.is_grad_enabled() or transformed()
+    # Once: hooks of saved tensors may give each away, and non-reentrant checkpoints refuse to be asked twice.
+    saved, kept = ctx.saved_tensors, ctx.kept
+    if (
+        torch.is_grad_enabled()
+        or kept.inside_transform
+        or kept.output_changed()
+        or transformed()
+        or torch._C._is_any_autocast_enabled()
+        or batching.mapped_by_autograd(d_outputs)
+    ):
+        return _back_in_general(ctx, saved, d_outputs, wanted)
+    reset, out, tape, *operands = saved
+    return _gradients(ctx.layer, wanted, None, reset, out, tape, d_outputs, operands)
+
+
+@autocast.without
+def _back_in_general(
+    ctx: Any, saved: Sequence[Any], d_outputs: Sequence[Tensor | None], wanted: tuple[bool, ...]
+) -> Sequence[Tensor | None]:
+    mapped = batching.through_vmap(lambda *grads: _back_in_general(ctx, saved, grads, wanted), d_outputs)
+    if mapped is not None:
+        return mapped
+    layer, kept = ctx.layer, ctx.kept
+    reset, out, tape, *operands = saved
+    changed, differentiable = kept.output_changed(), torch.is_grad_enabled() or transformed()
     if changed or differentiable:
-        kept.put_biases(tensors)
+        kept.put_biases(operands)
     if changed:
         with torch.no_grad():
-            out, *_ = _applied(_Layer, call, reset, *tensors)
+            out, *_ = _applied(_Layer, layer, reset, *operands)
     if differentiable:
-        return _applied(_Backward, BackwardCall(call, wanted), reset, out, tape, *d_outputs, *tensors)
+        return _applied(_Backward, BackwardCall(layer, wanted), reset, out, tape, *d_outputs, *operands)
     if kept.inside_transform:
         # A pullback of torch.func.vjp that is called after it holds wrappers of a transform that has ended.
-        reset, out, tape, *tensors = _unwrapped((reset, out, tape, *tensors))
-    return _gradients(BackwardCall(call, wanted), reset, out, tape, _unwrapped(d_outputs), tensors)
+        reset, out, tape, *operands = _unwrapped((reset, out, tape, *operands))
+    return _gradients(layer, wanted, None, reset, out, tape, _unwrapped(d_outputs), operands)
 
 
 class _Backward(torch.autograd.Function):
@@ -230,7 +313,7 @@ class _Backward(torch.autograd.Function):
     def forward(
         call: BackwardCall, reset: Tensor | None, out: Tensor, tape: Tensor | None, *rest: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        return _gradients(call, reset, out, tape, *_cut(call, rest))
+        return tuple(_gradients(call.layer, call.wanted, call.groups, reset, out, tape, *_cut(call, rest)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -267,22 +350,20 @@ def _unwrapped(operands: Sequence[Any]) -> list[Any]:
 
 
 def _gradients(
-    call: BackwardCall,
+    layer: Layer,
+    wanted: Sequence[bool],
+    groups: int | None,
     reset: Tensor | None,
     out: Tensor,
     tape: Tensor | None,
     d_outputs: Sequence[Tensor | None],
     tensors: Sequence[Any],
-) -> tuple[Tensor | None, ...]:
-    """What ``_Backward`` computes: the gradients of ``tensors``, None where they are not wanted."""
-    layer, collect = call.layer, WeightGradients if call.groups is None else partial(GroupedWeightGradients, call.groups)
-    input, states, weights = split(layer.cell, tensors)
-    input_wanted, states_wanted, weights_wanted = split(layer.cell, call.wanted)
-    grads = gradients.backward(
-        layer, input, states, weights, reset, out, tape, d_outputs[0], d_outputs[1:], input_wanted, weights_wanted, collect
-    )
-    d_states = [grad if asked else None for grad, asked in zip(grads.states, states_wanted, strict=True)]
-    return (grads.input, *d_states, *[grad for weight in grads.weights for grad in weight])
+) -> Sequence[Tensor | None]:
+    """The gradients of ``tensors`` that are wanted, by the backend of the forward."""
+    d_out, *d_states = d_outputs
+    d_cells = d_states.pop() if layer.cell_states else None
+    call = LayerCall.of(layer, tensors, reset)
+    return layer.backend.backward(call, out, tape, OutputGradients(d_out, d_states, d_cells), wanted, groups)
 
 
 def _cut(call: BackwardCall, rest: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:

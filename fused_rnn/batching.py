@@ -1,10 +1,10 @@
 """``torch.func.vmap`` over a layer and over its backward: which fused calls serve a mapped call.
 
 - Mapped input, states or gradients, shared weights: the mapped dimension is folded into the batch, one call with N·B
-  sequences. Of weights' gradients, which are then asked for per member, see ``fused_rnn.per_sample``.
+  sequences. Of weights' gradients, which are then asked for per member, see ``GroupedWeightGradients``.
 - Mapped weights (an ensemble): one call for each member, with its own weights; each as fast as that member alone.
 
-Nested maps meet these rules one after another. Legend as in ``fused_rnn.kernels``; B is the size of the mapped dimension.
+Nested maps meet these rules one after another. Legend as in ``fused_rnn.protocol``; B is the size of the mapped dimension.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from fused_rnn.layer import Layer
+from fused_rnn.protocol import Layer
 
-# What a tensor's dimensions are: ROWS (R, ·), STATES (D, N, ·), and WHOLE for what has no batch.
+# What a tensor's dimensions are: ROWS (R, ·), STATES (D, N, ·) or (T, N, ·), and WHOLE for what has no batch.
 ROWS, STATES, WHOLE = 1, 2, 0
 
 # A backward for many gradients of one forward reads a copy of what the forward kept for each. Members are taken in slices whose
@@ -41,16 +41,25 @@ class BackwardCall:
     groups: int | None = None
 
 
-def _kinds(layer: Layer, count: int) -> list[int]:
-    """What the ``count`` tensors are that a layer is a function of."""
+def kinds_of(layer: Layer, rows: int, count: int) -> list[int]:
+    """What the ``count`` operands are that a layer is a function of.
+
+    Args:
+        rows: what the input is, by ``rows_kind``.
+    """
     states = len(layer.cell.states)
-    return [ROWS] + [STATES] * states + [WHOLE] * (count - 1 - states)
+    return [rows] + [ROWS if layer.step else STATES] * states + [WHOLE] * (count - 1 - states)
 
 
-def _end_kinds(layer: Layer, count: int) -> list[int]:
-    """What the ``count`` results between the output and the tape are: the states, then rows."""
-    states = len(layer.cell.states)
-    return [STATES] * states + [ROWS] * (count - states)
+def output_kinds(layer: Layer, rows: int) -> list[int]:
+    """What the output, the states after the walk and c of every step are."""
+    states = len(layer.cell.states) - layer.step
+    return [rows] + [ROWS if layer.step else STATES] * states + [rows] * layer.cell_states
+
+
+def rows_kind(layer: Layer, input: Any, mapped: bool) -> int:
+    """What the input is: (R, I), or (T, N, I), laid out as states are; with a dimension more where it is ``mapped``."""
+    return STATES if input.dim() - mapped == 3 else ROWS
 
 
 def fold(tensor: Any, dim: int | None, kind: int, size: int) -> Any:
@@ -97,12 +106,13 @@ def layer_rule(
         the results and the mapped dimension of each.
     """
     dims = in_dims[1:]
-    kinds = [ROWS, *_kinds(call, len(operands) - 1)]
+    rows = rows_kind(call, operands[1], dims[1] is not None)
+    kinds = [STATES, *kinds_of(call, rows, len(operands) - 1)]
     if any(dim is not None for dim, kind in zip(dims, kinds, strict=True) if kind == WHOLE):
         return _members(apply, size, call, operands, dims)
     folded = [fold(x, dim, kind, size) for x, dim, kind in zip(operands, dims, kinds, strict=True)]
-    results = apply(replace(call, steps=call.steps.times(size)), *folded)
-    out_kinds = [ROWS, *_end_kinds(call, len(results) - 2), ROWS]
+    results = apply(call._replace(steps=call.steps.times(size)), *folded)
+    out_kinds = [*output_kinds(call, rows), ROWS]
     return (
         tuple(unfold(x, kind, size) for x, kind in zip(results, out_kinds, strict=True)),
         tuple(None if x is None else kind for x, kind in zip(results, out_kinds, strict=True)),
@@ -126,8 +136,10 @@ def backward_rule(
     """
     dims = in_dims[1:]
     count = len(call.wanted)
-    grad_kinds = _kinds(call.layer, count)
-    kinds = [ROWS, ROWS, ROWS, ROWS, *_end_kinds(call.layer, len(operands) - 4 - count), *grad_kinds]
+    first = len(operands) - count
+    row_kind = rows_kind(call.layer, operands[first], dims[first] is not None)
+    grad_kinds = kinds_of(call.layer, row_kind, count)
+    kinds = [STATES, row_kind, ROWS, *output_kinds(call.layer, row_kind), *grad_kinds]
     if any(dim is not None for dim, kind in zip(dims, kinds, strict=True) if kind == WHOLE):
         return _members(apply, size, call, operands, dims)
     weights_wanted = any(asked for asked, kind in zip(call.wanted, grad_kinds, strict=True) if kind == WHOLE)
@@ -137,7 +149,7 @@ def backward_rule(
         part = [x if dim is None else x.narrow(dim, first, n) for x, dim in zip(operands, dims, strict=True)]
         folded = [fold(x, dim, kind, n) for x, dim, kind in zip(part, dims, kinds, strict=True)]
         groups = (call.groups or 1) * n if weights_wanted or call.groups is not None else None
-        layer = replace(call.layer, steps=call.layer.steps.times(n))
+        layer = call.layer._replace(steps=call.layer.steps.times(n))
         grads = apply(replace(call, layer=layer, groups=groups), *folded)
         split = []
         for grad, kind in zip(grads, grad_kinds, strict=True):
@@ -153,6 +165,11 @@ def backward_rule(
         for values, dim in zip(zip(*pieces, strict=True), out_dims, strict=True)
     )
     return results, tuple(None if x is None else dim for x, dim in zip(results, out_dims, strict=True))
+
+
+def mapped_by_autograd(grads: Sequence[Any]) -> bool:
+    """Whether ``torch.autograd.grad`` maps a backward, with ``is_grads_batched``."""
+    return any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
 
 
 def through_vmap(backward: Callable[..., Sequence[Any]], grads: Sequence[Any]) -> tuple[Any, ...] | None:

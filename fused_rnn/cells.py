@@ -1,28 +1,28 @@
 """What a cell is, as data: its gates, its states, what the forward keeps and what the backward emits.
 
-One row per cell. The autograd function, the dispatch table, the modules and the tests read this table; none of them names
-a cell in an ``if``.
+One row per cell. The autograd function, the dispatch table, the modules, the kernels and the tests read this table; none of
+them asks for a cell, or for one of its blocks, by name.
 
 Blocks are ``H`` columns wide. A kernel's row buffers are rows of blocks, in the order given here:
 
-======== =================== ========================== ===========================
-cell     ``gates``           ``tape`` (kept)            ``d_gates`` (emitted)
-======== =================== ========================== ===========================
-rnn_*    h                   h (the output itself)      h
-lstm     i, f, g, o          i, f, g, o, c              i, f, g, o
-gru      r, z, n             r, z, n, hn                hn, r, z, n
-======== =================== ========================== ===========================
+======== =================== ========================== =========================== ======================
+cell     ``gates``           ``tape`` (kept)            ``d_gates`` (emitted)       ``d_hh`` (of weight_hh)
+======== =================== ========================== =========================== ======================
+rnn_*    h                   h (the output itself)      h                           h
+lstm     i, f, g, o          i, f, g, o, c              i, f, g, o                  i, f, g, o
+gru      r, z, n             r, z, n, hn                hn, r, z, n                 r, z, hn
+======== =================== ========================== =========================== ======================
 
-``hn`` is the GRU's recurrent part of the candidate gate, ``W_hn h + b_hn``, before the reset gate multiplies it. Its
-gradient differs from that of ``n``, so ``d_gates`` carries both: the first three blocks belong to ``weight_hh``, the last
-three to ``weight_ih``, and both groups are contiguous columns, which makes each weight gradient one matrix product.
+``hn`` is the GRU's recurrent part of the candidate gate, ``W_hn h + b_hn``, before the reset gate multiplies it: it stays
+``apart``. Its gradient differs from that of ``n``, so ``d_gates`` carries both: the first three blocks belong to ``weight_hh``,
+the last three to ``weight_ih``, and both groups are contiguous columns, which makes each weight gradient one matrix product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -34,12 +34,20 @@ class Cell:
 
     Attributes:
         name: key of the dispatch table and prefix of the kernel functions.
-        mode: torch's name of the same cell (``torch.nn.RNNBase.mode``).
+        mode: torch's name of the same cell (``torch.nn.RNNBase.mode``), or a name for messages where torch has none.
         gates: gate blocks in the order of torch's weights; ``len(gates)`` is G.
-        states: names of the states, ``h`` first.
+        states: names of the states: ``h`` first, and for some cells another one, which no product reads.
         tape: blocks kept for the backward; the first G are where the caller puts ``gates_x``.
-        d_gates: blocks that the backward emits.
+        d_gates: blocks that the backward emits: the part that is ``apart``, then the gates.
+        reads_before: the state before the step that the backward's pointwise part reads, or None.
+        direct: whether h passes from step to step beside the product too: the pointwise part of the forward reads it.
+        apart: the block with the last gate's recurrent part, bias_hh in it, where that does not simply add up with the gate's
+            other sums; else None.
         tape_is_out: the tape is the output: nothing else is kept.
+        forget: the gate that decides how much of the state is kept, whose bias may start with a value of its own; or None.
+        projected: what a projection (``weight_hr``) multiplies, from the blocks of the tape. None: h cannot be projected.
+        in_one_piece: torch.nn runs a dense layer of it on a CPU in one piece (oneDNN), which decides dtypes under autocast.
+        module: the file that holds it in each backend's folder; the name if not given.
     """
 
     name: str
@@ -48,15 +56,47 @@ class Cell:
     states: tuple[str, ...]
     tape: tuple[str, ...]
     d_gates: tuple[str, ...]
-    tape_is_out: bool = False
+    # No defaults for these two: from a wrong guess, kernels would compute wrong numbers and raise nothing.
+    reads_before: str | None = field(kw_only=True)
+    direct: bool = field(kw_only=True)
+    apart: str | None = field(default=None, kw_only=True)
+    tape_is_out: bool = field(default=False, kw_only=True)
+    forget: str | None = field(default=None, kw_only=True)
+    projected: Callable[[Sequence[Tensor]], Tensor] | None = field(default=None, kw_only=True)
+    in_one_piece: bool = field(default=False, kw_only=True)
+    module: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
-        if len(self.tape) < len(self.gates):
-            raise ValueError(f"cell {self.name}: the tape must have room for the {len(self.gates)} gates")
-        if not set(self.gates) <= set(self.d_gates):
-            raise ValueError(f"cell {self.name}: d_gates must hold every gate, got {self.d_gates}")
-        if self.d_gates[-len(self.gates) :] != self.gates:
-            raise ValueError(f"cell {self.name}: the last blocks of d_gates must be the gates in weight order")
+        if not self.module:
+            object.__setattr__(self, "module", self.name)
+        for name in ("gates", "states", "tape", "d_gates"):
+            blocks = getattr(self, name)
+            if not blocks or len(set(blocks)) < len(blocks):
+                self._refuse(name, "one or more names, each once", blocks)
+        gates, states, tape = self.gates, self.states, self.tape
+        if states[0] != "h" or len(states) > 2:
+            self._refuse("states", "'h' and at most one other", states)
+        if tape[: len(gates)] != gates:
+            self._refuse("tape", f"the gates {gates} first, where gates_x arrive", tape)
+        for block in (self.cell_state, self.apart):
+            if block is not None and block not in tape[len(gates) :]:
+                self._refuse("tape", f"{block!r} behind the gates", tape)
+        expected = gates if self.apart is None else (self.apart, *gates)
+        if self.d_gates != expected:
+            self._refuse("d_gates", str(expected), self.d_gates)
+        if self.tape_is_out and (tape != ("h",) or len(states) > 1):
+            self._refuse("tape_is_out", "False, as the tape or the state is not h alone", True)
+        if self.reads_before not in (None, *states):
+            self._refuse("reads_before", f"None or one of the states {states}", self.reads_before)
+        if self.reads_before == "h" and not self.direct:
+            self._refuse("direct", "True, as the backward reads h before the step, so the forward did", False)
+        if self.forget not in (None, *gates):
+            self._refuse("forget", f"None or one of the gates {gates}", self.forget)
+        if self.projected is not None and (self.direct or self.tape_is_out):
+            self._refuse("projected", "None: a projected h has no unit for each of the pointwise part's", self.projected)
+
+    def _refuse(self, field: str, expected: str, got: object) -> NoReturn:
+        raise ValueError(f"cell {self.name}: {field}: expected {expected}, got {got!r}")
 
     @property
     def num_gates(self) -> int:
@@ -64,15 +104,72 @@ class Cell:
         return len(self.gates)
 
     @property
+    def cell_state(self) -> str | None:
+        """The state beside h, which is a block of the tape too, or None: the LSTM's c."""
+        return self.states[1] if len(self.states) > 1 else None
+
+    @property
     def bias(self) -> tuple[str, ...]:
-        """Blocks of the bias that a kernel adds: the gates, and ``hn`` where a part of ``bias_hh`` stays apart."""
-        return (*self.gates, "hn") if "hn" in self.tape else self.gates
+        """Blocks of the bias that a kernel adds: the gates, and what of ``bias_hh`` stays apart from the last one."""
+        return self.gates if self.apart is None else (*self.gates, self.apart)
+
+    @property
+    def d_ih(self) -> tuple[str, ...]:
+        """The blocks of d_gates that belong to weight_ih, in the order of its rows: the last ones."""
+        return self.gates
+
+    @property
+    def d_hh(self) -> tuple[str, ...]:
+        """The blocks of d_gates that belong to weight_hh, in the order of its rows."""
+        return self.gates if self.apart is None else (*self.gates[:-1], self.apart)
+
+    @property
+    def d_hh_groups(self) -> tuple[tuple[str, ...], ...]:
+        """The same in groups of neighbours: each is one product with rows of weight_hh that follow one another."""
+        return (self.gates,) if self.apart is None else (self.gates[:-1], (self.apart,))
+
+    @property
+    def weight_blocks(self) -> tuple[int, ...]:
+        """For each of the first G blocks of d_gates, which carry the gradient back to h, its block of weight_hh's rows."""
+        return tuple(self.d_hh.index(block) for block in self.d_gates[: len(self.gates)])
 
 
-RNN_TANH = Cell("rnn_tanh", "RNN_TANH", ("h",), ("h",), ("h",), ("h",), tape_is_out=True)
-RNN_RELU = Cell("rnn_relu", "RNN_RELU", ("h",), ("h",), ("h",), ("h",), tape_is_out=True)
-LSTM = Cell("lstm", "LSTM", ("i", "f", "g", "o"), ("h", "c"), ("i", "f", "g", "o", "c"), ("i", "f", "g", "o"))
-GRU = Cell("gru", "GRU", ("r", "z", "n"), ("h",), ("r", "z", "n", "hn"), ("hn", "r", "z", "n"))
+def _lstm_before_projection(tape: Sequence[Tensor]) -> Tensor:
+    """The LSTM's o ⊙ tanh(c)."""
+    _, _, _, o, c = tape
+    return o * c.tanh()
+
+
+RNN_TANH = Cell(
+    "rnn_tanh", "RNN_TANH", ("h",), ("h",), ("h",), ("h",), reads_before=None, direct=False, tape_is_out=True, module="rnn"
+)
+RNN_RELU = Cell(
+    "rnn_relu", "RNN_RELU", ("h",), ("h",), ("h",), ("h",), reads_before=None, direct=False, tape_is_out=True, module="rnn"
+)
+LSTM = Cell(
+    "lstm",
+    "LSTM",
+    gates=("i", "f", "g", "o"),
+    states=("h", "c"),
+    tape=("i", "f", "g", "o", "c"),
+    d_gates=("i", "f", "g", "o"),
+    reads_before="c",
+    direct=False,
+    forget="f",
+    projected=_lstm_before_projection,
+    in_one_piece=True,
+)
+GRU = Cell(
+    "gru",
+    "GRU",
+    gates=("r", "z", "n"),
+    states=("h",),
+    tape=("r", "z", "n", "hn"),
+    d_gates=("hn", "r", "z", "n"),
+    reads_before="h",
+    direct=True,
+    apart="hn",
+)
 
 CELLS: dict[str, Cell] = {cell.name: cell for cell in (RNN_TANH, RNN_RELU, LSTM, GRU)}
 
@@ -95,11 +192,10 @@ class Weights(NamedTuple):
     hr: Tensor | None = None
 
 
-def split(cell: Cell, tensors: Sequence[Any]) -> tuple[Any, tuple[Any, ...], tuple[Weights, ...]]:
-    """Split what a layer is a function of, or one value for each of these tensors, into input, states and weights."""
-    first, each = 1 + len(cell.states), len(Weights._fields)
-    weights = [Weights(*tensors[i : i + each]) for i in range(first, len(tensors), each)]
-    return tensors[0], tuple(tensors[1:first]), tuple(weights)
+def initial_states(cell: Cell, like: Tensor, recurrences: int, batch: int, weights: Weights) -> tuple[Tensor, ...]:
+    """Zero states of so many recurrences, (·, N, P) and (·, N, H), in the dtype and on the device of ``like``."""
+    hidden, output = weights.hh.shape[0] // cell.num_gates, weights.hh.shape[1]
+    return tuple([like.new_zeros((recurrences, batch, hidden if i else output)) for i in range(len(cell.states))])
 
 
 def summed_biases(cell: Cell, weights: Sequence[Weights], dtype: torch.dtype) -> Tensor | None:

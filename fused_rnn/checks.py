@@ -131,7 +131,7 @@ def check_weights(cell: Cell, weights: Sequence[Weights], directions: int) -> No
         raise RuntimeError("weight_ih, weight_hh and weight_hr must have 2 dimensions")
     if first.hr is None:
         projected = hidden = first.hh.shape[1]
-    elif "c" in cell.states:
+    elif cell.projected is not None:
         projected, hidden = first.hr.shape
     else:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
@@ -160,6 +160,24 @@ def _raise_weight_shape(weight: Weights, expected: tuple[tuple[int, ...] | None,
         if got != shape and not (got is None and field.startswith("bias")):
             name = field if field.startswith("bias") else f"weight_{field}"
             raise RuntimeError(f"{name} of layer {layer}, direction {direction}: expected shape {shape}, got {got}")
+
+
+def check_layers(
+    cell: Cell, rows: Tensor, weights: Sequence[Weights], directions: int, states: Sequence[Tensor] | None, batch: int
+) -> None:
+    """Check the weights of all layers and the initial states, (L·D, N, ·) each, against each other and against the input.
+
+    Raises: as ``check_weights``, ``check_state_sizes`` and ``check_same``.
+    """
+    check_weights(cell, weights, directions)
+    if states is not None:
+        hh, hr = weights[0].hh, weights[0].hr
+        hidden = hh.shape[1] if hr is None else hr.shape[1]
+        sizes = [(len(weights), batch, hh.shape[1] if name == "h" else hidden) for name in cell.states]
+        check_state_sizes(states, sizes)
+        check_same(rows, "hidden", states)
+    for weight in weights:
+        check_same(rows, "parameter", weight)
 
 
 def check_batch_sizes_shape(batch_sizes: Tensor) -> None:
@@ -224,6 +242,7 @@ def check_cell(cell: Cell, input: Tensor, states: Sequence[Tensor], weights: Wei
                 f"but got {_dtype_name(tensor.dtype)} and {_dtype_name(weights.ih.dtype)}"
             )
     check_dtype(input)
+    check_weights(cell, (weights,), 1)
 
 
 def check_lengths(lengths: object, batch: int, batched: bool, input: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fused_rnn import batching, reference
-from fused_rnn.batching import ROWS, STATES, WHOLE, BackwardCall
-from fused_rnn.cells import split
-from fused_rnn.layer import COMPUTE, Layer
+from fused_rnn.batching import STATES, WHOLE, BackwardCall, kinds_of, output_kinds, rows_kind
+from fused_rnn.cells import Cell, Weights, initial_states
+from fused_rnn.protocol import COMPUTE, Layer, LayerCall, States
+from fused_rnn.steps import Steps
 
 
 def transformed() -> bool:
@@ -61,13 +62,45 @@ def _replaced(tensors: Sequence[Any], places: Sequence[int], values: Sequence[An
     return replaced
 
 
-def layer(call: Layer, reset: Tensor | None, tensors: Sequence[Any]) -> tuple[Tensor, ...]:
-    """A layer's output and states, in the dtype that the kernels compute in."""
-    dtype = COMPUTE[tensors[0].dtype]
-    computed = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
-    input, states, weights = split(call.cell, computed)
-    out, ends = reference.layer(call.cell, input, call.steps, states, weights, call.reverse, reset, call.cell_states)
-    return (out, *ends)
+def plain(
+    cell: Cell,
+    input: Tensor,
+    steps: Steps,
+    states: States | None,
+    weights: Sequence[Weights],
+    reverse: tuple[bool, ...],
+    reset: Tensor | None,
+    cell_states: bool,
+    step: bool,
+) -> tuple[Tensor, States, Tensor | None]:
+    """As ``fused_rnn.autograd.layer``, in differentiable torch."""
+    if states is None:
+        states = initial_states(cell, input, len(weights), steps.batch, weights[0])
+    elif step:
+        states = tuple(state.unsqueeze(0) for state in states)
+    leading = input.shape[:-1]
+    rows = input.flatten(0, 1) if len(leading) > 1 else input
+    out, ends = reference.layer(cell, rows, steps, states, tuple(weights), reverse, reset, cell_states)
+    cells = None
+    if cell_states:
+        *rest, cells = ends
+        ends = tuple(rest)
+    if step:
+        ends = tuple(end.squeeze(0) for end in ends[1:])
+    if len(leading) > 1:
+        out = out.view(*leading, out.shape[1])
+        cells = None if cells is None else cells.view(*leading, cells.shape[1])
+    return out, ends, cells
+
+
+def layer(call: Layer, reset: Tensor | None, operands: Sequence[Any]) -> tuple[Tensor, ...]:
+    """A layer's output and states, and c of every step where it is asked for, in the dtype that the kernels compute in."""
+    dtype = COMPUTE[operands[0].dtype]
+    computed = [None if tensor is None else tensor.to(dtype) for tensor in operands]
+    cell, _, steps, reverse, cell_states, step = call
+    _, input, states, weights, _ = LayerCall.of(call, computed, reset)
+    out, ends, cells = plain(cell, input, steps, states, weights, reverse, reset, cell_states, step)
+    return (out, *ends) if cells is None else (out, *ends, cells)
 
 
 def backward(
@@ -98,12 +131,11 @@ def _grouped(
 ) -> list[Tensor | None]:
     """``backward`` with the gradients of the weights for each group."""
     groups = call.groups or 1
-    single = BackwardCall(replace(call.layer, steps=call.layer.steps.divided(groups)), call.wanted)
-    states = len(call.layer.cell.states)
-    kinds = [ROWS] + [STATES] * states + [WHOLE] * (len(tensors) - 1 - states)
-    d_kinds = [ROWS] + [STATES] * states + [ROWS] * (len(d_outputs) - 1 - states)
+    single = BackwardCall(call.layer._replace(steps=call.layer.steps.divided(groups)), call.wanted)
+    rows = rows_kind(call.layer, tensors[0], False)
+    kinds = kinds_of(call.layer, rows, len(tensors))
     operands = [reset, *d_outputs, *tensors]
-    operand_kinds = [ROWS, *d_kinds, *kinds]
+    operand_kinds = [STATES, *output_kinds(call.layer, rows), *kinds]
     mapped = [i for i, (x, kind) in enumerate(zip(operands, operand_kinds, strict=True)) if x is not None and kind != WHOLE]
     asked = [i for i, flag in enumerate(call.wanted) if flag]
 

@@ -1,4 +1,4 @@
-"""One table (cell, backend) -> kernels: chooses by device, explains, raises."""
+"""The backends that there are: chooses one by device, explains, raises."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,27 +15,7 @@ from typing import Any
 import torch
 
 from fused_rnn import processes
-from fused_rnn.cells import CELLS, Cell
-from fused_rnn.kernels import multiply, project, weight_gradient
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """The functions of one cell on one backend (contract: ``fused_rnn.kernels``)."""
-
-    backend: str
-    pack: Callable[..., Any]
-    forward: Callable[..., None]
-    backward: Callable[..., None]
-    project: Callable[..., None]
-    step: Callable[..., Any] | None
-    layer_forward: Callable[..., Any] | None
-    layer_backward: Callable[..., Any] | None
-    takes_input: Callable[..., bool] | None
-    weight_gradient: Callable[..., None]
-    multiply: Callable[..., None]
-    whole_forward: Callable[..., Any] | None
-    whole_backward: Callable[..., Any] | None
+from fused_rnn.protocol import Backend, LayerCall
 
 
 @dataclass(frozen=True)
@@ -53,8 +33,8 @@ class Status:
     detail: str
 
 
-# In order of preference. The package of a backend exports `unavailable() -> str | None` and `describe() -> str`, and has
-# one module per row of _MODULES. It may export `devices()`, where these are not always the same.
+# In order of preference. The package of a backend exports `unavailable() -> str | None`, `describe() -> str` and
+# `load() -> Backend`. It may export `devices()`, where these are not always the same.
 _PACKAGES = {
     "cpp": ("fused_rnn.kernels.cpp", ("cpu",)),
     "numba": ("fused_rnn.kernels.numba", ("cpu",)),
@@ -65,10 +45,10 @@ _PACKAGES = {
 # A backend that serves these devices only where it was asked for: on a GPU a walk in plain torch is so slow that whoever wants
 # it should say so.
 _ON_REQUEST = {"reference": ("cuda",)}
-_MODULES = {"rnn_tanh": "rnn", "rnn_relu": "rnn", "lstm": "lstm", "gru": "gru"}
 
 _ENVIRONMENT = "FUSED_RNN_BACKEND"
 _ENCODED = os.environ.encodekey(_ENVIRONMENT)
+_environment: Any = getattr(os.environ, "_data", {_ENCODED})
 _asked_for: contextvars.ContextVar[str | None] = contextvars.ContextVar("fused_rnn_backend", default=None)
 
 
@@ -147,24 +127,9 @@ def backend(name: str) -> Iterator[None]:
 
 
 @functools.cache
-def _load(cell_name: str, name: str) -> Kernels:
-    package = importlib.import_module(_PACKAGES[name][0])
-    module = importlib.import_module(f"{_PACKAGES[name][0]}.{_MODULES[cell_name]}")
-    return Kernels(
-        name,
-        getattr(module, f"{cell_name}_pack"),
-        getattr(module, f"{cell_name}_forward"),
-        getattr(module, f"{cell_name}_backward"),
-        getattr(package, "project", project),
-        getattr(package, "step", None),
-        getattr(package, "layer_forward", None),
-        getattr(package, "layer_backward", None),
-        getattr(package, "takes_input", None),
-        getattr(package, "weight_gradient", weight_gradient),
-        getattr(package, "multiply", multiply),
-        getattr(package, "whole_forward", None),
-        getattr(package, "whole_backward", None),
-    )
+def _load(name: str) -> Backend:
+    backend: Backend = importlib.import_module(_PACKAGES[name][0]).load()
+    return backend
 
 
 @functools.cache
@@ -190,17 +155,13 @@ def _automatic(device_type: str) -> str:
     )
 
 
-def _from_environment() -> str | None:
-    # As a rule there is no such name, and os.environ.get raises and catches two exceptions to say so, at every call of a layer.
-    # What it looks into says it at once.
-    names = getattr(os.environ, "_data", None)
-    if names is not None and _ENCODED not in names:
-        return None
-    return os.environ.get(_ENVIRONMENT) or None
+@functools.cache
+def _unasked(device_type: str) -> Backend:
+    return _load(_automatic(device_type))
 
 
-def kernels(cell: Cell, device: torch.device) -> Kernels:
-    """Choose the kernels of ``cell`` on ``device``.
+def choose(device: torch.device) -> Backend:
+    """Choose the backend for tensors on ``device``.
 
     Raises:
         ValueError: if ``FUSED_RNN_BACKEND`` names no backend.
@@ -208,19 +169,27 @@ def kernels(cell: Cell, device: torch.device) -> Kernels:
             on this device is too slow to be taken unasked.
         NotImplementedError: if no backend serves the device.
     """
-    if cell.name not in CELLS:
-        raise ValueError(f"unknown cell {cell.name!r}; known: {', '.join(CELLS)}")
     if processes.threads_lost:
         processes.use_one_thread()
     name = _asked_for.get()
-    source = f"fused_rnn.backend({name!r})"
     if name is None:
-        name = _from_environment()
+        # As a rule there is no such name, and os.environ.get raises and catches two exceptions to say so. What it looks into
+        # says it at once.
+        name = os.environ.get(_ENVIRONMENT) or None if _ENCODED in _environment else None
         if name is None:
-            return _load(cell.name, _automatic(device.type))
+            return _unasked(device.type)
         source = f"{_ENVIRONMENT}={name}"
         _check_available(_check_name(name, source), source)
+    else:
+        source = f"fused_rnn.backend({name!r})"
     devices = _devices(name)
     if device.type not in devices:
         raise RuntimeError(f"{source}: {name} runs on {' and '.join(devices)}, got a tensor on {device.type}")
-    return _load(cell.name, name)
+    return _load(name)
+
+
+def check_supported(call: LayerCall) -> None:
+    """Raise NotImplementedError if the chosen backend cannot compute a layer; the message says why."""
+    reason = call.layer.backend.supports(call)
+    if reason is not None:
+        raise NotImplementedError(f"fused_rnn: the {call.layer.backend.name} backend cannot compute this layer: {reason}")

@@ -10,21 +10,15 @@ directions, L layers, R rows (the active sequences of all steps).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeVar, overload
+from typing import Literal, overload
 
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import checks, operators, sequences, stack
-from fused_rnn.cell_functional import gru_cell, lstm_cell, pair, rnn_relu_cell, rnn_tanh_cell, single
-from fused_rnn.cells import GRU, LSTM, RNN_RELU, RNN_TANH, Cell, Weights
-from fused_rnn.stack import Options, directions_of
-from fused_rnn.steps import Steps
+from fused_rnn import checks
+from fused_rnn.calls import Input, pair, sequence, step
+from fused_rnn.cells import GRU, LSTM, RNN_RELU, RNN_TANH, Weights
 
 __all__ = ["Weights", "gru", "gru_cell", "lstm", "lstm_cell", "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell"]
-
-Input = TypeVar("Input", Tensor, PackedSequence)
-States = tuple[Tensor, ...]
 
 
 def rnn_tanh(
@@ -40,8 +34,9 @@ def rnn_tanh(
     reset: Input | None = None,
 ) -> tuple[Input, Tensor]:
     """Run a simple recurrence with tanh over a sequence; arguments, results and errors as in ``gru``."""
-    options = Options(bidirectional, batch_first, dropout, training, lengths, reset)
-    out, states, _ = sequence(RNN_TANH, input, weights, single(hx), options)
+    given = None if hx is None else (hx,)
+    dropout = dropout if training else 0.0
+    out, states, _ = sequence(RNN_TANH, input, weights, given, bidirectional, batch_first, dropout, lengths, reset)
     return out, states[0]
 
 
@@ -58,8 +53,9 @@ def rnn_relu(
     reset: Input | None = None,
 ) -> tuple[Input, Tensor]:
     """Run a simple recurrence with relu over a sequence; arguments, results and errors as in ``gru``."""
-    options = Options(bidirectional, batch_first, dropout, training, lengths, reset)
-    out, states, _ = sequence(RNN_RELU, input, weights, single(hx), options)
+    given = None if hx is None else (hx,)
+    dropout = dropout if training else 0.0
+    out, states, _ = sequence(RNN_RELU, input, weights, given, bidirectional, batch_first, dropout, lengths, reset)
     return out, states[0]
 
 
@@ -118,8 +114,9 @@ def gru(
     >>> out[3:, 0].count_nonzero(), torch.equal(h_n[0, 0], out[2, 0])
     (tensor(0), True)
     """
-    options = Options(bidirectional, batch_first, dropout, training, lengths, reset)
-    out, states, _ = sequence(GRU, input, weights, single(hx), options)
+    given = None if hx is None else (hx,)
+    dropout = dropout if training else 0.0
+    out, states, _ = sequence(GRU, input, weights, given, bidirectional, batch_first, dropout, lengths, reset)
     return out, states[0]
 
 
@@ -188,121 +185,50 @@ def lstm(
     Source: torch.nn.LSTM.
     """
     checks.check_flag("return_cell_states", return_cell_states)
-    options = Options(bidirectional, batch_first, dropout, training, lengths, reset, return_cell_states)
-    out, (h, c), cells = sequence(LSTM, input, weights, pair(hx, "lstm"), options)
+    given, dropout = pair(hx, "lstm"), dropout if training else 0.0
+    out, (h, c), cells = sequence(
+        LSTM, input, weights, given, bidirectional, batch_first, dropout, lengths, reset, return_cell_states
+    )
     return (out, (h, c)) if cells is None else (out, (h, c), cells)
 
 
-def sequence(
-    cell: Cell, input: Input, weights: Sequence[Weights], states: States | None, options: Options
-) -> tuple[Input, States, Input | None]:
-    """Check the arguments, turn the input into rows and steps, run the layers, and turn the results back.
+def rnn_tanh_cell(input: Tensor, weights: Weights, hx: Tensor | None = None) -> Tensor:
+    """Take one step of a simple recurrence with tanh; arguments, result and errors as in ``gru_cell``."""
+    return step(RNN_TANH, input, weights, None if hx is None else (hx,))[0]
+
+
+def rnn_relu_cell(input: Tensor, weights: Weights, hx: Tensor | None = None) -> Tensor:
+    """Take one step of a simple recurrence with relu; arguments, result and errors as in ``gru_cell``."""
+    return step(RNN_RELU, input, weights, None if hx is None else (hx,))[0]
+
+
+def gru_cell(input: Tensor, weights: Weights, hx: Tensor | None = None) -> Tensor:
+    """Take one step of a GRU.
+
+    Args:
+        input: (N, I), or unbatched (I,).
+        weights: the parameters.
+        hx: h before the step, (N, H), or unbatched (H,). None for zero.
 
     Returns:
-        out, the states after the last step, and with ``options.cell_states`` c of every step.
+        h after the step, in the shape of ``hx``.
+
+    Raises:
+        ValueError: if the input or the state is neither 1D nor 2D.
+        RuntimeError: if a size, a dtype or a device does not fit. Types and messages are those of torch.nn.GRUCell.
+
+    Source: torch.nn.GRUCell.
     """
-    checks.check_count(weights, directions_of(options))
-    if isinstance(input, PackedSequence):
-        return _packed(cell, input, weights, states, options)
-    checks.check_rank(cell, input)
-    batched = input.dim() == 3
-    if states is not None:
-        checks.check_state_ranks(states, batched)
-        if not batched:
-            states = tuple(state.unsqueeze(1) for state in states)
-    checks.check_input(input, weights[0].ih, input.dim())
-    shape = tuple(input.shape[:-1])
-    by_sequence = options.batch_first and batched
-    length, batch = (shape[1], shape[0]) if by_sequence else (shape[0], shape[1] if batched else 1)
-    ragged = None
-    if options.lengths is not None:
-        lengths = checks.check_lengths(options.lengths, batch, batched, input)
-        if operators.traced(input, weights[0].hh):
-            if not (lengths.is_meta or input.is_meta):
-                ragged = operators.ragged(lengths, input, by_sequence)
-        elif not lengths.is_meta:
-            lengths = checks.check_length_values(lengths, length)
-            if not input.is_meta:
-                ragged = sequences.Ragged.of(lengths, length, by_sequence, input.device)
-    reset = None if options.reset is None else checks.check_reset(options.reset, shape, input)
-    if ragged is not None:
-        rows = ragged.gather(input.reshape(length * batch, input.shape[-1]))
-        reset = None if reset is None else ragged.gather(reset.reshape(-1))
-    else:
-        if by_sequence:
-            input, reset = input.transpose(0, 1), None if reset is None else reset.t()
-        rows = input.reshape(length * batch, input.shape[-1])
-        reset = None if reset is None else reset.reshape(-1)
-    states = _states(cell, rows, weights, states, batch, directions_of(options))
-    if length == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-
-    if ragged is None:
-        out, states, cells = stack.layers(cell, rows, Steps(length, batch), states, weights, reset, options)
-    else:
-        out, states, cells = stack.layers(cell, rows, ragged.steps, ragged.sort(states), weights, reset, options)
-        states = ragged.unsort(states)
-
-    def as_input(values: Tensor) -> Tensor:
-        """Rows in the shape of the input."""
-        if ragged is not None:
-            return ragged.scatter(values, length * batch).view(*shape, values.shape[1])
-        if by_sequence:
-            return values.view(length, batch, values.shape[1]).transpose(0, 1)
-        return values.view(*shape, values.shape[1]) if batched else values
-
-    if not batched:
-        states = tuple(state.squeeze(1) for state in states)
-    return as_input(out), states, None if cells is None else as_input(cells)
+    return step(GRU, input, weights, None if hx is None else (hx,))[0]
 
 
-def _packed(
-    cell: Cell, input: PackedSequence, weights: Sequence[Weights], states: States | None, options: Options
-) -> tuple[PackedSequence, States, PackedSequence | None]:
-    """As ``sequence``: the rows of a PackedSequence are ragged steps as they stand."""
-    data, batch_sizes, sorted_indices, unsorted_indices = input
-    checks.check_input(data, weights[0].ih, 2)
-    if options.lengths is not None:
-        raise ValueError("lengths: expected None for a packed input, which has its own, got a tensor")
-    mask = options.reset
-    reset = None if mask is None else checks.check_packed_reset(mask, input)
-    if operators.traced(data, weights[0].ih):
-        steps = operators.packed_steps(batch_sizes, data.shape[0], states, sorted_indices)
-        if isinstance(mask, PackedSequence):
-            reset = operators.packed_reset(mask, input)
-    else:
-        checks.check_batch_sizes(batch_sizes, data.shape[0])
-        steps = Steps.packed(batch_sizes)
-        if isinstance(mask, PackedSequence):
-            checks.check_packed_alike(mask.batch_sizes, mask.sorted_indices, batch_sizes, sorted_indices)
-    if states is not None and sorted_indices is not None:
-        # Sizes first: an index into a batch that is too small has a message that nobody understands.
-        _states(cell, data, weights, states, steps.batch, directions_of(options))
-        states = tuple(state.index_select(1, sorted_indices) for state in states)
-    states = _states(cell, data, weights, states, steps.batch, directions_of(options))
-    out, states, cells = stack.layers(cell, data, steps, states, weights, reset, options)
-    if unsorted_indices is not None:
-        states = tuple(state.index_select(1, unsorted_indices) for state in states)
+def lstm_cell(input: Tensor, weights: Weights, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Take one step of an LSTM; as ``gru_cell``, but the state is the pair (h, c).
 
-    def as_input(values: Tensor) -> PackedSequence:
-        return PackedSequence(values, batch_sizes, sorted_indices, unsorted_indices)
+    Raises:
+        ValueError, RuntimeError: as in ``gru_cell``; types and messages are those of torch.nn.LSTMCell.
 
-    return as_input(out), states, None if cells is None else as_input(cells)
-
-
-def _states(cell: Cell, rows: Tensor, weights: Sequence[Weights], states: States | None, batch: int, directions: int) -> States:
-    """Check the weights and the initial states, (L·D, N, ·) each; make them where there are none."""
-    checks.check_weights(cell, weights, directions)
-    recurrences = len(weights)
-    hidden = weights[0].hh.shape[1] if weights[0].hr is None else weights[0].hr.shape[1]
-    sizes = [(recurrences, batch, weights[0].hh.shape[1] if name == "h" else hidden) for name in cell.states]
-    if states is None:
-        # Nobody writes to them, so that one tensor may serve as both.
-        one = weights[0].hr is None
-        states = (rows.new_zeros(sizes[0]),) * len(sizes) if one else tuple([rows.new_zeros(size) for size in sizes])
-    else:
-        checks.check_state_sizes(states, sizes)
-        checks.check_same(rows, "hidden", states)
-    for weight in weights:
-        checks.check_same(rows, "parameter", weight)
-    return states
+    Source: torch.nn.LSTMCell.
+    """
+    h, c = step(LSTM, input, weights, pair(hx, "lstm_cell"))
+    return h, c

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils import parametrize
 
+from fused_rnn.cells import CELLS, Cell
+
 __all__ = ["OPTIONS", "Initialised", "init_"]
 
 # The attributes that ``Initialised`` adds to a module.
@@ -18,8 +20,6 @@ OPTIONS = ("forget_bias", "recurrent_init")
 
 _RECURRENT = (nn.RNNBase, RNNCellBase)
 _RECURRENT_INITS = ("orthogonal",)
-# Blocks of an LSTM's weights and the place of f among them: i, f, g, o.
-_LSTM_GATES, _FORGET = 4, 1
 
 
 class Initialised(nn.Module):
@@ -104,19 +104,21 @@ def init_(
     if (forget_bias is None and recurrent_init is None) or module.hidden_size == 0:
         return module
     suffixes = [name.removeprefix("weight_hh") for name in _names(module) if name.startswith("weight_hh")]
+    forget = 0
     if forget_bias is not None:
-        gates = getattr(module, f"weight_hh{suffixes[0]}").shape[0] // module.hidden_size
-        if gates != _LSTM_GATES:
+        cell = _cell_of(module)
+        if cell is None or cell.forget is None:
             raise ValueError(f"forget_bias: expected None for a module without a forget gate, got {forget_bias}")
         if not module.bias:
             raise ValueError(f"forget_bias: expected None for a module with bias=False, got {forget_bias}")
+        forget = cell.gates.index(cell.forget)
     with torch.no_grad():
         for suffix in suffixes:
             if recurrent_init is not None:
                 _set(module, f"weight_hh{suffix}", lambda value: _orthogonal(value, module.hidden_size, generator))
             if forget_bias is not None:
                 for name, number in ((f"bias_ih{suffix}", float(forget_bias)), (f"bias_hh{suffix}", 0.0)):
-                    _set(module, name, lambda value, number=number: _forget(value, module.hidden_size, number))
+                    _set(module, name, lambda value, number=number: _forget(value, forget, module.hidden_size, number))
     return module
 
 
@@ -135,6 +137,16 @@ def _check_options(forget_bias: object, recurrent_init: object) -> None:
             raise TypeError(f"recurrent_init: expected a str or None, got {type(recurrent_init).__name__}")
         if recurrent_init not in _RECURRENT_INITS:
             raise ValueError(f"recurrent_init: expected one of {', '.join(_RECURRENT_INITS)} or None, got {recurrent_init!r}")
+
+
+def _cell_of(module: nn.Module) -> Cell | None:
+    """The row of a module, by torch's name of what it computes; None if the table has none."""
+    mode = getattr(module, "mode", None)
+    if mode is None:
+        # A single step: its class, or a base of it, is named after the mode; RNNCell has two.
+        names = [base.__name__.removesuffix("Cell") for base in type(module).__mro__]
+        mode = next((cell.mode for cell in CELLS.values() if cell.mode in names), None)
+    return next((cell for cell in CELLS.values() if cell.mode == mode), None)
 
 
 def _names(module: nn.Module) -> list[str]:
@@ -163,7 +175,7 @@ def _orthogonal(value: Tensor, hidden: int, generator: torch.Generator | None) -
     return torch.cat([nn.init.orthogonal_(block, generator=generator) for block in blocks]).to(value.dtype)
 
 
-def _forget(value: Tensor, hidden: int, number: float) -> Tensor:
+def _forget(value: Tensor, gate: int, hidden: int, number: float) -> Tensor:
     value = value.clone()
-    value[_FORGET * hidden : (_FORGET + 1) * hidden] = number
+    value[gate * hidden : (gate + 1) * hidden] = number
     return value

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import cells, functional, streaming, whole
-from fused_rnn.cells import Cell, Weights
+from fused_rnn import calls, checks
+from fused_rnn.cells import GRU as GRU_CELL
+from fused_rnn.cells import LSTM as LSTM_CELL
+from fused_rnn.cells import RNN_RELU, RNN_TANH, Cell, Weights
 from fused_rnn.initialisation import Initialised
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -42,11 +44,15 @@ class _Layers(Initialised, torch.nn.RNNBase):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def _weights(self) -> list[Weights]:
-        parameters = self._parameters
+        parameters, names = self._parameters, self._flat_weights_names
         # A parametrized, pruned or reassigned weight is an attribute, not a parameter.
-        tensors: list[Any] = [
-            getattr(self, name) if (tensor := parameters.get(name)) is None else tensor for name in self._flat_weights_names
-        ]
+        tensors: list[Any] = [parameters.get(name) for name in names]
+        for tensor in tensors:
+            if tensor is None:
+                tensors = [getattr(self, name) for name in names]
+                break
+        if len(tensors) == 4 and self.bias and not self.proj_size:
+            return [Weights(*tensors)]
         each = 2 + 2 * self.bias + (self.proj_size > 0)
         weights = []
         for first in range(0, len(tensors), each):
@@ -56,34 +62,13 @@ class _Layers(Initialised, torch.nn.RNNBase):
             weights.append(Weights(*one))
         return weights
 
-    def _short(self, cell: Cell, input: Any, states: tuple[Any, ...] | None) -> tuple[Any, Any] | None:
-        """Take a short way, ``fused_rnn.streaming`` or ``fused_rnn.whole``, or return None where neither applies."""
-        if self.bidirectional or self.proj_size:
-            return None
-        parameters = self._parameters
-        weights: list[Tensor | None] = []
-        for name in self._flat_weights_names:
-            weight = parameters.get(name)
-            if weight is None:
-                # A parametrized, pruned or reassigned one is no parameter.
-                return None
-            weights.append(weight)
-        if not self.bias:
-            weights = [part for first in range(0, len(weights), 2) for part in (*weights[first : first + 2], None, None)]
+    def _run(
+        self, cell: Cell, input: Any, states: Any, lengths: Any, reset: Any, cell_states: bool = False
+    ) -> tuple[Any, Any, Any]:
         dropout = self.dropout if self.training else 0.0
-        if states is not None and not dropout and not torch.is_grad_enabled():
-            taken = streaming.step(cell, input, states, weights, self.batch_first)
-            if taken is not None:
-                return taken
-        return whole.run(cell, input, states, weights, self.batch_first, dropout)
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "bidirectional": self.bidirectional,
-            "batch_first": self.batch_first,
-            "dropout": self.dropout,
-            "training": self.training,
-        }
+        return calls.sequence(
+            cell, input, self._weights(), states, self.bidirectional, self.batch_first, dropout, lengths, reset, cell_states
+        )
 
 
 class RNN(_Layers):
@@ -161,13 +146,9 @@ class RNN(_Layers):
         self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Input | None = None
     ) -> tuple[Input, Tensor]:
         """Run the layers; shapes and errors in the class docstring."""
-        if lengths is None and reset is None:
-            cell = cells.RNN_TANH if self.mode == "RNN_TANH" else cells.RNN_RELU
-            taken = self._short(cell, input, None if hx is None else (hx,))
-            if taken is not None:
-                return taken[0], taken[1][0]
-        function = functional.rnn_tanh if self.mode == "RNN_TANH" else functional.rnn_relu
-        return function(input, self._weights(), hx, lengths=lengths, reset=reset, **self._options())
+        cell = RNN_TANH if self.mode == "RNN_TANH" else RNN_RELU
+        out, states, _ = self._run(cell, input, None if hx is None else (hx,), lengths, reset)
+        return out, states[0]
 
 
 class GRU(_Layers):
@@ -242,11 +223,8 @@ class GRU(_Layers):
         self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Input | None = None
     ) -> tuple[Input, Tensor]:
         """Run the layers; shapes and errors in the class docstring."""
-        if lengths is None and reset is None:
-            taken = self._short(cells.GRU, input, None if hx is None else (hx,))
-            if taken is not None:
-                return taken[0], taken[1][0]
-        return functional.gru(input, self._weights(), hx, lengths=lengths, reset=reset, **self._options())
+        out, states, _ = self._run(GRU_CELL, input, None if hx is None else (hx,), lengths, reset)
+        return out, states[0]
 
 
 class LSTM(_Layers):
@@ -372,12 +350,10 @@ class LSTM(_Layers):
         return_cell_states: bool = False,
     ) -> Any:
         """Run the layers; shapes and errors in the class docstring."""
-        if (hx is None or type(hx) is tuple) and lengths is None and reset is None and return_cell_states is False:
-            taken = self._short(cells.LSTM, input, hx)
-            if taken is not None:
-                return taken
-        options = {**self._options(), "lengths": lengths, "reset": reset, "return_cell_states": return_cell_states}
-        return functional.lstm(input, self._weights(), hx, **options)
+        checks.check_flag("return_cell_states", return_cell_states)
+        states = calls.pair(hx, "lstm")
+        out, after, cells = self._run(LSTM_CELL, input, states, lengths, reset, return_cell_states)
+        return (out, after) if cells is None else (out, after, cells)
 
 
 def _refuse_proj_size(kwargs: dict[str, Any]) -> None:

@@ -44,8 +44,8 @@ def export(model: torch.nn.Module, args: tuple[Any, ...], f: Any = None, **optio
         The torch.onnx.ONNXProgram.
 
     Raises:
-        NotImplementedError: for what no ONNX operator computes: projections (``proj_size``), packed sequences, lengths,
-            resets.
+        NotImplementedError: for what no ONNX operator computes: other cells than torch.nn's, projections (``proj_size``),
+            packed sequences, lengths, resets.
         ValueError: if ``dynamo=False`` is asked for.
         ImportError: if ``onnxscript`` is not installed.
 
@@ -123,6 +123,8 @@ def _layer(
         )
     if cell_states:
         raise NotImplementedError("no ONNX operator gives c of every step: export a model without return_cell_states")
+    if cell_name not in _OPERATORS:
+        raise NotImplementedError(f"no ONNX operator computes the cell {cell_name!r}")
     name, gates, attributes = _OPERATORS[cell_name]
     order = [cell.gates.index(gate) for gate in gates]
     hidden = weights[0].hh.shape[1]

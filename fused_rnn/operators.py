@@ -6,7 +6,7 @@ lengths, and ``fused_rnn::one_step_earlier``. Plain eager calls do not come here
 itself, which costs less per call.
 
 The backend is chosen when an operator runs, by ``fused_rnn.dispatch``, so one compiled program obeys every
-``fused_rnn.backend`` and ``FUSED_RNN_BACKEND`` that it is called under. Legend as in ``fused_rnn.kernels``.
+``fused_rnn.backend`` and ``FUSED_RNN_BACKEND`` that it is called under. Legend as in ``fused_rnn.protocol``.
 """
 
 from __future__ import annotations
@@ -20,11 +20,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import autocast, checks, dispatch, gradients, sequences
-from fused_rnn import layer as layers
-from fused_rnn.cells import CELLS, Cell, Weights
-from fused_rnn.dispatch import Kernels
-from fused_rnn.layer import Layer, States
+from fused_rnn import autocast, checks, dispatch, sequences
+from fused_rnn.cells import CELLS, Cell, Weights, initial_states
+from fused_rnn.protocol import Backend, Layer, LayerCall, OutputGradients, States
 from fused_rnn.sequences import Ragged
 from fused_rnn.steps import Steps
 
@@ -49,7 +47,7 @@ _plain = Tensor.__torch_dispatch__
 
 # torch.jit.trace warns of every comparison of sizes that it cannot record. Those here check arguments; what depends on a size
 # is recorded. torch does the same for its own files.
-warnings.filterwarnings("ignore", category=torch.jit._trace.TracerWarning, module=r"fused_rnn\.(checks|functional)")
+warnings.filterwarnings("ignore", category=torch.jit._trace.TracerWarning, module=r"fused_rnn\.(calls|checks)")
 
 
 def traced(input: Tensor, weight: Tensor) -> bool:
@@ -71,22 +69,29 @@ def layer(
     cell: Cell,
     input: Tensor,
     steps: Steps,
-    states: States,
+    states: States | None,
     weights: Sequence[Weights],
     reverse: Sequence[int],
     reset: Tensor | None = None,
     cell_states: bool = False,
-) -> tuple[Tensor, States]:
-    """As ``fused_rnn.autograd.layer``, by way of the operators; of ``steps``, only ``batch_sizes`` is read."""
+    step: bool = False,
+) -> tuple[Tensor, States, Tensor | None]:
+    """As ``fused_rnn.autograd.layer``, by way of the operators; of ``steps``, only ``batch_sizes`` and the batch are read."""
     flat = [tensor for weight in weights for tensor in weight]
     tensors = [tensor for tensor in flat if tensor is not None]
+    leading = input.shape[:-1]
+    rows = input.reshape(-1, input.shape[-1]) if len(leading) > 1 else input
+    if states is None:
+        states = initial_states(cell, input, len(weights), steps.batch, weights[0])
+    elif step:
+        states = tuple([state.unsqueeze(0) for state in states])
     # What leaves Python is as a rule run without gradients, and should not compute a tape each time. It can be trained all the
     # same: see `_backward`.
     leaving = _exporting() or torch.jit._trace.is_tracing()  # type: ignore[no-untyped-call]
-    keep = not leaving and torch.is_grad_enabled() and any(t.requires_grad for t in (input, *states, *tensors))
+    keep = not leaving and torch.is_grad_enabled() and any(t.requires_grad for t in (rows, *states, *tensors))
     outputs = torch.ops.fused_rnn.layer_forward(
         cell.name,
-        input,
+        rows,
         list(states),
         tensors,
         [int(tensor is not None) for tensor in flat],
@@ -96,7 +101,14 @@ def layer(
         keep,
         cell_states,
     )
-    return outputs[0], tuple(outputs[1:-1])
+    count = len(cell.states)
+    out, ends, cells = outputs[0], tuple(outputs[1 : 1 + count]), outputs[1 + count] if cell_states else None
+    if step:
+        ends = tuple([end.squeeze(0) for end in ends[1:]])
+    if len(leading) > 1:
+        out = out.view(*leading, out.shape[1])
+        cells = None if cells is None else cells.view(*leading, cells.shape[1])
+    return out, ends, cells
 
 
 def _exporting() -> bool:
@@ -173,12 +185,12 @@ def ragged(lengths: Tensor, padded: Tensor, batch_first: bool) -> Ragged:
     return Ragged(Steps(batch_sizes.shape[0], lengths.shape[0], batch_sizes), positions, order, places)
 
 
-def resets_by_direction(reset: Tensor, steps: Steps, directions: int) -> tuple[Tensor, ...]:
+def resets_by_direction(reset: Tensor, steps: Steps, directions: int) -> Tensor:
     """As ``fused_rnn.sequences.resets_by_direction``."""
     if steps.batch_sizes is None or directions == 1:
         return sequences.resets_by_direction(reset, steps, directions)
     reset = reset.contiguous()
-    return reset, torch.ops.fused_rnn.one_step_earlier(reset, steps.batch_sizes)
+    return torch.stack((reset, torch.ops.fused_rnn.one_step_earlier(reset, steps.batch_sizes)))
 
 
 def _ragged(lengths: Tensor, padded: Tensor, batch_first: bool) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
@@ -253,17 +265,17 @@ def steps_of(input: Tensor, states: Sequence[Tensor], batch_sizes: Tensor | None
 _BACKEND = "_fused_rnn_backend"
 
 
-def _remember(kept: Tensor, kernels: Kernels) -> None:
-    setattr(kept.untyped_storage(), _BACKEND, kernels.backend)
+def _remember(kept: Tensor, backend: Backend) -> None:
+    setattr(kept.untyped_storage(), _BACKEND, backend.name)
 
 
-def _remembered(cell: Cell, kept: Tensor) -> Kernels:
-    """The kernels of the forward; those in force now where something copied what it left (offloaded memory, say)."""
+def _remembered(kept: Tensor) -> Backend:
+    """The backend of the forward; that in force now where something copied what it left (offloaded memory, say)."""
     name = getattr(kept.untyped_storage(), _BACKEND, None)
     if name is None:
-        return dispatch.kernels(cell, kept.device)
+        return dispatch.choose(kept.device)
     with dispatch.backend(name):
-        return dispatch.kernels(cell, kept.device)
+        return dispatch.choose(kept.device)
 
 
 @autocast.without
@@ -289,12 +301,13 @@ def _forward(
         outputs = _forward_fake(cell_name, input, states, tensors, present, batch_sizes, reset, reverse, keep, cell_states)
         passed = (state.clone(memory_format=torch.contiguous_format) for state in states)
         return [outputs[0], *passed, *outputs[1 + len(states) :]]
-    kernels, steps = dispatch.kernels(cell, input.device), steps_of(input, states, batch_sizes)
-    call = Layer(cell, kernels, steps, tuple(map(bool, reverse)), cell_states)
-    out, ends, tape = layers.forward(call, input, tuple(states), weights, reset, keep)
+    backend, steps = dispatch.choose(input.device), steps_of(input, states, batch_sizes)
+    call = LayerCall(Layer(cell, backend, steps, tuple(map(bool, reverse)), cell_states), input, tuple(states), weights, reset)
+    dispatch.check_supported(call)
+    out, ends, cells, tape = backend.forward(call, keep)
     if keep:
-        _remember(out if tape is None else tape, call.kernels)
-    return [out, *ends, input.new_empty(0) if tape is None else tape]
+        _remember(out if tape is None else tape, backend)
+    return [out, *ends, *(() if cells is None else (cells,)), input.new_empty(0) if tape is None else tape]
 
 
 def _forward_fake(cell_name: str, input: Tensor, states: list[Tensor], tensors: list[Tensor], *rest: Any) -> list[Tensor]:
@@ -335,28 +348,16 @@ def _gradients(
         through = [torch.zeros_like(s) if d is None else d.clone() for s, d in zip(states, ends, strict=True)]
         zeros = (torch.zeros_like(tensor) for tensor in tensors)
         return [grad for grad, asked in zip((torch.zeros_like(input), *through, *zeros), wanted, strict=True) if asked]
-    kernels = _remembered(cell, out if cell.tape_is_out else tape)
+    backend = _remembered(out if cell.tape_is_out else tape)
     d_out, *d_ends = spread(d_outputs, given)
     cell_states = len(d_ends) > len(states)
-    call = Layer(cell, kernels, steps_of(input, states, batch_sizes), tuple(map(bool, reverse)), cell_states)
+    described = Layer(cell, backend, steps_of(input, states, batch_sizes), tuple(map(bool, reverse)), cell_states)
+    call = LayerCall(described, input, tuple(states), weights, reset)
+    kept_tape = None if cell.tape_is_out else tape
+    gradients = OutputGradients(d_out, d_ends[: len(states)], d_ends[-1] if cell_states else None)
     flags = iter(wanted)
-    input_wanted, states_wanted = bool(next(flags)), [next(flags) for _ in states]
-    weights_wanted = _weights([bool(flag) for flag in flags], present)
-    grads = gradients.backward(
-        call,
-        input,
-        tuple(states),
-        weights,
-        reset,
-        out,
-        None if cell.tape_is_out else tape,
-        d_out,
-        d_ends,
-        input_wanted,
-        weights_wanted,
-    )
-    d_states = [grad for grad, asked in zip(grads.states, states_wanted, strict=True) if asked]
-    found = [grads.input, *d_states, *(grad for weight in grads.weights for grad in weight)]
+    there = [1] * (1 + len(states)) + list(present)
+    found = backend.backward(call, out, kept_tape, gradients, [bool(next(flags)) if each else False for each in there])
     return [grad for grad in found if grad is not None]
 
 

@@ -1,7 +1,7 @@
 """The gradients of the operators, and torch.vmap over them: what torch.compile traces a backward from.
 
 Registered by importing this file. Not by torch.library.register_autograd, whose functions torch.func.grad refuses and to which
-torch.func.jvp gives tangents that are silently zero. Legend as in ``fused_rnn.kernels``.
+torch.func.jvp gives tangents that are silently zero. Legend as in ``fused_rnn.protocol``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.autograd import forward_ad
 from fused_rnn import checks, derivatives, dispatch
 from fused_rnn.batching import BackwardCall
 from fused_rnn.cells import CELLS
-from fused_rnn.layer import Layer
 from fused_rnn.operators import library, spread, steps_of
+from fused_rnn.protocol import Layer
 
 _forward = torch.ops.fused_rnn.layer_forward
 _backward = torch.ops.fused_rnn.layer_backward
@@ -87,7 +87,7 @@ def _differentiable(
     cell_name, count, present, reverse, _, cell_states = call
     cell, input = CELLS[cell_name], tensors[0]
     steps = steps_of(input, tensors[1 : 1 + count], batch_sizes)
-    layer = Layer(cell, dispatch.kernels(cell, input.device), steps, tuple(map(bool, reverse)), cell_states)
+    layer = Layer(cell, dispatch.choose(input.device), steps, tuple(map(bool, reverse)), cell_states)
     there = [1] * (1 + count) + present
     flat, asked = spread(tensors, there), tuple(bool(flag) for flag in spread(wanted, there))
     found = derivatives.backward(BackwardCall(layer, asked), reset, d_outputs, flat)

@@ -84,7 +84,7 @@ class Ragged:
         return tuple(state.index_select(1, self.places) for state in states)
 
 
-def resets_by_direction(reset: Tensor, steps: Steps, directions: int) -> tuple[Tensor, ...]:
+def resets_by_direction(reset: Tensor, steps: Steps, directions: int) -> Tensor:
     """For each direction, the rows before which its walk has zero states.
 
     A reset at step t parts t - 1 from t. A walk from the first step to the last crosses there into t, one from the last to the
@@ -94,15 +94,16 @@ def resets_by_direction(reset: Tensor, steps: Steps, directions: int) -> tuple[T
         reset: (R,) bool, as the caller means it.
 
     Returns:
-        D contiguous masks, (R,) bool.
+        D contiguous masks, (D, R) bool.
     """
     reset = reset.contiguous()
     if directions == 1:
-        return (reset,)
+        return reset.unsqueeze(0)
     if steps.batch_sizes is None:
         backwards = torch.cat((reset[steps.batch :], reset.new_zeros(min(steps.batch, len(reset)))))
-        return reset, backwards
-    return reset, one_step_earlier(reset, steps.batch_sizes)
+    else:
+        backwards = one_step_earlier(reset, steps.batch_sizes)
+    return torch.stack((reset, backwards))
 
 
 def one_step_earlier(reset: Tensor, batch_sizes: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def mapped(tensor: Tensor) -> bool:
     return False
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Steps:
     """The rows of every time step.
 

@@ -1,6 +1,11 @@
 """What every test runs under: two threads, poisoned memory, and one backend at a time."""
 
+import os
 from collections.abc import Iterator
+
+# Before OpenMP starts, with torch. Two worker processes of two threads each share the processors with what else runs; a thread
+# that spins while it waits for another keeps that one from running, and tests of small layers take five times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
 import pytest
@@ -19,7 +24,33 @@ except ImportError:  # without the extension there is none to try
     ISAS = []
 else:
     ISAS = _C.isas()
+# The files that take longest, longest first. `make test` gives whole files to its processes in this order: a long one that
+# comes last is waited for by all.
+LONGEST = (
+    "test_triton_interpreted.py",
+    "test_triton_sm90.py",
+    "test_install.py",
+    "test_triton_sm80.py",
+    "test_training_jobs.py",
+    "test_distributed.py",
+    "test_kernels.py",
+    "test_backends.py",
+    "test_backends_cpp.py",
+    "test_compile.py",
+    "test_numba.py",
+    "test_build.py",
+    "test_benchmarks.py",
+    "test_autocast.py",
+    "test_export.py",
+    "test_benchmarks_gpu.py",
+)
 CPU_BACKENDS = [name for name, status in fused_rnn.backends().items() if status.available and "cpu" in status.devices]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the order is otherwise as it was."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(params=ISAS)

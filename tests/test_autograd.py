@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_rnn
-from fused_rnn import gradients as layer_gradients
-from fused_rnn import layer as layers
+from fused_rnn.kernels.by_walk import backward as by_walk_backward
+from fused_rnn.kernels.by_walk import forward as by_walk_forward
 
 NAMES = ("RNN", "LSTM", "GRU")
 each = pytest.mark.parametrize("name", NAMES)
@@ -39,7 +39,7 @@ def gradients(module: torch.nn.Module, x: Tensor, lengths: list[int] | None = No
 
 
 def set_chunks(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    for module in (layers, layer_gradients):
+    for module in (by_walk_forward, by_walk_backward):
         monkeypatch.setattr(module, "_CHUNK_BYTES", 1)
         monkeypatch.setattr(module, "_CHUNK_ROWS", rows)
 

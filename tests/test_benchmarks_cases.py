@@ -281,8 +281,9 @@ def test_a_case_with_the_threads_of_the_run_is_measured_once():
 
 
 def test_multiply_adds_are_counted_and_not_removed():
-    assert 1e8 < fma_rate(1, 32, 2000) < 1e13
-    assert fma_rate(2, 64, 2000) > 1e8
+    # The best of a few: microseconds of work, in which another process may have had the processor.
+    assert 1e8 < max(fma_rate(1, 32, 2000) for _ in range(5)) < 1e13
+    assert max(fma_rate(2, 64, 2000) for _ in range(5)) > 1e8
 
 
 def test_floors_scale_with_the_work():

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fused_rnn
-from fused_rnn import gradients, layer
+from fused_rnn.kernels.by_walk import backward, forward
 
 LENGTHS = torch.tensor([3, 6, 0, 1, 5])
 every_kind = pytest.mark.parametrize("kind", ["LSTM", "projected"])
@@ -50,7 +50,7 @@ def test_in_chunks_of_time_and_without_a_backward(
     kind: str, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     """Where the tape is not kept, and where it is stored in another dtype than it is computed in."""
-    for module in (layer, gradients):
+    for module in (forward, backward):
         monkeypatch.setattr(module, "_CHUNK_BYTES", 1)
         monkeypatch.setattr(module, "_CHUNK_ROWS", rows)
     problem = make(kind, dtype, num_layers=1)

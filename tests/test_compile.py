@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fused_rnn
-from fused_rnn import operators
+from fused_rnn import dispatch
 
 
 @pytest.mark.parametrize(
@@ -208,14 +209,16 @@ def test_inference_keeps_no_tape() -> None:
 def test_backend_is_chosen_when_the_program_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """One compiled program, each backend; the backward has the forward's, outside of the `with` and in another's."""
     used: list[str] = []
-    for name in ("forward", "backward"):
-        real = getattr(operators.layers if name == "forward" else operators.gradients, name)
+    for way, kind in itertools.product(
+        ("forward", "backward"), {type(dispatch._load(name)) for name in ("reference", "numba")}
+    ):
+        real = getattr(kind, way)
 
-        def spy(call: Any, *args: Any, real: Any = real, name: str = name, **options: Any) -> Any:
-            used.append(f"{name} {call.kernels.backend}")
-            return real(call, *args, **options)
+        def spy(backend: Any, *args: Any, real: Any = real, way: str = way, **options: Any) -> Any:
+            used.append(f"{way} {backend.name}")
+            return real(backend, *args, **options)
 
-        monkeypatch.setattr(operators.layers if name == "forward" else operators.gradients, name, spy)
+        monkeypatch.setattr(kind, way, spy)
     for case in ("lstm", "rnn_tanh"):
         module, x = make(case), torch.randn(6, 3, IN, dtype=torch.float64)
         with torch._dynamo.config.patch(error_on_recompile=True):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,16 @@ import fused_rnn
 
 _C = pytest.importorskip("fused_rnn._C", reason="the extension is not built here; CI builds it")
 
-from cpp_support import CELLS, make_backward, make_call  # noqa: E402 (after the check for what it imports)
+from cpp_support import (  # noqa: E402 (after the check for what it imports)
+    CELLS,
+    backward_results,
+    forward_results,
+    make_backward,
+    make_forward,
+    make_step,
+)
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
@@ -59,48 +67,96 @@ def check(name: str, dtype: torch.dtype, hidden: int, length: int, batch: int) -
         assert_close_to_reference(actual, expected, reference)
 
 
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("make", [make_call, make_backward], ids=["forward", "backward"])
-def test_sharing_changes_no_bit(isa: str, cell: str, make: Callable[[str], dict[str, Any]]) -> None:
-    """A row's sums are added in the same order, whoever adds them."""
-    run = _C.forward if make is make_call else _C.backward
-    written = ("tape", "out", "states") if make is make_call else ("d_gates", "d_states")
+# The last three have more inputs than gates and rows enough for the gradient of weight_ih to be summed as its transpose, the
+# last but one that of weight_hr too.
+SHARED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "packed": {"batch_sizes": torch.tensor([8, 8, 5, 2, 1, 1])},
+    "one direction": {"reverse": (True,), "batch": 50, "length": 3},
+    "four": {"reverse": (False, True, True, False), "batch": 2},
+    "single": {"length": 1, "batch": 60},
+    "single of few": {"length": 1, "batch": 3, "inputs": 300, "hidden": 130},
+    "wide": {"length": 20, "batch": 11, "inputs": 170, "hidden": 9},
+    "wide projected": {"length": 20, "batch": 20, "inputs": 600, "hidden": 110, "projection": 9},
+    "wide in one direction": {"length": 20, "batch": 11, "inputs": 170, "hidden": 9, "reverse": (False,)},
+}
 
-    def results(threads: int, sharing: str) -> list[torch.Tensor]:
-        call = make(cell)
-        run(**call | {"threads": threads, "sharing": sharing})
-        return [tensor for name in written for tensor in (call[name] if isinstance(call[name], list) else [call[name]])]
 
-    expected = results(1, "auto")
+def check_sharing(run: Any, call: dict[str, Any]) -> None:
+    expected = run(call)
     assert all(tensor.isfinite().all() for tensor in expected)
     for threads in (1, 2, 3, 5):
         for sharing in ("auto", "batch", "units"):
-            for actual, wanted in zip(results(threads, sharing), expected, strict=True):
+            for actual, wanted in zip(run(call | {"threads": threads, "sharing": sharing}), expected, strict=True):
                 assert torch.equal(actual, wanted), f"{threads} threads, {sharing}"
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_inference_leaves_the_same_outputs(isa: str, cell: str) -> None:
-    kept, dropped = make_call(cell), make_call(cell) | {"keep": False}
-    _C.forward(**kept)
-    _C.forward(**dropped)
-    for actual, expected in zip([dropped["out"], *dropped["states"]], [kept["out"], *kept["states"]], strict=True):
-        assert torch.equal(actual, expected)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("kind", SHARED)
+def test_sharing_changes_no_bit(isa: str, cell: str, kind: str) -> None:
+    """A row's sums are added in the same order, whoever adds them; those of the weights' gradients too."""
+    options = dict(SHARED[kind])
+    if CELLS[cell].projected is None and options.pop("projection", None):
+        options["hidden"] = 37
+    forward = make_forward(cell, **options)
+    check_sharing(forward_results, forward)
+    backward = make_backward(forward)
+    check_sharing(backward_results, backward)
+    check_sharing(backward_results, backward | {"gates_wanted": True})
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_sharing_changes_no_bit_of_other_dtypes(isa: str, cell: str, dtype: torch.dtype) -> None:
+    forward = make_forward(cell, dtype)
+    check_sharing(forward_results, forward)
+    check_sharing(backward_results, make_backward(forward))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("rows", [1, 4, 5, 49, 100])
+def test_sharing_changes_no_bit_of_a_step(isa: str, cell: str, rows: int) -> None:
+    forward = make_step(cell, rows=rows, inputs=150, hidden=130)
+    check_sharing(forward_results, forward)
+    check_sharing(backward_results, make_backward(forward))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_inference_leaves_the_same_outputs(isa: str, cell: str, dtype: torch.dtype) -> None:
+    """Bit for bit, with c of every step and without; what no backward will read is not made."""
+    calls = [make_forward(cell, dtype, **SHARED[kind]) for kind in ("plain", "packed", "four", "single", "one direction")]
+    calls += [make_step(cell, dtype, rows) for rows in (1, 5)]
+    if CELLS[cell].projected is not None:
+        calls.append(make_forward(cell, dtype, projection=11))
+    for call in calls:
+        for cell_states in (call["cell_states"], False):
+            kept, dropped = (_C.layer_forward(**call | {"keep": keep, "cell_states": cell_states}) for keep in (True, False))
+            assert dropped[3] is None
+            for actual, expected in zip([dropped[0], *dropped[1]], [kept[0], *kept[1]], strict=True):
+                assert torch.equal(actual, expected)
+            assert cell_states or (kept[2] is None and dropped[2] is None)
+            assert not cell_states or torch.equal(kept[2], dropped[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 33, 17), (3, 200, 65), (4, 512, 1024)])
-def test_projection_of_a_few_rows(isa: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 33, 17), (3, 200, 65), (4, 512, 1024), (5, 200, 65), (49, 300, 40)])
+@pytest.mark.parametrize("length", [1, 2])
+def test_projection_of_a_few_rows(isa: str, dtype: torch.dtype, shape: tuple[int, int, int], length: int) -> None:
+    """The input's product, which a cell that hears nothing of the step before lets through."""
     rows, inner, columns = shape
     torch.manual_seed(0)
-    input, weight = torch.randn(rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype)
-    wide = torch.full((rows, columns + 3), torch.nan, dtype=dtype)
-    _C.project(input, weight, wide[:, :columns], 2)
+    input, weight = torch.randn(length, rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype)
+    call = make_forward("rnn_relu", dtype, length, rows, inner, columns, (False,), reset=False, bias=False) | {"threads": 2}
+    call |= {"input": input, "states": None}
+    hh = torch.zeros(columns, columns, dtype=dtype)
+    positive, negative = (
+        _C.layer_forward(**call | {"weights": [(each, hh, None, None, None)]})[0] for each in (weight, -weight)
+    )
     # A float64 product is no judge of one: torch's own errs by up to three times as much as ours here.
     exact = input.numpy().astype(np.longdouble) @ weight.numpy().astype(np.longdouble).T
     bound = 20 * torch.finfo(dtype).eps * inner**0.5
-    assert np.abs(wide[:, :columns].numpy() - exact).max() <= bound
-    assert wide[:, columns:].isnan().all()
+    assert np.abs((positive - negative).numpy() - exact).max() <= bound
 
 
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
@@ -152,6 +208,20 @@ def test_memory_is_kept_and_released() -> None:
         _C.Memory(2**63)
 
 
+def test_memory_of_a_layer_is_kept_and_released() -> None:
+    """What a call needs for itself alone goes back for the next one, which takes it."""
+    call = make_backward(make_forward("lstm", length=60, batch=64, hidden=64))
+    _C.release_kept()
+    first = _C.layer_backward(**call)
+    kept = _C.kept_bytes()
+    assert kept > 60 * 64 * 4 * 64 * 4
+    second = _C.layer_backward(**call)
+    assert _C.kept_bytes() == kept
+    del first, second
+    _C.release_kept()
+    assert _C.kept_bytes() == 0
+
+
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "import torch, fused_rnn, os\n" + code]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
@@ -167,21 +237,20 @@ def test_environment_forces_an_instruction_set() -> None:
 
 def test_number_of_threads_is_obeyed() -> None:
     """One thread starts none; three use three, whatever OpenMP's own default is."""
-    code = """
-torch.set_num_threads({n})
-before = len(os.listdir("/proc/self/task"))
-fused_rnn._C.forward(**call)
-print(len(os.listdir("/proc/self/task")) - before)
-"""
-    setup = """
+    program = """
 torch.set_num_threads(1)  # what follows starts no thread yet
 H = 64
-call = dict(cell="rnn_tanh", input=None, weight_ih=None,
-            tape=(rows := torch.zeros(64 * 50, 1, H)), out=rows, bias=None, length=50, batch=64,
-            states=[torch.zeros(1, 64, H)], weight_hr=None, batch_sizes=None, offsets=None, reverse=[False],
-            reset=None, keep=True, threads={n},
-            weight_hh=fused_rnn._C.Packed("rnn_tanh", [torch.zeros(H, H)], False, "hidden", False, 1))
+weights = (torch.zeros(H, H), torch.zeros(H, H), None, None, None)
+call = dict(cell="rnn_tanh", input=torch.zeros(50, 64, H), states=None, weights=[weights], length=50,
+            batch=64, batch_sizes=None, reverse=[False], reset=None, step=False, threads={n})
+torch.set_num_threads({n})
+before = len(os.listdir("/proc/self/task"))
+out = fused_rnn._C.layer_forward(**call, keep=True, cell_states=False)[0]
+between = len(os.listdir("/proc/self/task"))
+fused_rnn._C.layer_backward(**call, out=out, tape=None, d_out=out, d_cells=None, d_states=(None,),
+                            wanted=[True] * 4 + [False] * 3, gates_wanted=False)
+print(between - before, len(os.listdir("/proc/self/task")) - between)
 """
-    for n, started in ((1, "0"), (3, "2")):
-        done = python((setup + code).format(n=n), OMP_NUM_THREADS="2")
+    for n, started in ((1, "0 0"), (3, "2 0")):
+        done = python(program.format(n=n), OMP_NUM_THREADS="2")
         assert done.stdout.strip() == started, done.stdout + done.stderr

@@ -260,10 +260,14 @@ def test_onnx_file_of_a_whole_model(tmp_path: Path) -> None:
     assert [node.op_type for node in onnx.load(path, load_external_data=False).graph.node].count("GRU") == 1
 
 
-def test_onnx_refuses_what_it_has_no_operator_for() -> None:
+def test_onnx_refuses_what_it_has_no_operator_for(monkeypatch: pytest.MonkeyPatch) -> None:
     module = make("lstm_proj")
     with pytest.raises(NotImplementedError, match="no ONNX operator computes an LSTM with projections"):
         fused_rnn.onnx.export(module, (batch(module),), verbose=False)
+    with monkeypatch.context() as patch:
+        patch.delitem(fused_rnn.onnx._OPERATORS, "gru")
+        with pytest.raises(NotImplementedError, match="no ONNX operator computes the cell 'gru'"):
+            fused_rnn.onnx.export(make("gru"), (batch(module),), verbose=False)
     with pytest.raises(NotImplementedError, match="PackedSequence cannot be exported to ONNX"):
         fused_rnn.onnx.export(_Packed().eval(), (torch.randn(7, IN), torch.tensor([4, 2, 1])), verbose=False)
     with pytest.raises(NotImplementedError, match="lengths cannot be exported to ONNX"):

@@ -1,4 +1,4 @@
-"""The kernel contract (``fused_rnn.kernels``): every CPU backend and cell against the reference in float64."""
+"""The contract of a walk (``fused_rnn.kernels.by_walk.walk``): who has walks, every cell, against the reference in float64."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from tolerances import assert_close_to_reference
 from torch import Tensor
 
 import fused_rnn
-from fused_rnn import dispatch
-from fused_rnn.cells import CELLS
+from fused_rnn import reference
+from fused_rnn.cells import CELLS, Weights
+from fused_rnn.kernels import cell_modules
+from fused_rnn.kernels.by_walk.walk import Walk, walks
 from fused_rnn.steps import Steps
 
-BACKENDS = [name for name, status in fused_rnn.backends().items() if status.available and "cpu" in status.devices]
+# The backends whose layers are made around walks.
+BACKENDS = [name for name in ("numba", "reference") if fused_rnn.backends()[name].available]
 DTYPES = (torch.float32, torch.float64)
 PADDING = 7.0
 
@@ -66,6 +69,12 @@ class Inputs:
     live: Tensor
 
 
+def walk_of(backend: str, cell: str) -> Walk:
+    """The functions of a cell."""
+    package = "fused_rnn.reference" if backend == "reference" else f"fused_rnn.kernels.{backend}"
+    return walks(cell_modules(package))[cell]
+
+
 def make_steps(case: Case) -> Steps:
     """Dense, packed (one sequence has no step at all) or right-padded steps."""
     if case.ragged is None:
@@ -102,7 +111,7 @@ def make_inputs(cell_name: str, case: Case) -> Inputs:
         randn(d, len(cell.bias) * h) if case.bias else None,
         torch.rand(rows, generator=generator) < 0.3 if case.reset else None,
         randn(rows, d, p) if case.d_out else None,
-        randn(rows, d, h) if case.d_cells and "c" in cell.states else None,
+        randn(rows, d, h) if case.d_cells and cell.cell_state is not None else None,
         tuple(randn(d, n, width) for width in widths),
         live,
     )
@@ -111,8 +120,7 @@ def make_inputs(cell_name: str, case: Case) -> Inputs:
 def run(backend: str, cell_name: str, case: Case, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
     """Forward and backward of one backend, in the way that the case says; returns all that they wrote."""
     cell, steps = CELLS[cell_name], inputs.steps
-    with fused_rnn.backend(backend):
-        kernels = dispatch.kernels(cell, torch.device("cpu"))
+    walk = walk_of(backend, cell_name)
     h = case.hidden
     p = case.projection or h
     padded = []
@@ -154,20 +162,20 @@ def run(backend: str, cell_name: str, case: Case, inputs: Inputs, dtype: torch.d
         if case.chunk is not None:
             assert len(set(reverse)) == 1, "a caller that walks in chunks walks one way"
         states_now = tuple(state[part].clone() for state in states)
-        packed = kernels.pack(weight_hh, weight_hr, steps, False)
+        packed = walk.pack(weight_hh, weight_hr, steps, False)
         for begin, end in reversed(chunks) if reverse[0] else chunks:
             where = steps.rows(begin, end)
             reset = None if inputs.reset is None else inputs.reset[where]
-            kernels.forward(
+            walk.forward(
                 tape[where, part], out[where, part], states_now, packed, some_bias, steps.part(begin, end), reverse, reset, True
             )
         states_0 = tuple(state[part].contiguous() for state in states)
         d_states_now = tuple(state[part].clone() for state in d_states)
         before = tape.clone(), out.clone()
-        packed = kernels.pack(weight_hh, weight_hr, steps, True)
+        packed = walk.pack(weight_hh, weight_hr, steps, True)
         for begin, end in chunks if reverse[0] else reversed(chunks):
             where = steps.rows(begin, end)
-            kernels.backward(
+            walk.backward(
                 d_gates[where, part],
                 d_states_now,
                 None if d_out is None else d_out[:, part],
@@ -278,11 +286,12 @@ def test_kernels_match_the_reference(backend: str, cell: str, dtype: torch.dtype
 
 
 @every_dtype
+@pytest.mark.parametrize("cell", [name for name, cell in CELLS.items() if cell.projected is not None])
 @every_backend
 @pytest.mark.parametrize("case", PROJECTED, ids=str)
-def test_projected_lstm_matches_the_reference(backend: str, dtype: torch.dtype, case: Case) -> None:
-    """The same for the LSTM whose h is a projection."""
-    check(backend, "lstm", case, dtype)
+def test_projected_cells_match_the_reference(backend: str, cell: str, dtype: torch.dtype, case: Case) -> None:
+    """The same for the cells whose h can be a projection."""
+    check(backend, cell, case, dtype)
 
 
 @every_cell
@@ -318,27 +327,26 @@ def test_python_threads_at_once(backend: str, cell: str) -> None:
 @every_kernel_backend
 def test_after_fork(backend: str) -> None:
     """A forked child computes what its parent computes, though the parent's threads are not there."""
-    # Large enough for the kernels to use several threads. The child calls nothing else: torch's own operations may hang there.
+    # Large enough for the walk to use several threads. The child calls nothing else: torch's own operations may hang there.
     steps, h = Steps(6, 8), 64
-    with fused_rnn.backend(backend):
-        kernels = dispatch.kernels(CELLS["gru"], torch.device("cpu"))
+    walk = walk_of(backend, "gru")
     weight, gates_x = torch.randn(3 * h, h) / 8, torch.randn(48, 1, 4 * h)
     tape, out, d_gates = gates_x.clone(), torch.empty(48, 1, h), torch.empty(48, 1, 4 * h)
     h_0, h_n, d_h, d_out = torch.zeros(1, 8, h), torch.zeros(1, 8, h), torch.zeros(1, 8, h), torch.ones(48, 1, h)
 
-    def walk() -> None:
+    def run_both() -> None:
         tape.numpy()[...] = gates_x.numpy()
         h_n.numpy()[...] = 0
         d_h.numpy()[...] = 1
-        kernels.forward(tape, out, (h_n,), kernels.pack([weight], None, steps, False), None, steps, (False,), None, True)
-        packed = kernels.pack([weight], None, steps, True)
-        kernels.backward(d_gates, (d_h,), d_out, None, tape, out, (h_0,), packed, steps, 0, 6, (False,), None)
+        walk.forward(tape, out, (h_n,), walk.pack([weight], None, steps, False), None, steps, (False,), None, True)
+        packed = walk.pack([weight], None, steps, True)
+        walk.backward(d_gates, (d_h,), d_out, None, tape, out, (h_0,), packed, steps, 0, 6, (False,), None)
 
-    walk()
+    run_both()
     expected = [tensor.numpy().copy() for tensor in (tape, out, d_gates, h_n, d_h)]
 
     def in_child() -> None:
-        walk()
+        run_both()
         for value, tensor in zip(expected, (tape, out, d_gates, h_n, d_h), strict=True):
             assert np.allclose(value, tensor.numpy(), atol=1e-5)
 
@@ -358,25 +366,20 @@ def test_nonlinearities_over_their_whole_range(backend: str, dtype: torch.dtype)
     """Saturation, infinities and NaN in the gates come out as the reference has them, in their own row only."""
     special = [0.0, -0.0, float("inf"), -float("inf"), float("nan")]
     values = torch.cat([torch.tensor(special), torch.linspace(-120, 120, 4001), torch.logspace(-30, 0, 95)]).to(dtype)
-    for cell_name, cell in CELLS.items():
-        with fused_rnn.backend(backend):
-            kernels = dispatch.kernels(cell, torch.device("cpu"))
+    for cell in CELLS.values():
+        walk = walk_of(backend, cell.name)
         n, steps = len(values), Steps(1, len(values))
         tape = torch.full((n, 1, len(cell.tape)), float("nan"), dtype=dtype)
         tape[:, 0, : cell.num_gates] = values[:, None]
         out = tape if cell.tape_is_out else torch.full((n, 1, 1), float("nan"), dtype=dtype)
         states = tuple(torch.zeros(1, n, 1, dtype=dtype) for _ in cell.states)
-        packed = kernels.pack([torch.zeros(cell.num_gates, 1, dtype=dtype)], None, steps, False)
-        kernels.forward(tape, out, states, packed, None, steps, (False,), None, True)
-        wide = values.double()
-        sigmoid, tanh = wide.sigmoid(), wide.tanh()
-        expected = {
-            "rnn_tanh": tanh,
-            "rnn_relu": wide.relu(),
-            "lstm": sigmoid * (sigmoid * tanh).tanh(),
-            "gru": (1 - sigmoid) * tanh,
-        }[cell_name]
+        packed = walk.pack([torch.zeros(cell.num_gates, 1, dtype=dtype)], None, steps, False)
+        walk.forward(tape, out, states, packed, None, steps, (False,), None, True)
+        weights = (Weights(torch.ones(cell.num_gates, 1).double(), torch.zeros(cell.num_gates, 1).double()),)
+        states = tuple(torch.zeros(1, n, 1).double() for _ in cell.states)
+        expected, _ = reference.layer(cell, values.double()[:, None], steps, states, weights, (False,))
         eps = torch.finfo(dtype).eps
-        # One rounding error of 1 - z is all of it where z is nearly 1.
-        absolute = 2 * eps if cell_name == "gru" else torch.finfo(dtype).tiny * 100
-        torch.testing.assert_close(out[:, 0, 0].double(), expected, rtol=10 * eps, atol=absolute, equal_nan=True)
+        # A cell that mixes h in has a share that goes to it and a share that goes to its gates: one rounding error of 1 - z is
+        # all of it where z is nearly 1.
+        absolute = 2 * eps if cell.direct else torch.finfo(dtype).tiny * 100
+        torch.testing.assert_close(out[:, 0].double(), expected, rtol=10 * eps, atol=absolute, equal_nan=True)

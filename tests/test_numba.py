@@ -201,3 +201,14 @@ def test_bad_calls_are_refused(case: str) -> None:
     _run_lstm(_lstm_call())
     with pytest.raises(ValueError, match=message):
         _run_lstm(_lstm_call(**changed()))
+
+
+def test_too_many_gates_are_refused() -> None:
+    """A tile has registers for so many vectors; a walk that took others would compute something else."""
+    from fused_rnn.cells import Cell
+    from fused_rnn.kernels.numba.walk import forward
+
+    gates = tuple("abcde")
+    cell = Cell("five", "FIVE", gates, ("h",), gates, gates, reads_before=None, direct=False)
+    with pytest.raises(ValueError, match="cell five: gates: expected at most 4 for Numba's kernels, got 5"):
+        forward(cell, None)

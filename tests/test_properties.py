@@ -123,7 +123,7 @@ def cases(draw: st.DrawFn) -> Case:
     # Sizes around the widths of vectors and tiles.
     sizes = st.one_of(st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 33, 48, 63, 65, 100]))
     hidden = draw(sizes)
-    projection = draw(st.none() | st.integers(1, hidden - 1)) if cell == "lstm" and hidden > 1 else None
+    projection = draw(st.none() | st.integers(1, hidden - 1)) if CELLS[cell].projected is not None and hidden > 1 else None
     dtype = draw(st.sampled_from(list(DTYPES)))
     # relu has a kink at zero. Where rounding crosses it gradients jump, and only the last layer's crossings can be seen.
     layers = draw(st.integers(1, 1 if cell == "rnn_relu" and dtype in ("bfloat16", "float16") else 3))
@@ -249,8 +249,8 @@ class Problem:
         reset = self.reset[:steps, n]
         if direction:
             # A flag starts a new part of the sequence. Walking backwards, the state is dropped after that part's first step.
-            return torch.cat((reset[1:], torch.zeros(1, dtype=torch.bool)))
-        return reset
+            reset = torch.cat((reset[1:], torch.zeros(1, dtype=torch.bool)))
+        return reset[None]
 
     def fused_results(self) -> tuple[list[Tensor], dict[str, Tensor]]:
         """As ``results``, by the fused kernels, through the arguments that a user gives."""

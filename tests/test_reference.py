@@ -3,6 +3,7 @@
 import importlib
 import math
 from collections.abc import Sequence
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ RAGGED = Steps.packed(torch.tensor([4, 4, 3, 1, 1]))
 # As right-padded lengths: row t * N + j, sorted by length, with rows in between that no step works on, the last among them.
 PADDED = Steps(3, 3, torch.tensor([3, 2, 1]), torch.tensor([0, 3, 6]))
 
-CASES = [(name, 0) for name in CELLS] + [("lstm", 2)]
+CASES = [(name, 0) for name in CELLS] + [(name, 2) for name, cell in CELLS.items() if cell.projected is not None]
 all_cells = pytest.mark.parametrize(("name", "projection"), CASES)
 all_steps = pytest.mark.parametrize("steps", [DENSE, RAGGED, PADDED], ids=["dense", "ragged", "padded"])
 
@@ -40,12 +41,26 @@ def make(cell: Cell, steps: Steps, directions: int, projection: int = 0, dtype: 
     return leaf(rows, inputs), states, weights
 
 
+def module_of(cell: Cell) -> ModuleType:
+    """The file of its equations."""
+    return importlib.import_module(f"fused_rnn.reference.{cell.module}")
+
+
+def columns_of(cell: Cell, blocks: Sequence[str], hidden: int) -> list[int]:
+    """Where these blocks are in a row of d_gates."""
+    return [cell.d_gates.index(block) * hidden + unit for block in blocks for unit in range(hidden)]
+
+
 def leaves(input: Tensor, states: Sequence[Tensor], weights: Sequence[Weights]) -> list[Tensor]:
     return [input, *states, *(tensor for weight in weights for tensor in weight if tensor is not None)]
 
 
 def torch_layer(cell: Cell, states: Sequence[Tensor], weights: Sequence[Weights]) -> torch.nn.RNNBase:
-    """The module of torch.nn with these weights."""
+    """The module of torch.nn with these weights; skips a cell that torch does not know."""
+    try:
+        torch.nn.RNNBase(cell.mode, 1, 1)
+    except ValueError:
+        pytest.skip(f"torch.nn has no {cell.mode}")
     hidden = weights[0].hh.shape[0] // cell.num_gates
     kind, _, nonlinearity = cell.mode.partition("_")
     options: dict = {"nonlinearity": nonlinearity.lower()} if nonlinearity else {}
@@ -93,8 +108,9 @@ def test_kernels_are_the_layer(name: str, projection: int, steps: Steps, resets:
     rows, hidden = input.shape[0], weights[0].hh.shape[0] // cell.num_gates
     size, columns = weights[0].hh.shape[1], cell.num_gates * hidden
     reset = torch.rand(rows) < 0.3 if resets else None
-    has_c = "c" in cell.states
-    out, ends = reference.layer(cell, input, steps, states, weights, reverse, reset, cell_states=has_c)
+    has_c = cell.cell_state is not None
+    masks = None if reset is None else reset.expand(len(reverse), -1)
+    out, ends = reference.layer(cell, input, steps, states, weights, reverse, masks, cell_states=has_c)
     d_results = [torch.randn_like(result) for result in (out, *ends)]
     expected = dict(
         zip(
@@ -104,8 +120,7 @@ def test_kernels_are_the_layer(name: str, projection: int, steps: Steps, resets:
         )
     )
 
-    module = importlib.import_module(f"fused_rnn.reference.{name.partition('_')[0]}")
-    pack, forward, backward = (getattr(module, f"{name}_{verb}") for verb in ("pack", "forward", "backward"))
+    pack, forward, backward = (getattr(module_of(cell), f"{name}_{verb}") for verb in ("pack", "forward", "backward"))
     detached = [Weights(*(None if tensor is None else tensor.detach() for tensor in weight)) for weight in weights]
     # Rows that no step works on hold NaN: nothing may read them.
     tape = torch.full((rows, 2, len(cell.tape) * hidden), math.nan, dtype=dtype)
@@ -129,7 +144,8 @@ def test_kernels_are_the_layer(name: str, projection: int, steps: Steps, resets:
     torch.testing.assert_close(kept.flatten(1)[active], out[active].detach())
     torch.testing.assert_close(walked, tuple(end.detach() for end in ends[: len(states)]))
     if has_c:
-        torch.testing.assert_close(tape[active, :, -hidden:], ends[-1].detach().view(rows, 2, hidden)[active])
+        block = tape[..., cell.tape.index(cell.cell_state) * hidden :][..., :hidden]
+        torch.testing.assert_close(block[active], ends[-1].detach().view(rows, 2, hidden)[active])
 
     d_walk = tuple(d_end.clone() for d_end in d_results[1 : 1 + len(states)])
     d_cells = d_results[-1].view(rows, 2, hidden) if has_c else None
@@ -160,13 +176,9 @@ def test_kernels_are_the_layer(name: str, projection: int, steps: Steps, resets:
     for state, d_state in zip(cell.states, d_walk, strict=True):
         torch.testing.assert_close(d_state, expected[state])
     for d in range(2):
-        blocks = d_gates[:, d, : len(cell.d_gates) * hidden]
-        of_input, of_recurrence = blocks[:, -columns:], blocks[:, :columns]
+        of_input, of_recurrence = (d_gates[:, d, columns_of(cell, names, hidden)] for names in (cell.d_ih, cell.d_hh))
         torch.testing.assert_close(of_input.t() @ input.detach()[active], expected[d, "ih"])
         torch.testing.assert_close(of_input.sum(0), expected[d, "bias_ih"])
-        if cell.d_gates[: cell.num_gates] != cell.gates:
-            # The group of weight_hh starts with its last gate.
-            of_recurrence = of_recurrence.roll(-hidden, dims=1)
         torch.testing.assert_close(of_recurrence.sum(0), expected[d, "bias_hh"])
     if projection:
         assert d_gates.shape[-1] == len(cell.d_gates) * hidden + projection
@@ -179,74 +191,76 @@ def _span(steps: Steps, t: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", CELLS)
 def test_tape_holds_what_the_table_says(name: str) -> None:
-    cell, hidden = CELLS[name], 3
-    module = importlib.import_module(f"fused_rnn.reference.{name.partition('_')[0]}")
-    steps = Steps(1, 2)
-    gates_x = torch.randn(2, 1, cell.num_gates * hidden)
-    tape = torch.zeros(2, 1, len(cell.tape) * hidden)
-    tape[..., : cell.num_gates * hidden] = gates_x
-    weight_hh, bias = torch.randn(cell.num_gates * hidden, hidden), torch.randn(len(cell.bias) * hidden)
-    states = tuple(torch.randn(1, 2, hidden) for _ in cell.states)
-    h, *rest = (state[0].clone() for state in states)
-    out = tape if cell.tape_is_out else torch.zeros(2, 1, hidden)
-    packed = getattr(module, f"{name}_pack")([weight_hh], None, steps, False)
-    getattr(module, f"{name}_forward")(tape, out, states, packed, bias[None], steps, (False,), None, True)
-    got = dict(zip(cell.tape, tape[:, 0].chunk(len(cell.tape), -1), strict=True))
-    gates_x = gates_x[:, 0] + bias[: cell.num_gates * hidden]
-    sums = dict(zip(cell.gates, (gates_x + h @ weight_hh.t()).chunk(cell.num_gates, -1), strict=True))
-    if name.startswith("rnn"):
-        expected = {"h": sums["h"].tanh() if name == "rnn_tanh" else sums["h"].clamp(min=0)}
-        h_after = expected["h"]
-    elif name == "lstm":
-        expected = {gate: sums[gate].sigmoid() for gate in "ifo"} | {"g": sums["g"].tanh()}
-        expected["c"] = expected["f"] * rest[0] + expected["i"] * expected["g"]
-        h_after = expected["o"] * expected["c"].tanh()
-        torch.testing.assert_close(states[1][0], expected["c"])
-    else:
-        expected = {gate: sums[gate].sigmoid() for gate in "rz"}
-        expected["hn"] = h @ weight_hh[-hidden:].t() + bias[-hidden:]
-        expected["n"] = (gates_x[:, -hidden:] + expected["r"] * expected["hn"]).tanh()
-        h_after = (1 - expected["z"]) * expected["n"] + expected["z"] * h
-    torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(states[0][0], h_after)
-    torch.testing.assert_close(out[:, 0], h_after)
+    """A step from what leads to the tape gives the tape again; the states are in it, and the part that stays apart."""
+    cell, n, hidden = CELLS[name], 2, 3
+    equations = reference.recurrence.EQUATIONS[name]
+    gates_x, gates_h = torch.randn(2, n, cell.num_gates * hidden, dtype=torch.float64)
+    before = tuple(torch.randn(n, hidden, dtype=torch.float64) for _ in cell.states)
+    after, tape = equations.step(gates_x, gates_h, before)
+    assert (len(after), len(tape)) == (len(cell.states), len(cell.tape))
+    again = equations.step(*(torch.cat(blocks, dim=-1) for blocks in equations.gates(tape)), before)
+    torch.testing.assert_close(again, (after, tape))
+    for state, value in zip(cell.states, after, strict=True):
+        if state in cell.tape:
+            torch.testing.assert_close(tape[cell.tape.index(state)], value)
+    if cell.apart is not None:
+        torch.testing.assert_close(tape[cell.tape.index(cell.apart)], gates_h[:, -hidden:])
+    if cell.projected is not None:
+        torch.testing.assert_close(cell.projected(tape), after[0])
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_the_table_says_what_the_equations_do(name: str) -> None:
+    """``direct`` and ``apart``, by the derivatives of one step; in the tests of kernels, a wrong one is a wrong number."""
+    cell, n, hidden = CELLS[name], 2, 3
+    step = reference.recurrence.EQUATIONS[name].step
+    gates_x, gates_h = torch.randn(2, n, cell.num_gates * hidden, dtype=torch.float64).unbind()
+    before = tuple(torch.randn(n, hidden, dtype=torch.float64) for _ in cell.states)
+    given = [tensor.clone().requires_grad_() for tensor in (gates_x, gates_h, *before)]
+    after, _ = step(given[0], given[1], tuple(given[2:]))
+    d_after = [torch.randn_like(state) for state in after]
+    d_x, d_h, *d_before = torch.autograd.grad(after, given, d_after, allow_unused=True, materialize_grads=True)
+    assert bool(d_before[0].count_nonzero()) == cell.direct
+    differ = [bool((x != h).any()) for x, h in zip(d_x.chunk(cell.num_gates, -1), d_h.chunk(cell.num_gates, -1), strict=True)]
+    assert differ == [x != h for x, h in zip(cell.d_ih, cell.d_hh, strict=True)]
 
 
 @pytest.mark.parametrize("name", CELLS)
 def test_backward_of_saturated_gates_is_finite(name: str) -> None:
-    cell = CELLS[name]
-    module = importlib.import_module(f"fused_rnn.reference.{name.partition('_')[0]}")
-    steps, hidden = Steps(2, 1), 2
+    cell, hidden = CELLS[name], 2
+    pack, forward, backward = (getattr(module_of(cell), f"{name}_{verb}") for verb in ("pack", "forward", "backward"))
+    steps, gates = Steps(2, 1), cell.num_gates * hidden
     tape = torch.zeros(2, 1, len(cell.tape) * hidden)
-    tape[..., : cell.num_gates * hidden] = 200.0
+    tape[..., :gates] = 200.0
     out = tape if cell.tape_is_out else torch.zeros(2, 1, hidden)
     states = tuple(torch.zeros(1, 1, hidden) for _ in cell.states)
-    weight_hh = [torch.zeros(cell.num_gates * hidden, hidden)]
-    pack = getattr(module, f"{name}_pack")
-    getattr(module, f"{name}_forward")(
-        tape, out, states, pack(weight_hh, None, steps, False), None, steps, (False,), None, True
-    )
+    weight_hh = [torch.zeros(gates, hidden)]
+    forward(tape, out, states, pack(weight_hh, None, steps, False), None, steps, (False,), None, True)
     d_gates = torch.full((2, 1, len(cell.d_gates) * hidden), math.nan)
     d_states = tuple(torch.ones(1, 1, hidden) for _ in cell.states)
     states_0 = tuple(torch.zeros(1, 1, hidden) for _ in cell.states)
-    packed = pack(weight_hh, None, steps, True)
-    getattr(module, f"{name}_backward")(d_gates, d_states, None, None, tape, out, states_0, packed, steps, 0, 2, (False,), None)
-    # Saturated gates have no slope; relu has the slope one.
-    expected = torch.tensor([[[0.0, 0.0]], [[1.0, 1.0]]]) if name == "rnn_relu" else torch.zeros_like(d_gates)
-    torch.testing.assert_close(d_gates, expected)
-    assert all(d_state.isfinite().all() for d_state in d_states)
+    backward(
+        d_gates, d_states, None, None, tape, out, states_0, pack(weight_hh, None, steps, True), steps, 0, 2, (False,), None
+    )
+    assert all(result.isfinite().all() for result in (d_gates, *d_states))
+    # The same by differentiating the layer, whose input goes straight into the gates.
+    input = torch.full((2, gates), 200.0, requires_grad=True)
+    weights = (Weights(torch.eye(gates), weight_hh[0]),)
+    _, ends = reference.layer(cell, input, steps, states_0, weights, (False,))
+    (expected,) = torch.autograd.grad(ends, input, tuple(torch.ones_like(end) for end in ends))
+    torch.testing.assert_close(d_gates[:, 0, -gates:], expected)
 
 
 @all_cells
 def test_second_derivatives(name: str, projection: int) -> None:
     cell, steps = CELLS[name], Steps.packed(torch.tensor([2, 1]))
     input, states, weights = make(cell, steps, 1, projection)
-    reset = torch.tensor([False, False, True])
+    reset = torch.tensor([[False, False, True]])
 
     def function(*flat: Tensor) -> tuple[Tensor, ...]:
         count = 1 + len(states)
         out, ends = reference.layer(
-            cell, flat[0], steps, flat[1:count], (Weights(*flat[count:]),), (True,), reset, "c" in cell.states
+            cell, flat[0], steps, flat[1:count], (Weights(*flat[count:]),), (True,), reset, cell.cell_state is not None
         )
         return out, *ends
 

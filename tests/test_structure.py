@@ -1,4 +1,4 @@
-"""Dependencies point one way: modules → functional → autograd → dispatch → kernels, and everything may read the data."""
+"""Dependencies point one way: modules → functional → autograd → dispatch → kernels → protocol; all may read the data."""
 
 import ast
 from pathlib import Path
@@ -6,40 +6,31 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fused_rnn"
-# What a cell is and which rows a step has: plain data.
-DATA = {"cells", "steps"}
+# What a cell is, which rows a step has, and what a backend is given: plain data.
+DATA = {"cells", "steps", "protocol"}
 # A room -> the rooms that it may import.
 ALLOWED = {
     "cells": set(),
     "steps": set(),
-    "reference": DATA | {"reference"},
-    "kernels": DATA | {"kernels", "_C"},
-    "processes": set(),
-    "dispatch": DATA | {"kernels", "processes"},
+    "protocol": {"cells", "steps"},
     "memory": {"_C"},
-    "layer": DATA | {"dispatch", "memory"},
-    "gradients": DATA | {"dispatch", "memory", "layer"},
-    "per_sample": DATA | {"gradients", "layer", "memory"},
-    "batching": DATA | {"layer"},
-    "derivatives": DATA | {"reference", "layer", "batching"},
+    "processes": set(),
+    "reference": DATA | {"reference", "kernels"},
+    "kernels": DATA | {"kernels", "memory", "_C"},
+    "dispatch": DATA | {"processes"},
+    "batching": DATA,
+    "derivatives": DATA | {"reference", "batching"},
     "autocast": DATA,
     "checks": DATA | {"autocast"},
-    "operators": DATA | {"autocast", "checks", "dispatch", "layer", "gradients", "sequences"},
-    "autograd": DATA
-    | {"autocast", "dispatch", "reference", "layer", "gradients", "operators", "per_sample", "batching", "derivatives"},
-    "operators_autograd": DATA | {"checks", "dispatch", "layer", "operators", "batching", "derivatives"},
-    "onnx": DATA | {"operators"},
-    "entry": DATA | {"autocast", "autograd"},
     "sequences": {"steps"},
-    "streaming": DATA | {"dispatch", "operators", "derivatives"},
-    "stack": DATA | {"entry", "operators", "sequences"},
-    "cell_functional": DATA | {"checks", "entry"},
-    "functional": DATA | {"checks", "operators", "sequences", "stack", "cell_functional"},
-    "whole": DATA
-    | {"autocast", "autograd", "batching", "checks", "derivatives", "dispatch", "functional", "layer", "operators", "stack"}
-    | {"streaming"},
-    "initialisation": set(),
-    "modules": DATA | {"functional", "streaming", "whole", "initialisation"},
+    "operators": DATA | {"autocast", "checks", "dispatch", "sequences"},
+    "autograd": DATA | {"autocast", "dispatch", "operators", "batching", "derivatives"},
+    "operators_autograd": DATA | {"checks", "dispatch", "operators", "batching", "derivatives"},
+    "calls": DATA | {"checks", "operators", "sequences", "autograd"},
+    "functional": DATA | {"calls", "checks"},
+    "onnx": DATA | {"operators"},
+    "initialisation": DATA,
+    "modules": DATA | {"calls", "checks", "initialisation"},
     "cell_modules": DATA | {"functional", "initialisation"},
     "convert": {"modules", "cell_modules", "checks", "initialisation"},
 }

@@ -16,8 +16,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils import _pytree as pytree
 
 import fused_rnn
-from fused_rnn import autograd, batching, reference
-from fused_rnn import layer as layers
+from fused_rnn import autograd, batching, derivatives, dispatch
+from fused_rnn.protocol import LayerCall
 
 NAMES = ("RNN", "LSTM", "GRU")
 each = pytest.mark.parametrize("name", NAMES)
@@ -36,7 +36,12 @@ def draw(*shape: int) -> Tensor:
 @contextmanager
 def plain() -> Iterator[None]:
     """Every layer in plain torch operations, which torch transforms on its own."""
-    fused, autograd.layer = autograd.layer, reference.layer
+
+    def layer(*arguments: Any, backend: object = None) -> Any:
+        *described, _ = arguments if len(arguments) == 10 else (*arguments, None)
+        return derivatives.plain(*described, *(None, False, False)[len(described) - 6 :])
+
+    fused, autograd.layer = autograd.layer, layer
     try:
         yield
     finally:
@@ -268,13 +273,14 @@ class Count:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.forwards: list[int] = []
         self.backwards: list[int] = []
-        monkeypatch.setattr(layers, "forward", self.counted(layers.forward, self.forwards))
-        monkeypatch.setattr(autograd.gradients, "backward", self.counted(autograd.gradients.backward, self.backwards))
+        backend = type(dispatch.choose(torch.device("cpu")))
+        monkeypatch.setattr(backend, "forward", self.counted(backend.forward, self.forwards))
+        monkeypatch.setattr(backend, "backward", self.counted(backend.backward, self.backwards))
 
     def counted(self, function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
-        def counting(call: layers.Layer, *args: Any, **kwargs: Any) -> Any:
-            calls.append(call.steps.batch)
-            return function(call, *args, **kwargs)
+        def counting(backend: Any, call: LayerCall, *args: Any, **kwargs: Any) -> Any:
+            calls.append(call.layer.steps.batch)
+            return function(backend, call, *args, **kwargs)
 
         return counting
 

@@ -260,7 +260,7 @@ def test_the_table_of_the_package_can_be_read() -> None:
 @pytest.fixture
 def _fresh_dispatch() -> None:
     """The dispatcher remembers what it found; these tests change it."""
-    caches = (dispatch._unavailable, dispatch._automatic, dispatch._devices, dispatch._load)
+    caches = (dispatch._unavailable, dispatch._automatic, dispatch._devices, dispatch._load, dispatch._unasked)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -273,10 +273,10 @@ def test_a_cuda_tensor_where_triton_is_missing(monkeypatch: pytest.MonkeyPatch) 
     """The error says what is missing and which backend would serve; nothing slow is taken unasked."""
     monkeypatch.setattr(backend, "unavailable", lambda: "Triton cannot be imported (no module)")
     with pytest.raises(RuntimeError, match=r"triton cannot run on cuda here: Triton cannot be imported") as caught:
-        dispatch.kernels(GRU, torch.device("cuda"))
+        dispatch.choose(torch.device("cuda"))
     assert "fused_rnn.backend('reference')" in str(caught.value)
     with fused_rnn.backend("reference"):
-        assert dispatch.kernels(GRU, torch.device("cuda")).backend == "reference"
+        assert dispatch.choose(torch.device("cuda")).name == "reference"
 
 
 def test_a_cpu_tensor_on_the_triton_backend() -> None:

@@ -16,10 +16,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from fused_rnn.kernels.triton import gru, lstm, recurrence, rnn, walk  # noqa: F401 — the cells make themselves known
+from fused_rnn import kernels
+from fused_rnn.kernels.triton import recurrence, walk
 from fused_rnn.kernels.triton.heuristic import shared_bytes
 from fused_rnn.kernels.triton.plan import PART, Call, Device, Plan
 from fused_rnn.steps import Steps
+
+# The cells make themselves known.
+kernels.import_cells("fused_rnn.kernels.triton")
 
 # Bytes of the stack of a thread, where registers did not suffice. Kernels that hold their weights in registers fill all of them
 # on purpose, and before the walk they have more in hand: a tile of float32 beside the planes it is cut into. That is paid once.
@@ -124,7 +128,7 @@ def _launched(call: Call, plan: Plan, everything: bool, monkeypatch: pytest.Monk
         run = walk.Walk.run
         patch.setattr(walk.Walk, "run", recorded)
         if call.backward:
-            d_cells = buffer(h) if everything and "c" in cell.states else None
+            d_cells = buffer(h) if everything and cell.cell_state is not None else None
             d_out, d_gates = buffer(h) if everything or not plan.fragments else None, buffer(len(cell.d_gates) * h)
             d_n, d_0 = states(), states()
             given = d_n if everything or not plan.fragments else (None,) * len(d_n)

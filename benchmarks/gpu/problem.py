@@ -15,7 +15,7 @@ from torch import Tensor
 import fused_rnn
 from benchmarks.gpu.cases import Case
 from fused_rnn import autograd, sequences
-from fused_rnn.cells import CELLS, Cell, Weights
+from fused_rnn.cells import CELLS, Weights
 from fused_rnn.steps import Steps
 
 RESET_SHARE = 0.01
@@ -108,29 +108,13 @@ def ours(problem: Problem, backend: str | None) -> Run:
 
     def run(training: bool) -> Results:
         with _backend(backend), torch.set_grad_enabled(training):
-            if problem.reset is not None and len(reverse) > 1:
-                out, ends = _one_by_one(cell, problem, reverse)
-            else:
-                out, ends = autograd.layer(
-                    cell, problem.input, problem.steps, problem.states, problem.weights, reverse, problem.reset
-                )
+            resets = None
+            if problem.reset is not None:
+                resets = sequences.resets_by_direction(problem.reset, problem.steps, len(reverse))
+            out, ends, _ = autograd.layer(cell, problem.input, problem.steps, problem.states, problem.weights, reverse, resets)
             return results_of(problem, out, ends, training)
 
     return run
-
-
-def _one_by_one(cell: Cell, problem: Problem, reverse: tuple[bool, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Two directions with resets, as the package's modules run them: each has its own, and so a call of its own."""
-    assert problem.reset is not None
-    resets = sequences.resets_by_direction(problem.reset, problem.steps, len(reverse))
-    outs, ends = [], []
-    for d, backwards in enumerate(reverse):
-        states = tuple(state[d : d + 1] for state in problem.states)
-        weights = problem.weights[d : d + 1]
-        out, end = autograd.layer(cell, problem.input, problem.steps, states, weights, (backwards,), resets[d])
-        outs.append(out)
-        ends.append(end)
-    return torch.cat(outs, -1), tuple(torch.cat(parts) for parts in zip(*ends, strict=True))
 
 
 def torch_module(problem: Problem) -> tuple[torch.nn.RNNBase, list[Tensor]]:

@@ -14,7 +14,9 @@ import torch
 
 from benchmarks.gpu.cases import BATCH, CELLS, HIDDEN
 from benchmarks.gpu.clock import Clock
-from fused_rnn import cells, dispatch
+from fused_rnn import cells
+from fused_rnn.kernels import cell_modules
+from fused_rnn.kernels.by_walk.walk import walks
 from fused_rnn.kernels.triton import heuristic, launch, plan, tuned
 from fused_rnn.kernels.triton.plan import Call
 from fused_rnn.steps import Steps
@@ -50,8 +52,7 @@ def candidates(call: Call, device: plan.Device) -> Iterator[dict[str, Any]]:
 def kernel_call(call: Call, where: torch.device) -> Callable[[], None]:
     """One walk of the kernels alone, with the plan that is in force when this is made."""
     cell, d, n, h = call.cell, call.directions, call.batch, call.hidden
-    with dispatch.backend("triton"):
-        kernels = dispatch.kernels(cell, where)
+    kernels = walks(cell_modules("fused_rnn.kernels.triton"))[cell.name]
     steps, reverse = Steps(STEPS, n), (False, True)[:d]
     rows = STEPS * n
 

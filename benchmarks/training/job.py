@@ -62,8 +62,7 @@ def fused_copy(parser: Parser, model: Model) -> tuple[Model, str]:
             raise RuntimeError(f"fused_rnn.convert left {type(layer).__name__} as it was: there is nothing to compare")
     try:
         # A backend that was asked for and cannot run says so here, before the training.
-        cell = next(cell for cell in fused_rnn.cells.CELLS.values() if cell.mode == layers[0].mode)
-        name = fused_rnn.dispatch.kernels(cell, torch.device("cpu")).backend
+        name = fused_rnn.dispatch.choose(torch.device("cpu")).name
     except (RuntimeError, ValueError) as error:
         parser.error(str(error))
     return fused, f"{name} ({fused_rnn.backends()[name].detail})"

@@ -6,23 +6,32 @@ derivative is taken of, and a backend of its own that runs wherever torch does, 
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
-from fused_rnn.cells import Cell, Weights
-from fused_rnn.reference import gru, lstm, recurrence, rnn
+from fused_rnn.cells import CELLS, Cell, Weights
+from fused_rnn.protocol import Backend
+from fused_rnn.reference import recurrence
 from fused_rnn.steps import Steps
 
-__all__ = ["describe", "layer", "unavailable"]
+__all__ = ["describe", "layer", "load", "unavailable"]
 
-_EQUATIONS = {
-    equations.cell.name: equations for equations in (rnn.TANH_EQUATIONS, rnn.RELU_EQUATIONS, lstm.EQUATIONS, gru.EQUATIONS)
-}
+for _cell in CELLS.values():
+    importlib.import_module(f"{__name__}.{_cell.module}")
 
 
 def unavailable() -> str | None:
     """Why the backend cannot run here: never the case."""
     return None
+
+
+def load() -> Backend:
+    """The backend."""
+    from fused_rnn.kernels.by_walk import WalkBackend
+
+    return WalkBackend("reference", {cell.name: f"{__name__}.{cell.module}" for cell in CELLS.values()})
 
 
 def describe() -> str:
@@ -49,7 +58,7 @@ def layer(
         states: the states before the walk, h (D, N, P) and for the LSTM c (D, N, H).
         weights: the parameters of each of the D directions.
         reverse: for each direction, whether it walks from the last step to the first.
-        reset: (R,) bool: where set, the row's states are zero before that step. None for nowhere.
+        reset: (D, R) bool: where set, the row's states are zero before that step of the walk. None for nowhere.
         cell_states: whether c of every step is wanted; for a cell that has one.
 
     Returns:
@@ -57,4 +66,4 @@ def layer(
         sequence that has no step keeps its state. With ``cell_states``, c of every step, (R, D·H), zero in rows that no step
         works on, follows the states.
     """
-    return recurrence.layer(_EQUATIONS[cell.name], input, steps, states, weights, reverse, reset, cell_states)
+    return recurrence.layer(recurrence.EQUATIONS[cell.name], input, steps, states, weights, reverse, reset, cell_states)

@@ -1,7 +1,7 @@
 """The recurrence around the equations of one step: written once, for every cell.
 
 It serves two callers. ``layer`` is a whole layer in differentiable torch. ``kernels`` gives the three functions of the kernel
-contract (``fused_rnn.kernels``), whose backward differentiates one step at a time with torch.autograd: no derivative is
+contract (``by_walk.walk``), whose backward differentiates one step at a time with torch.autograd: no derivative is
 written down here, so that the hand-written ones of the other backends have something to be wrong against.
 """
 
@@ -36,6 +36,13 @@ class Equations:
     cell: Cell
     step: Step
     gates: Gates
+
+    def __post_init__(self) -> None:
+        EQUATIONS[self.cell.name] = self
+
+
+# By the name of their cell.
+EQUATIONS: dict[str, Equations] = {}
 
 
 class Packed(NamedTuple):
@@ -116,11 +123,12 @@ def layer(
     for d, (weight, backwards) in enumerate(zip(weights, reverse, strict=True)):
         gates_x = linear(input, weight.ih, weight.bias_ih)
         recurrent = (weight.hh, weight.bias_hh, weight.hr)
-        done, end = _walk(equations, gates_x, tuple(state[d] for state in states), recurrent, steps, backwards, reset)
+        mask = None if reset is None else reset[d]
+        done, end = _walk(equations, gates_x, tuple(state[d] for state in states), recurrent, steps, backwards, mask)
         outs.append(_in_rows([done[t][0] for t in range(steps.length)], steps, input.shape[0]))
         ends.append(end)
         if cell_states:
-            index = equations.cell.tape.index("c")
+            index = equations.cell.tape.index(equations.cell.cell_state)
             cells.append(_in_rows([done[t][1][index] for t in range(steps.length)], steps, input.shape[0]))
     states_n = tuple(torch.stack(directions) for directions in zip(*ends, strict=True))
     return torch.cat(outs, dim=-1), (*states_n, torch.cat(cells, dim=-1)) if cell_states else states_n
@@ -142,7 +150,7 @@ def _before(
     before = []
     for name, state_0 in zip(equations.cell.states, states_0, strict=True):
         kept = out
-        if name != "h":
+        if name == equations.cell.cell_state:
             column = equations.cell.tape.index(name) * width
             kept = tape[:, column : column + width]
         state = torch.cat((kept[first : first + m], state_0[m:n]))
@@ -173,10 +181,10 @@ def _backward_step(
         )
     # The product W_hh h reaches the step through gates_h, the rest of h directly.
     d_through = d_gates_h @ weight_hh
-    blocks = dict(zip(cell.gates, d_gates_x.chunk(cell.num_gates, dim=-1), strict=True))
-    # "hn" is the recurrent part of the gate "n".
-    blocks_of_h = {f"h{gate}": block for gate, block in zip(cell.gates, d_gates_h.chunk(cell.num_gates, dim=-1), strict=True)}
-    d_gates = torch.cat([blocks[name] if name in blocks else blocks_of_h[name] for name in cell.d_gates], dim=-1)
+    # A block of both products is the same gradient twice: that of a sum.
+    blocks = dict(zip(cell.d_hh, d_gates_h.chunk(cell.num_gates, dim=-1), strict=True))
+    blocks |= dict(zip(cell.d_ih, d_gates_x.chunk(cell.num_gates, dim=-1), strict=True))
+    d_gates = torch.cat([blocks[name] for name in cell.d_gates], dim=-1)
     return d_gates, (d_before[0] + d_through, *d_before[1:])
 
 
@@ -244,8 +252,9 @@ def kernels(equations: Equations) -> tuple[Callable[..., Packed], Callable[..., 
                 if d_out is not None:
                     d_after[0] = d_after[0] + d_out[rows, d]
                 if d_cells is not None:
-                    c = cell.states.index("c")  # A ValueError for a cell without.
-                    d_after[c] = d_after[c] + d_cells[rows, d]
+                    if cell.cell_state is None:
+                        raise ValueError(f"d_cells: expected None for {cell.name}, which has no cell state, got a tensor")
+                    d_after[1] = d_after[1] + d_cells[rows, d]
                 states = tuple(state[d] for state in states_0)
                 before = _before(equations, tape[:, d], out[:, d], states, steps, t, backwards, reset)
                 d_step, d_before = _backward_step(

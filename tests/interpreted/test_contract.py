@@ -120,8 +120,8 @@ def test_gradient_of_the_cell_states() -> None:
         x, h_0, c_0, *rest = leaves
         pairs = tuple(Weights(rest[2 * k], rest[2 * k + 1]) for k in range(d))
         with fused_rnn.backend(name):
-            out, ends = autograd.layer(LSTM, x, steps, (h_0, c_0), pairs, (False, True), None, True)
-            loss = out.sum() + sum((end * end).sum() for end in ends)
+            out, ends, cells = autograd.layer(LSTM, x, steps, (h_0, c_0), pairs, (False, True), None, True)
+            loss = out.sum() + sum((end * end).sum() for end in (*ends, cells))
             grads[name] = torch.autograd.grad(loss, leaves)
     for ours, theirs in zip(grads["triton"], grads["reference"], strict=True):
         torch.testing.assert_close(ours, theirs)

@@ -69,7 +69,7 @@ def test_ragged_rows_and_resets(cell: str, regime: str, schedule: str, monkeypat
 @every_regime
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_four_programs_and_a_walk_in_parts(cell: str, regime: str, schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(steps=4, batch=2, hidden=64, ragged="padded", chunk=2, reset=True, d_cells=cell == "lstm")
+    case = Case(steps=4, batch=2, hidden=64, ragged="padded", chunk=2, reset=True, d_cells=True)
     assert meet(monkeypatch, schedule, regime, cell, case).programs == [4] * 4
 
 
@@ -89,7 +89,7 @@ def test_slices_of_the_product(cell: str, schedule: str, hidden: int, warps: int
 def test_several_tiles_of_a_program(cell: str, ragged: str | None, schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a chip that has no room for a program for each: three tiles in turn, of which the last has few sequences."""
     monkeypatch.setattr(launch, "device_of", lambda device: dataclasses.replace(CHIP, processors=4))
-    case = Case(steps=4, batch=19, hidden=20, ragged=ragged, reset=True, reverse=(False, True), d_cells=cell == "lstm")
+    case = Case(steps=4, batch=19, hidden=20, ragged=ragged, reset=True, reverse=(False, True), d_cells=True)
     assert meet(monkeypatch, schedule, "cooperative", cell, case, batch=8, warps=8).programs == [4, 4]
 
 

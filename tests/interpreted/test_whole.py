@@ -74,8 +74,9 @@ def run(case: Case, dtype: torch.dtype, backend: str, second: bool = False) -> d
         named = {"ih": weight.ih, "hh": weight.hh, "bias_ih": weight.bias_ih, "bias_hh": weight.bias_hh}
         leaves |= {f"{name} {i}": tensor for name, tensor in named.items() if tensor is not None}
     with fused_rnn.backend(backend):
-        out, ends = autograd.layer(cell, x, case.steps, states, weights, tuple(case.reverse), reset, case.cell_states)
-        values = (out, *ends)
+        mask = None if reset is None else reset.expand(d, rows).contiguous()
+        out, ends, cells = autograd.layer(cell, x, case.steps, states, weights, tuple(case.reverse), mask, case.cell_states)
+        values = (out, *ends) if cells is None else (out, *ends, cells)
         used = values if case.used is None else [values[i] for i in case.used]
         loss = sum((v * torch.linspace(-1, 1, v.numel(), dtype=torch.float64).to(dtype).view_as(v)).sum() for v in used)
         if second:
@@ -101,7 +102,7 @@ def check(case: Case, dtype: torch.dtype, regime: str, monkeypatch: pytest.Monke
 @every_cell
 def test_both_directions(cell: str, regime: str, steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
     """With resets; of the packed sequences one has no step, whose states and gradients pass through."""
-    check(Case(cell, steps, reset=True, cell_states=cell == "lstm"), torch.float32, regime, monkeypatch)
+    check(Case(cell, steps, reset=True, cell_states=CELLS[cell].cell_state is not None), torch.float32, regime, monkeypatch)
 
 
 @pytest.mark.parametrize("biases", list(itertools.product((True, False), repeat=2)), ids=str)
@@ -127,7 +128,7 @@ def test_gradients_that_do_not_come(regime: str, used: tuple[int, ...], monkeypa
 @every_cell
 def test_states_of_16_bits(cell: str, regime: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """In and out, and their gradients; c and the GRU's h are not rounded between the steps."""
-    check(Case(cell, PACKED, cell_states=cell == "lstm"), dtype, regime, monkeypatch)
+    check(Case(cell, PACKED, cell_states=CELLS[cell].cell_state is not None), dtype, regime, monkeypatch)
 
 
 @pytest.mark.parametrize("regime", ["resident", "cooperative"])

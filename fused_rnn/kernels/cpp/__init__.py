@@ -1,6 +1,6 @@
 """The C++ backend: ``fused_rnn._C``, one source compiled for several instruction sets, the best one picked at import.
 
-``FUSED_RNN_ISA`` (``avx512``, ``avx2`` or ``baseline``) forces one.
+``FUSED_RNN_ISA`` (``avx512``, ``avx2`` or ``baseline``) forces one. A call of a layer is one call of the extension each way.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_rnn import kernels
-from fused_rnn.cells import Weights
-from fused_rnn.steps import Steps
+from fused_rnn.kernels.weight_gradients import grouped
+from fused_rnn.protocol import COMPUTE, LayerCall, LayerResult, OutputGradients
 
 _missing: str | None = None
 try:
@@ -53,88 +52,78 @@ def describe() -> str:
     return f"{_C.isa()}" + (f" (also built: {', '.join(others)})" if others else "")
 
 
-# The kernels form the products with the input's weights for several steps at once, from as many rows in all as make up for
-# laying these weights out: from so many on, or from so many if both weights stay in the caches.
-_ROWS_FOR_INPUT = 256
-_ROWS_FOR_SMALL_INPUT = 64
-_SMALL_BYTES = 2 << 20
+class _Cpp:
+    """The backend (``fused_rnn.protocol.Backend``)."""
+
+    name = "cpp"
+    checks = True
+
+    def supports(self, call: LayerCall) -> str | None:
+        """It computes every layer whose dtype is one of ``COMPUTE``."""
+        return None if call.input.dtype in COMPUTE else f"it does not compute in {call.input.dtype}"
+
+    def forward(self, call: LayerCall, keep: bool) -> LayerResult:
+        """Compute a layer."""
+        cell, _, steps, reverse, cell_states, step = call.layer
+        return tuple.__new__(
+            LayerResult,
+            _C.layer_forward(
+                cell.name,
+                call.input,
+                call.states,
+                call.weights,
+                steps.length,
+                steps.batch,
+                steps.batch_sizes,
+                reverse,
+                call.reset,
+                keep,
+                cell_states,
+                step,
+                torch.get_num_threads(),
+            ),
+        )
+
+    def backward(
+        self,
+        call: LayerCall,
+        out: Tensor,
+        tape: Tensor | None,
+        gradients: OutputGradients,
+        wanted: Sequence[bool],
+        groups: int | None = None,
+    ) -> Sequence[Tensor | None]:
+        """Compute the gradients of a layer."""
+        cell, _, steps, reverse, _, step = call.layer
+        first = 1 + len(cell.states)
+        by_group = groups is not None and any(wanted[first:])
+        asked = (*wanted[:first], *(False,) * (len(wanted) - first)) if by_group else wanted
+        found = _C.layer_backward(
+            cell.name,
+            call.input,
+            call.states,
+            call.weights,
+            steps.length,
+            steps.batch,
+            steps.batch_sizes,
+            reverse,
+            call.reset,
+            out,
+            tape,
+            gradients.out,
+            gradients.cell_states,
+            gradients.states,
+            asked,
+            by_group,
+            step,
+            torch.get_num_threads(),
+        )
+        d_gates = found[-1]
+        if groups is None or not by_group or d_gates is None:
+            return found
+        return (*found[:first], *grouped(call, out, tape, d_gates, wanted, groups))
 
 
-def takes_input(steps: Steps, weight: Weights) -> bool:
-    """Whether the kernels do the input's products themselves; see ``fused_rnn.kernels``."""
-    if steps.length == 1:
-        return False
-    rows = steps.rows(0, steps.length).stop
-    small = weight.ih.nbytes + weight.hh.nbytes <= _SMALL_BYTES
-    return bool(rows >= (_ROWS_FOR_SMALL_INPUT if small else _ROWS_FOR_INPUT))
-
-
-# Each thread copies all of the inputs, for its share of d_weight's rows. With so many times as many rows as columns the copies
-# pay. Below so many multiplications, what torch's product does before it multiplies takes longer than they do.
-_ROWS_PER_COLUMN = 1
-_FEW_MULTIPLICATIONS = 1 << 18
-
-
-def _is_faster(rows: int, outputs: int, columns: int) -> bool:
-    """Whether the extension sums a weight's gradient, (outputs, columns), over so many rows sooner than torch."""
-    return outputs >= _ROWS_PER_COLUMN * columns or rows * outputs * columns <= _FEW_MULTIPLICATIONS
-
-
-def weight_gradient(
-    d_gates: Tensor, inputs: Sequence[Tensor], d_weight: Tensor | None, d_bias: Tensor | None, add: bool
-) -> None:
-    """Sum a weight's gradient over the rows of many steps; see ``fused_rnn.kernels``."""
-    if d_weight is None or not _is_faster(d_gates.shape[0], *d_weight.shape):
-        kernels.weight_gradient(d_gates, inputs, d_weight, d_bias, add)
-        return
-    parts = [part if has_rows(part) else part.contiguous() for part in inputs]
-    _C.weight_gradient(d_gates, parts, d_weight, d_bias, add, torch.get_num_threads())
-
-
-# So few rows are bound by reading the weights, which the extension does with all threads and without packing.
-_FEW_ROWS = 4
-
-
-def has_rows(matrix: Tensor) -> bool:
-    """Whether the extension can read a matrix as it is: contiguous columns, and rows that do not overlap (expanded ones do)."""
-    return matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
-
-
-def project(input: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Write input · weightᵀ to ``out``; see ``fused_rnn.kernels``."""
-    if input.shape[0] > _FEW_ROWS or not has_rows(weight):
-        kernels.project(input, weight, out)
-    else:
-        _C.project(input if has_rows(input) else input.contiguous(), weight, out, torch.get_num_threads())
-
-
-def step(
-    cell: str, input: Tensor, states: tuple[Tensor, ...], weights: Sequence[Tensor | None], batch_first: bool
-) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-    """Take one step of a few rows; see ``fused_rnn.kernels``."""
-    return _C.step(cell, input, states, weights, batch_first, torch.get_num_threads())
-
-
-def layer_forward(
-    cell: str, input: Tensor, states: tuple[Tensor, ...] | None, weights: Sequence[Tensor | None], keep: bool
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None] | None:
-    """Run a layer; see ``fused_rnn.kernels``."""
-    return _C.layer_forward(cell, input, states, weights, keep, torch.get_num_threads())
-
-
-def layer_backward(
-    cell: str,
-    input: Tensor,
-    states: tuple[Tensor, ...] | None,
-    weights: Sequence[Tensor | None],
-    out: Tensor,
-    tape: Tensor | None,
-    d_out: Tensor | None,
-    d_states: Sequence[Tensor | None],
-    input_wanted: bool,
-    states_wanted: bool,
-    weights_wanted: bool,
-) -> tuple[Tensor | None, ...] | None:
-    """The gradients of a layer; see ``fused_rnn.kernels``."""
-    wanted = (input_wanted, states_wanted, weights_wanted)
-    return _C.layer_backward(cell, input, states, weights, out, tape, d_out, d_states, *wanted, torch.get_num_threads())
+def load() -> _Cpp:
+    """The backend."""
+    return _Cpp()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 
+from fused_rnn.kernels import cell_modules, import_cells
+from fused_rnn.protocol import Backend
+
 
 @functools.cache
 def unavailable() -> str | None:
@@ -15,7 +18,7 @@ def unavailable() -> str | None:
     if numba.config.DISABLE_JIT:
         return "NUMBA_DISABLE_JIT is set"
     try:
-        from fused_rnn.kernels.numba import gru, lstm, rnn  # noqa: F401
+        import_cells(__name__)
     except Exception as error:  # A Numba too old or too new fails in ways of its own; the caller is told which.
         return f"its kernels do not load with numba {numba.__version__} ({type(error).__name__}: {error})"
     return None
@@ -28,3 +31,10 @@ def describe() -> str:
     from fused_rnn.kernels.numba import team, vector
 
     return f"numba {numba.__version__}, {8 * vector.REGISTER_BYTES}-bit vectors, {team.describe()}"
+
+
+def load() -> Backend:
+    """The backend."""
+    from fused_rnn.kernels.by_walk import WalkBackend
+
+    return WalkBackend("numba", cell_modules(__name__))

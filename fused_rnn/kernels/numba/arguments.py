@@ -32,6 +32,7 @@ class Arg(IntEnum):
     REVERSE = auto()  # (D,) bytes
     RESET = auto()  # (R,) bytes, or 0
     GATES = auto()  # G
+    CELL_STATE = auto()  # bytes from a row of the tape to its block c, for cells that have one
     UNITS = auto()  # H
     STATE_SIZE = auto()  # P
     ITEM = auto()  # bytes of a float
@@ -66,6 +67,7 @@ class Arg(IntEnum):
     D_GATES = auto()
     D_GATES_ROW = auto()
     D_GATES_DIRECTION = auto()
+    D_PROJECTED = auto()  # bytes from a row of d_gates to the gradient of h, behind its blocks, with a projection
     D_OUT = auto()
     D_OUT_ROW = auto()
     D_OUT_DIRECTION = auto()
@@ -134,7 +136,7 @@ def previous(p: int, d: int, t: int, row: int, steps: tuple[int, int], states: t
         index = first_at(p, near) + row
         write_int64(h, get(p, _A.OUT) + index * get(p, _A.OUT_ROW) + d * get(p, _A.OUT_DIRECTION))
         tape = get(p, _A.TAPE) + index * get(p, _A.TAPE_ROW) + d * get(p, _A.TAPE_DIRECTION)
-        write_int64(c, tape + get(p, _A.GATES) * units * item)
+        write_int64(c, tape + get(p, _A.CELL_STATE))
     else:
         number = d * get(p, _A.BATCH) + row
         write_int64(h, states[0] + number * get(p, _A.STATE_SIZE) * item)

@@ -16,7 +16,7 @@ from fused_rnn.kernels.numba.arguments import Arg
 from fused_rnn.kernels.numba.compiled import Compiled, compiled
 from fused_rnn.kernels.numba.pack import Panels
 from fused_rnn.kernels.numba.pack import pack as pack_panels
-from fused_rnn.kernels.numba.product import max_rows
+from fused_rnn.kernels.numba.product import PLAIN_VECTORS, max_rows, panel_vectors
 from fused_rnn.kernels.numba.share import COUNTER_BYTES
 from fused_rnn.kernels.numba.vector import REGISTER_BYTES
 from fused_rnn.steps import Steps
@@ -122,6 +122,8 @@ class _Arguments:
             self._check(Arg.RESET, reset, (self.count,), torch.bool)
             self.set(Arg.RESET, self.keep(reset.contiguous()))
         self.set(Arg.GATES, cell.num_gates)
+        if cell.cell_state is not None:
+            self.set(Arg.CELL_STATE, cell.tape.index(cell.cell_state) * units * like.dtype.itemsize)
         self.set(Arg.UNITS, units)
         self.set(Arg.STATE_SIZE, size)
         self.set(Arg.ITEM, like.dtype.itemsize)
@@ -190,21 +192,15 @@ class _Arguments:
         team.run(kernel.call, kernel.address, self.values.ctypes.data, threads)
 
 
-def make_functions(
-    cell: Cell, forward_kernel: Any, forward_vectors: int, backward_kernel: Any, vectors: int
-) -> tuple[Any, Any, Any]:
-    """Make a cell's ``pack``, ``forward`` and ``backward`` (contract: ``fused_rnn.kernels``).
+def make_functions(cell: Cell, forward_kernel: Any, backward_kernel: Any) -> tuple[Any, Any, Any]:
+    """Make a cell's ``pack``, ``forward`` and ``backward`` (``fused_rnn.kernels.by_walk.walk``).
 
     Args:
         cell: which cell.
         forward_kernel: (like, version) -> the function to compile for the forward.
-        forward_vectors: vectors of units in a panel of its product.
         backward_kernel: the same for the backward.
-        vectors: vectors of columns in a panel of the backward's product and of the projection's.
     """
-    gates = cell.num_gates
-    # The rows of weight_hh in the order of d_gates' first blocks; hn is the recurrent part of gate n.
-    order = [cell.gates.index("n" if name == "hn" else name) for name in cell.d_gates[:gates]]
+    gates, forward_vectors, vectors = cell.num_gates, panel_vectors(cell), PLAIN_VECTORS
 
     def pack(weight_hh: list[Tensor], weight_hr: list[Tensor] | None, steps: Steps, backward: bool) -> Packed:
         shape = (len(weight_hh), weight_hh[0].shape[0] // gates, weight_hh[0].shape[1])
@@ -213,7 +209,9 @@ def make_functions(
             return Packed([weight.contiguous() for weight in weight_hh], None, shape, weight_hh[0].dtype, backward)
         split = [weight.reshape(gates, -1, weight.shape[1]).unbind() for weight in weight_hh]
         if backward:
-            weights = pack_panels([[blocks[index].T for index in order] for blocks in split], vectors, stacked=True)
+            weights = pack_panels(
+                [[blocks[index].T for index in cell.weight_blocks] for blocks in split], vectors, stacked=True
+            )
         else:
             weights = pack_panels(split, forward_vectors, stacked=False)
         projection = None
@@ -299,6 +297,7 @@ def make_functions(
         arguments.rows(Arg.OUT, out, size)
         walked = steps.rows(t_begin, t_end)
         columns = len(cell.d_gates) * units + (0 if packed.projection is None else size)
+        arguments.set(Arg.D_PROJECTED, len(cell.d_gates) * units * tape.itemsize)
         arguments.rows(Arg.D_GATES, d_gates, columns, walked.stop - walked.start)
         if d_out is None:
             arguments.set(Arg.D_OUT, int(arguments.values[Arg.ZEROS]))
@@ -307,8 +306,8 @@ def make_functions(
         if d_cells is None:
             arguments.set(Arg.D_CELLS, int(arguments.values[Arg.ZEROS]))
         else:
-            if "c" not in cell.states:
-                raise ValueError(f"d_cells: expected None for {cell.name}, which has no c, got a tensor")
+            if cell.cell_state is None:
+                raise ValueError(f"d_cells: expected None for {cell.name}, which has no cell state, got a tensor")
             arguments.rows(Arg.D_CELLS, d_cells, units)
         arguments.states(Arg.STATE_H, Arg.STATE_C, d_states)
         arguments.states(Arg.FIRST_H, Arg.FIRST_C, states_0)

@@ -8,6 +8,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.core.extending import intrinsic
 
+from fused_rnn.cells import Cell
 from fused_rnn.kernels.numba.vector import ACCUMULATORS, CONTRACT, INT64, broadcast, llvm_vector, pointer, splat_of
 
 # A multiply-add takes 4 cycles and two start in every one: so many must be under way.
@@ -119,3 +120,23 @@ def _make_product(columns: int) -> Any:
 # a_rows: address of ``rows`` addresses, each of a row of ``length`` floats; 1 <= rows <= max_rows(columns).
 # weights: address of a panel, (length, columns, LANES).
 PRODUCTS = {columns: _make_product(columns) for columns in (2, 3, 4)}
+
+# Vectors of columns in a panel of a product that no cell follows, and of the backward's.
+PLAIN_VECTORS = 2
+
+
+def panel_vectors(cell: Cell) -> int:
+    """Vectors of units in a panel of a cell's forward product; each has a vector for every gate."""
+    return PLAIN_VECTORS if cell.num_gates == 1 else 1
+
+
+def product_of(cell: Cell) -> Any:
+    """The microkernel of a cell's forward product.
+
+    Raises:
+        ValueError: if a panel would hold more vectors than a tile has registers for.
+    """
+    columns = panel_vectors(cell) * cell.num_gates
+    if columns not in PRODUCTS:
+        raise ValueError(f"cell {cell.name}: gates: expected at most {max(PRODUCTS)} for Numba's kernels, got {cell.num_gates}")
+    return PRODUCTS[columns]

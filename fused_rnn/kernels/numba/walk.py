@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fused_rnn.cells import Cell
 from fused_rnn.kernels.numba.arguments import (
     Arg,
     before,
@@ -26,6 +27,7 @@ from fused_rnn.kernels.numba.arguments import (
     rows_at,
 )
 from fused_rnn.kernels.numba.memory import read_byte, read_int64, write_int64
+from fused_rnn.kernels.numba.product import PLAIN_VECTORS, PRODUCTS, product_of
 from fused_rnn.kernels.numba.share import arrive, meet, panels_of, part, share
 from fused_rnn.kernels.numba.vector import load, splat, store, store_total
 
@@ -104,7 +106,9 @@ def _dots(p: int, like: Any, weights: int, rows: int, number: int, panel: int, s
                         store_total(target + (lane + 3) * item, s3)
 
 
-def _make_multiply(name: str, product: Any) -> Any:
+def _make_multiply(name: str) -> Any:
+    product = PRODUCTS[PLAIN_VECTORS]
+
     @_compiled_as(f"{name}_multiply")
     def multiply(p: int, like: Any, tables: tuple[int, int, int, int], rows: int, weights: int, length: int,
                   width: int, panels: tuple[int, int], sums: int) -> None:  # fmt: skip
@@ -141,20 +145,19 @@ def _make_multiply(name: str, product: Any) -> Any:
     return multiply
 
 
-def forward(name: str, cell: Any, product: Any, project: Any) -> Any:
+def forward(row: Cell, cell: Any) -> Any:
     """Make the forward walk of a cell, ``walk(p, like, version)``, which every thread of a team calls.
 
     Args:
-        name: a name that no other walk has.
+        row: which cell.
         p: address of the arguments, an int64 for each member of ``Arg``.
         like: zero, float32 or float64: the type of all buffers.
         cell: the pointwise part, ``cell(like, sums, tape, out, h, c, bias, block, count)``. sums: address of G vectors,
             the recurrent product. block: bytes from one block of the tape to the next. count: lanes to use, None for all.
-        product: the microkernel for panels of G blocks.
-        project: the microkernel for panels of weight_hr.
         version: not used; as a constant of the caller it makes Numba's cache forget kernels of other versions.
     """
-    multiply = _make_multiply(name, project)
+    name = f"{row.name}_forward_walk"
+    product, multiply = product_of(row), _make_multiply(name)
 
     @_compiled_as(name)
     def walk(p: int, like: Any, version: int) -> None:
@@ -227,27 +230,27 @@ def forward(name: str, cell: Any, product: Any, project: Any) -> Any:
                     number = d * batch + row
                     _copy(like, out_d + index * out_row, state_h + number * size * item, size, lanes, item)
                     if state_c != 0:
-                        c = tape_d + index * tape_row + gates * block
+                        c = tape_d + index * tape_row + get(p, _A.CELL_STATE)
                         _copy(like, c, state_c + number * block, units, lanes, item)
 
     return walk
 
 
-def backward(name: str, cell: Any, product: Any) -> Any:
+def backward(row: Cell, cell: Any) -> Any:
     """Make the backward walk of a cell, ``walk(p, like, version)``, which every thread of a team calls.
 
     Args:
-        name: a name that no other walk has.
+        row: which cell.
         p: address of the arguments, an int64 for each member of ``Arg``.
         like: zero, float32 or float64: the type of all buffers.
         cell: the pointwise part, ``cell(like, d_h, d_c, d_cell, tape, out, h, c, d_gates, reset, block, count) -> direct``.
             d_h: vector, the gradient of h. d_c: address, in place, zero after a reset. d_cell: address, what c of this step
             receives as an output. direct: vector, the part of the gradient of the h before that the recurrent product does
             not bring.
-        product: the microkernel.
         version: not used; as a constant of the caller it makes Numba's cache forget kernels of other versions.
     """
-    multiply = _make_multiply(name, product)
+    name = f"{row.name}_backward_walk"
+    product, multiply = PRODUCTS[PLAIN_VECTORS], _make_multiply(name)
 
     @_compiled_as(f"{name}_step")
     def step(like: Any, has_product: bool, projected: bool, reset: bool, sums: int, d_out: int, state_h: int, d_c: int,
@@ -314,7 +317,7 @@ def backward(name: str, cell: Any, product: Any) -> Any:
                     write_int64(sources + 8 * i, source)
                     write_int64(d_outs + 8 * i, d_out_d + (first + row) * d_out_row)
                     write_int64(d_hs + 8 * i, d_h)
-                    write_int64(d_rows + 8 * i, d_gates + depth * item if projected else d_gates)
+                    write_int64(d_rows + 8 * i, d_gates + get(p, _A.D_PROJECTED) if projected else d_gates)
                 length = depth if s > 0 else 0
                 if projected:
                     multiply(p, like, (sources, d_rows, d_outs, d_hs), rows, weights, length, size, h_panels, sums)

@@ -5,17 +5,27 @@ and float16 are summed in float32, in which the states are kept too.
 
 With ``TRITON_INTERPRET=1`` in the environment before Triton is imported, its interpreter runs the same kernels on the CPU,
 for tests: slowly.
+
+Names in the kernels begin with what they are: ``p_`` a pointer; ``o_`` an offset in elements, or the numbers of units, rows or
+columns that offsets are made of; ``m_`` a mask; ``i_`` the place of a program, or of something in a list (``i_u`` among the
+slices of units, ``i_b`` among the batch tiles, ``i_d`` among the recurrences); ``d_`` a gradient; ``s_`` and ``t_`` a step, in
+the order of the walk and of the rows. At the end, ``_u`` is along units and ``_b`` along sequences, and ``_d`` and ``_row`` are
+the strides of recurrences and of rows. Upper case is known when a kernel compiles, but for the sizes T, N, D, H and K.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from fused_rnn.cells import CELLS
+from fused_rnn.kernels import import_cells
+from fused_rnn.protocol import COMPUTE, LayerCall, LayerResult, OutputGradients
 
 if TYPE_CHECKING:
     from fused_rnn.kernels.triton.plan import Device
@@ -32,7 +42,9 @@ def unavailable() -> str | None:
     except ImportError as error:
         return f"Triton cannot be imported ({error}); pip install triton, or a torch built for CUDA, which brings it"
     try:
-        from fused_rnn.kernels.triton import gru, lstm, rnn, version  # noqa: F401
+        from fused_rnn.kernels.triton import version
+
+        import_cells(__name__)
     except Exception as error:  # A Triton too old or too new fails in ways of its own; the caller is told which.
         return f"its kernels do not load with triton {triton.__version__} ({type(error).__name__}: {error})"
     if version.INTERPRETED:
@@ -73,7 +85,7 @@ def explain(
     """Say which regime and tiles the forward and the backward of a layer would take, and why.
 
     Args:
-        cell: ``"lstm"``, ``"gru"``, ``"rnn_tanh"`` or ``"rnn_relu"``.
+        cell: the name of a row of ``fused_rnn.cells``: ``"lstm"``, ``"gru"``, ``"rnn_tanh"``, …
         hidden_size: H.
         batch: N, the number of sequences.
         dtype: of the layer.
@@ -114,46 +126,47 @@ def explain(
     return "\n".join(lines)
 
 
-def whole_forward(*arguments: Any) -> Any:
-    """The input's product and the walk of a layer (contract: ``fused_rnn.kernels``)."""
-    from fused_rnn.kernels.triton.layer import walk_forward
+class _Triton:
+    """The backend (``fused_rnn.protocol.Backend``)."""
 
-    return walk_forward(*arguments)
+    name = "triton"
+    checks = False
+
+    def supports(self, call: LayerCall) -> str | None:
+        """It computes every layer of a cell that it has kernels of, on a chip that is new enough."""
+        from fused_rnn.kernels.triton.recurrence import RECURRENCES
+
+        cell, input = call.layer.cell.name, call.input
+        if cell not in RECURRENCES:
+            return f"it has no kernels of {cell}"
+        return None if input.dtype in COMPUTE else f"it does not compute in {input.dtype}"
+
+    def forward(self, call: LayerCall, keep: bool) -> LayerResult:
+        """Compute a layer."""
+        from fused_rnn.kernels.triton import layer
+
+        return layer.forward(call, keep)
+
+    def backward(
+        self,
+        call: LayerCall,
+        out: Tensor,
+        tape: Tensor | None,
+        gradients: OutputGradients,
+        wanted: Sequence[bool],
+        groups: int | None = None,
+    ) -> Sequence[Tensor | None]:
+        """Compute the gradients of a layer."""
+        from fused_rnn.kernels.triton import layer
+
+        return layer.backward(call, out, tape, gradients, wanted, groups)
 
 
-def whole_backward(*arguments: Any) -> Any:
-    """The walk of a layer back (contract: ``fused_rnn.kernels``)."""
-    from fused_rnn.kernels.triton.layer import walk_backward
+def load() -> _Triton:
+    """The backend."""
+    import_cells(__name__)
 
-    return walk_backward(*arguments)
-
-
-def layer_forward(*arguments: Any) -> Any:
-    """A layer in one direction over dense steps (contract: ``fused_rnn.kernels``)."""
-    from fused_rnn.kernels.triton.layer import dense_forward
-
-    return dense_forward(*arguments)
-
-
-def layer_backward(*arguments: Any) -> Any:
-    """The gradients of such a layer (contract: ``fused_rnn.kernels``)."""
-    from fused_rnn.kernels.triton.layer import dense_backward
-
-    return dense_backward(*arguments)
-
-
-def multiply(*arguments: Any) -> None:
-    """The product of two matrices (contract: ``fused_rnn.kernels``)."""
-    from fused_rnn.kernels.triton.products import multiply as product
-
-    product(*arguments)
-
-
-def weight_gradient(*arguments: Any) -> None:
-    """The gradient of a weight (contract: ``fused_rnn.kernels``)."""
-    from fused_rnn.kernels.triton.products import weight_gradient as sum_up
-
-    sum_up(*arguments)
+    return _Triton()
 
 
 def describe() -> str:

@@ -1,4 +1,4 @@
-"""A cell's ``pack``, ``forward`` and ``backward`` as the contract has them (``fused_rnn.kernels``): the states are in place."""
+"""A cell's ``pack``, ``forward`` and ``backward`` as a walk has them (``fused_rnn.kernels.by_walk.walk``): states in place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _check_states(name: str, states: Sequence[Tensor], shapes: Sequence[tuple[in
 
 
 def contract(recurrence: Recurrence) -> tuple[Any, Any, Any]:
-    """Make a cell's ``pack``, ``forward`` and ``backward`` (contract: ``fused_rnn.kernels``)."""
+    """Make a cell's ``pack``, ``forward`` and ``backward`` (``fused_rnn.kernels.by_walk.walk``)."""
     cell = recurrence.cell
 
     def check(states: Sequence[Tensor], name: str, tape: Tensor, out: Tensor, directions: int, batch: int) -> None:

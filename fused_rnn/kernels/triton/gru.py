@@ -1,4 +1,4 @@
-"""The GRU's pointwise parts and its kernels (contract: ``fused_rnn.kernels``).
+"""The GRU's pointwise parts and its kernels (``fused_rnn.kernels.by_walk.walk``).
 
 The numbers are those of the equations in ``fused_rnn.reference.gru``.
 """

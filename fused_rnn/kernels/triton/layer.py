@@ -11,13 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_rnn.cells import CELLS, Cell, Weights, summed_biases
+from fused_rnn.cells import Cell, Weights, summed_biases
 from fused_rnn.kernels.triton import products
-from fused_rnn.kernels.triton.launch import DTYPES
 from fused_rnn.kernels.triton.recurrence import RECURRENCES, Bias, Packed, Recurrence, compute_dtype
+from fused_rnn.kernels.weight_gradients import WeightGradients, grouped, previous_h
+from fused_rnn.protocol import LayerCall, LayerResult, OutputGradients, States
 from fused_rnn.steps import Steps
-
-States = tuple[Tensor, ...]
 
 
 def _packed(recurrence: Recurrence, steps: Steps, weights: Sequence[Weights], backward: bool) -> Packed:
@@ -126,98 +125,168 @@ def walk_backward(
     return d_gates, tuple(d_state.to(input.dtype) for d_state in inner)
 
 
-def _is_plain(cell: Cell, input: Tensor, states: Sequence[Tensor] | None, weights: Sequence[Tensor | None]) -> bool:
-    """Whether a call is what the short way takes: plain tensors of one dtype on one device, in the sizes that fit."""
-    ih, hh = weights[0], weights[1]
-    if ih is None or hh is None or input.dtype not in DTYPES or input.dim() != 3 or ih.dim() != 2 or hh.dim() != 2:
-        return False
-    length, batch, features = input.shape
-    gates, hidden = hh.shape
-    if gates != cell.num_gates * hidden or tuple(ih.shape) != (gates, features) or 0 in (length, batch, features, hidden):
-        return False
-    for bias in weights[2:]:
-        if bias is not None and tuple(bias.shape) != (gates,):
-            return False
-    for state in states or ():
-        if tuple(state.shape) != (1, batch, hidden):
-            return False
-    for tensor in (*weights, *(states or ())):
-        if tensor is None:
-            continue
-        plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.dtype == input.dtype and tensor.device == input.device
-        if not plain or tensor.is_neg():
-            return False
-    return not input.is_neg()
-
-
-def dense_forward(
-    cell_name: str, input: Tensor, states: Sequence[Tensor] | None, weights: Sequence[Tensor | None], keep: bool
-) -> tuple[Tensor, States, Tensor | None] | None:
-    """Compute a layer in one direction over dense steps; as a backend's ``layer_forward`` (``fused_rnn.kernels``)."""
-    cell = CELLS[cell_name]
-    if not _is_plain(cell, input, states, weights):
-        return None
-    length, batch, features = input.shape
-    out = input.new_empty((length, batch, weights[1].shape[1]))  # type: ignore[union-attr]
-    whole = Weights(*weights)  # type: ignore[arg-type]
-    before = None if states is None else tuple(states)
-    # The graph is recorded by the caller: here products have an ``out``, which autograd refuses.
+def forward(call: LayerCall, keep: bool) -> LayerResult:
+    """Compute a layer; as a backend's forward (``fused_rnn.protocol``)."""
+    (cell, _, steps, reverse, cell_states, step), input, states, weights, reset = plain(call)
+    recurrences, output = len(weights), weights[0].hh.shape[1]
+    out = input.new_empty((*call.input.shape[:-1], recurrences * output))
+    # The caller records the graph: here products have an ``out``, which autograd refuses.
     with torch.no_grad():
-        rows, steps = input.reshape(length * batch, features), Steps(length, batch)
-        ends, tape = walk_forward(cell, steps, (False,), rows, before, [whole], None, keep, out)
-    return out, ends, tape if keep and not cell.tape_is_out else None
+        keeps = keep or cell_states
+        if reset is None or recurrences == 1:
+            mask = None if reset is None else reset[0]
+            ends, tape = walk_forward(cell, steps, reverse, input, states, weights, mask, keeps, out)
+        else:
+            ends, tape = _one_by_one(call, input, out, keeps)
+        cells = None
+        if cell_states and cell.cell_state is not None:
+            cells = _block(cell, tape, cell.cell_state).reshape(*call.input.shape[:-1], -1)
+    if step:
+        # h after the step is the output.
+        ends = tuple(end.squeeze(0) for end in ends[1:])
+    return LayerResult(out, ends, cells, tape if keep and not cell.tape_is_out else None)
 
 
-def dense_backward(
-    cell_name: str,
-    input: Tensor,
-    states: Sequence[Tensor] | None,
-    weights: Sequence[Tensor | None],
+def _one_by_one(call: LayerCall, input: Tensor, out: Tensor, keep: bool) -> tuple[States, Tensor]:
+    """The forward of recurrences that differ in their resets: a walk takes one mask."""
+    layer, _, states, weights, reset = call
+    rows = out.view(input.shape[0], len(weights), -1)
+    walked = []
+    for d, weight in enumerate(weights):
+        mine = torch.empty_like(rows[:, d], memory_format=torch.contiguous_format)
+        before = None if states is None else tuple(state[d : d + 1] for state in states)
+        mask = None if reset is None else reset[d]
+        walked.append(
+            walk_forward(layer.cell, layer.steps, layer.reverse[d : d + 1], input, before, [weight], mask, keep, mine)
+        )
+        rows[:, d] = mine
+    ends = tuple(torch.cat(parts) for parts in zip(*(each[0] for each in walked), strict=True))
+    return ends, torch.cat([each[1] for each in walked], dim=1)
+
+
+def _block(cell: Cell, tape: Tensor, name: str) -> Tensor:
+    """A block of the tape, (R, D, H)."""
+    hidden = tape.shape[2] // len(cell.tape)
+    first = cell.tape.index(name) * hidden
+    return tape[..., first : first + hidden]
+
+
+def backward(
+    call: LayerCall,
+    out: Tensor,
+    tape: Tensor | None,
+    gradients: OutputGradients,
+    wanted: Sequence[bool],
+    groups: int | None,
+) -> Sequence[Tensor | None]:
+    """The gradients of a layer; as a backend's backward."""
+    (cell, _, steps, reverse, _, step), input, states, weights, reset = in_rows = plain(call)
+    rows, recurrences, count = input.shape[0], len(weights), len(cell.states)
+    d_out, d_after, d_cells = gradients
+    if step:
+        d_after = (None, *(None if each is None else each.unsqueeze(0) for each in d_after))
+    outs = out.view(rows, recurrences, -1)
+    with torch.no_grad():
+        if reset is None or recurrences == 1:
+            mask = None if reset is None else reset[0]
+            given = (input, states, weights, mask, outs, tape, d_out, d_cells, d_after)
+            d_gates, d_states = walk_backward(cell, steps, reverse, *given)
+        else:
+            d_gates, d_states = _back_one_by_one(in_rows, outs, tape, d_out, d_cells, d_after)
+        hidden = weights[0].hh.shape[0] // cell.num_gates
+        first = (len(cell.d_gates) - cell.num_gates) * hidden
+        d_input = None
+        if wanted[0]:
+            d_input = torch.empty_like(call.input, memory_format=torch.contiguous_format)
+            for d, weight in enumerate(weights):
+                gates = d_gates[:, d, first : first + cell.num_gates * hidden]
+                products.multiply(gates, weight.ih, d_input.view(rows, -1), d > 0)
+        before = [grad if asked else None for grad, asked in zip(d_states, wanted[1:], strict=False)]
+        if step:
+            before = [None if grad is None else grad.squeeze(0) for grad in before]
+        asked = wanted[1 + count :]
+        if not any(asked):
+            return (d_input, *before, *(None,) * len(asked))
+        if groups is not None:
+            return (d_input, *before, *grouped(in_rows, out, tape, d_gates, wanted, groups))
+        simple = recurrences == 1 and steps.dense and reset is None and not reverse[0] and weights[0].hr is None
+        if simple and asked[0] and asked[1]:
+            d_weights = _weight_gradients(cell, weights[0], asked, input, states, outs[:, 0], d_gates[:, 0], steps.batch)
+            return (d_input, *before, *d_weights)
+        found: list[Tensor | None] = []
+        for d, weight in enumerate(weights):
+            sums = WeightGradients(cell, weight, asked[5 * d :][:5], input.dtype, products.weight_gradient)
+            kept = None if weight.hr is None or tape is None else tape[:, d]
+            sums.walk(d_gates[:, d], input, previous_h(in_rows, d, outs[:, d]), 0, steps.length, kept)
+            found += sums.result()
+        return (d_input, *before, *found)
+
+
+def _back_one_by_one(
+    call: LayerCall,
     out: Tensor,
     tape: Tensor | None,
     d_out: Tensor | None,
-    d_states: Sequence[Tensor | None],
-    input_wanted: bool,
-    states_wanted: bool,
-    weights_wanted: bool,
-) -> tuple[Tensor | None, ...] | None:
-    """The gradients of such a layer; as a backend's ``layer_backward`` (``fused_rnn.kernels``)."""
-    cell = CELLS[cell_name]
-    if not _is_plain(cell, input, states, weights):
-        return None
-    length, batch, features = input.shape
-    steps = Steps(length, batch)
-    whole = Weights(*weights)  # type: ignore[arg-type]
-    x, hidden = input.reshape(length * batch, features), out.shape[2]
-    before = None if states is None else tuple(states)
-    rows = out.view(length * batch, 1, hidden)
-    d_gates, d_before = walk_backward(cell, steps, (False,), x, before, [whole], None, rows, tape, d_out, None, d_states)
-    d_gates = d_gates[:, 0]
-    gates = d_gates[:, -cell.num_gates * hidden :]
-    d_input = None
-    if input_wanted:
-        d_input = torch.empty_like(input, memory_format=torch.contiguous_format)
-        products.multiply(gates, whole.ih, out=d_input.view(length * batch, features))
-    d_weights: tuple[Tensor | None, ...] = (None,) * 4
-    if weights_wanted:
-        d_weights = _weight_gradients(cell, whole, x, before, rows[:, 0], d_gates, batch)
-    return (d_input, *(d_before if states_wanted else (None,) * len(cell.states)), *d_weights)
+    d_cells: Tensor | None,
+    d_after: Sequence[Tensor | None],
+) -> tuple[Tensor, States]:
+    """The backward of recurrences that differ in their resets."""
+    layer, input, states, weights, reset = call
+    number, rows = len(weights), input.shape[0]
+
+    def own(values: Tensor | None, d: int) -> Tensor | None:
+        return None if values is None else values.reshape(rows, number, -1)[:, d : d + 1].contiguous()
+
+    walked = []
+    for d, weight in enumerate(weights):
+        before = None if states is None else tuple(state[d : d + 1] for state in states)
+        after = [None if each is None else each[d : d + 1] for each in d_after]
+        mask = None if reset is None else reset[d]
+        mine = out[:, d : d + 1].contiguous()
+        kept = None if tape is None else tape[:, d : d + 1].contiguous()
+        given = (input, before, [weight], mask, mine, kept, own(d_out, d), own(d_cells, d), after)
+        walked.append(walk_backward(layer.cell, layer.steps, layer.reverse[d : d + 1], *given))
+    d_states = tuple(torch.cat(parts) for parts in zip(*(each[1] for each in walked), strict=True))
+    return torch.cat([each[0] for each in walked], dim=1), d_states
+
+
+def plain(call: LayerCall) -> LayerCall:
+    """The same layer with an input (R, I), states (D, N, ·) each, and tensors whose memory holds the numbers."""
+    layer, input, states, weights, reset = call
+    for tensor in call.operands():
+        if tensor is not None and tensor.is_neg():
+            input = input.resolve_neg()
+            states = None if states is None else tuple(state.resolve_neg() for state in states)
+            weights = [Weights(*(None if each is None else each.resolve_neg() for each in one)) for one in weights]  # type: ignore[arg-type]
+            break
+    if layer.step and states is not None:
+        states = tuple(state.unsqueeze(0) for state in states)
+    if input.dim() > 2:
+        input = input.reshape(-1, input.shape[-1])
+    return LayerCall(layer, input, states, weights, reset)
 
 
 def _weight_gradients(
-    cell: Cell, weights: Weights, input: Tensor, states: States | None, out: Tensor, d_gates: Tensor, batch: int
+    cell: Cell,
+    weights: Weights,
+    wanted: Sequence[bool],
+    input: Tensor,
+    states: States | None,
+    out: Tensor,
+    d_gates: Tensor,
+    batch: int,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of ih, hh and the biases over dense steps in one direction."""
+    """The gradients of ih, hh and the biases over dense steps in one direction, in few launches."""
     hidden = out.shape[1]
     gates = d_gates[:, -cell.num_gates * hidden :]
     d_ih, d_hh = torch.empty_like(weights.ih), torch.empty_like(weights.hh)
     products.multiply(gates.t(), input, out=d_ih)
     # h before each step is the output of the step before; the first step has h_0, or zero.
-    apart = len(cell.d_gates) - cell.num_gates
-    kept = (cell.num_gates - apart) * hidden
-    groups = [(gates[:, :kept], d_hh[:kept])]
-    if apart:
-        groups.append((d_gates[:, : apart * hidden], d_hh[kept:]))
+    groups, first = [], 0
+    for names in cell.d_hh_groups:
+        begin, rows = cell.d_gates.index(names[0]) * hidden, len(names) * hidden
+        groups.append((d_gates[:, begin : begin + rows], d_hh[first : first + rows]))
+        first += rows
     for part, target in groups:
         later = part[batch:]
         if len(later):
@@ -228,15 +297,13 @@ def _weight_gradients(
             products.multiply(part[:batch].t(), states[0][0], out=target, add=len(later) > 0)
     d_bias_ih: Tensor | None = None
     d_bias_hh: Tensor | None = None
-    if weights.bias_ih is not None or weights.bias_hh is not None:
-        if apart and weights.bias_hh is not None:
+    if wanted[2] or wanted[3]:
+        if cell.apart is not None and wanted[3]:
             sums = d_gates.sum(0)
-            d_bias_ih = sums[apart * hidden :]
-            d_bias_hh = torch.cat((sums[apart * hidden : -apart * hidden], sums[: apart * hidden]))
+            d_bias_ih = sums[hidden:]
+            d_bias_hh = torch.cat((sums[hidden:-hidden], sums[:hidden]))
         else:
             d_bias_ih = gates.sum(0)
             # A tensor of its own even where the values are the same: two parameters must not share a .grad.
             d_bias_hh = d_bias_ih.clone()
-    return (
-        d_ih, d_hh, d_bias_ih if weights.bias_ih is not None else None, d_bias_hh if weights.bias_hh is not None else None,
-    )  # fmt: skip
+    return d_ih, d_hh, d_bias_ih if wanted[2] else None, d_bias_hh if wanted[3] else None, None

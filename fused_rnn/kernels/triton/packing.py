@@ -47,9 +47,7 @@ def rounded(weights: Tensor) -> Tensor:
 
 def first_gate(cell: Cell) -> int:
     """The gate of the weights to which the first block of d_gates belongs; the next ones follow, and the first again."""
-    name = cell.d_gates[0]
-    # hn is the recurrent part of gate n.
-    return cell.gates.index("n" if name == "hn" else name)
+    return cell.weight_blocks[0]
 
 
 def by_d_gates(cell: Cell, weight: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn.kernels import multiply as plain_multiply
-from fused_rnn.kernels import weight_gradient as plain_weight_gradient
 from fused_rnn.kernels.triton.launch import allows_tf32
+from fused_rnn.kernels.weight_gradients import multiply as plain_multiply
+from fused_rnn.kernels.weight_gradients import weight_gradient as plain_weight_gradient
 
 # cublas_api.h: cublasOperation_t, cudaDataType_t (library_types.h), cublasComputeType_t, cublasGemmAlgo_t.
 _NO_TRANSPOSE, _TRANSPOSE = 0, 1

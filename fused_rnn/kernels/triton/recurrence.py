@@ -1,7 +1,7 @@
 """The recurrence of a cell on this backend: from torch tensors to a walk.
 
 Plans, checks the buffers, names the kernel's arguments. ``Recurrence`` takes the states before a walk and writes those after
-it, so that a layer needs no copies; ``contract`` makes of it what ``fused_rnn.kernels`` asks for, whose states are in place.
+it, so that a layer needs no copies; ``contract`` makes a walk of it, whose states are in place.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from fused_rnn.kernels.triton.walk_backward import walk_backward
 from fused_rnn.kernels.triton.walk_forward import walk_forward
 from fused_rnn.steps import Steps
 
-_CARRY_OF_H = 2
 # Sums that a backward keeps of its product, so that one instruction need not wait for the one before.
 _CHAINS = 4
 
-# bias_ih and bias_hh of each recurrence, as they are; or the sums that ``fused_rnn.kernels`` describes; or zero.
+# bias_ih and bias_hh of each recurrence, as they are; or the sums that ``fused_rnn.kernels.by_walk.walk`` describes; or zero.
 Bias = Sequence[tuple[Tensor, Tensor]] | Tensor | None
 RECURRENCES: dict[str, Recurrence] = {}
 
@@ -65,11 +64,16 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def carry_kind(cell: Cell) -> int:
-    """0: nothing but h passes from step to step; 1: c does too; 2: h itself does, past the product."""
-    if len(cell.states) > 1:
-        return 1
-    # A cell that keeps hn interpolates between h₋ and its candidate.
-    return _CARRY_OF_H if "hn" in cell.tape else 0
+    """What the pointwise parts get of the step before. 0: nothing; 1: the cell state, c; 2: h itself, beside the product.
+
+    Raises:
+        NotImplementedError: if a cell needs both.
+    """
+    if cell.cell_state is not None and cell.direct:
+        raise NotImplementedError(
+            f"cell {cell.name}: the Triton kernels carry one state beside the product, not both of {cell.states}"
+        )
+    return 1 if cell.cell_state is not None else 2 if cell.direct else 0
 
 
 def plane_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -275,12 +279,12 @@ class Recurrence:
             (0, 0) if d_out is None else _rows("d_out", d_out, directions, size, tape.dtype)
         )
         if d_cells is not None and carry != 1:
-            raise ValueError(f"d_cells: expected None for {cell.name}, which has no c, got a tensor")
+            raise ValueError(f"d_cells: expected None for {cell.name}, which has no cell state, got a tensor")
         strides["d_carries_row"], strides["d_carries_d"] = (
             (0, 0) if d_cells is None else _rows("d_cells", d_cells, directions, hidden, tape.dtype)
         )
-        # c lies in the tape's last block, h in the output.
-        before = tape[:, :, cell.tape.index("c") * hidden :] if carry == 1 else out
+        # c is a block of the tape, h the output.
+        before = out if cell.cell_state is None else tape[:, :, cell.tape.index(cell.cell_state) * hidden :]
         strides["before_row"], strides["before_d"] = (
             (strides["tape_row"], strides["tape_d"]) if carry == 1 else (out_row, out_d)
         )

@@ -1,4 +1,4 @@
-"""The simple recurrence's pointwise parts and its kernels, tanh and relu (contract: ``fused_rnn.kernels``).
+"""The simple recurrence's pointwise parts and its kernels, tanh and relu (``fused_rnn.kernels.by_walk.walk``).
 
 The numbers are those of the equations in ``fused_rnn.reference.rnn``.
 """

@@ -1,4 +1,4 @@
-"""Steps of a few rows without a graph, which pass the layers' general way by."""
+"""Single steps of layers, as in text generation and an agent's rollout: one call of the extension, whatever surrounds them."""
 
 from __future__ import annotations
 
@@ -10,26 +10,25 @@ import torch
 from tolerances import assert_close_to_reference
 from torch.nn.utils import parametrize, prune
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 import fused_rnn
-from fused_rnn import streaming
 
-pytest.importorskip("fused_rnn._C", reason="the extension is not built here; CI builds it")
+_C = pytest.importorskip("fused_rnn._C", reason="the extension is not built here; CI builds it")
 
 
 @pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For each call so far, whether it took the short way."""
-    calls: list[bool] = []
-    step = streaming.step
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each forward of the extension had so far."""
+    rows: list[int] = []
+    forward = _C.layer_forward
 
-    def watched(*args: Any) -> Any:
-        result = step(*args)
-        calls.append(result is not None)
-        return result
+    def watched(cell: str, input: torch.Tensor, *rest: Any) -> Any:
+        rows.append(input.numel() // input.shape[-1])
+        return forward(cell, input, *rest)
 
-    monkeypatch.setattr(streaming, "step", watched)
-    return calls
+    monkeypatch.setattr(_C, "layer_forward", watched)
+    return rows
 
 
 def pair(name: str, **options: Any) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -50,7 +49,7 @@ def tensors(results: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_as_torch(taken: list[bool], name: str, layers: int, batch_first: bool, batch: int, dtype: torch.dtype) -> None:
+def test_as_torch(calls: list[int], name: str, layers: int, batch_first: bool, batch: int, dtype: torch.dtype) -> None:
     ours, theirs = pair(name, num_layers=layers, batch_first=batch_first, dtype=dtype)
     exact = pair(name, num_layers=layers, batch_first=batch_first, dtype=torch.float64)[1]
     exact.load_state_dict(theirs.state_dict())
@@ -63,7 +62,7 @@ def test_as_torch(taken: list[bool], name: str, layers: int, batch_first: bool, 
             for actual, other, best in zip(tensors(found), tensors(expected), tensors(reference), strict=True):
                 assert actual.shape == other.shape
                 assert_close_to_reference(actual, other, best)
-    assert taken == [True] * 4  # without states, the first takes the general way
+    assert calls == [batch] * 5 * layers
 
 
 OTHERWISE: dict[str, Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], Any]] = {
@@ -83,12 +82,16 @@ OTHERWISE: dict[str, Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], Any
 
 
 @pytest.mark.parametrize("case", OTHERWISE)
-def test_what_is_no_such_step_goes_the_general_way(taken: list[bool], case: str) -> None:
+def test_other_calls_of_a_layer_that_steps(case: str) -> None:
+    """Whatever surrounds the step: the results are those of plain torch."""
     ours, _ = pair("GRU")
     x, h = torch.randn(1, 1, 5), torch.randn(1, 1, 19)
     with torch.no_grad():
-        OTHERWISE[case](ours, x, h)
-    assert True not in taken
+        found = OTHERWISE[case](ours, x, h)
+        with fused_rnn.backend("reference"):
+            expected = OTHERWISE[case](ours, x, h)
+    for actual, other in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        torch.testing.assert_close(actual, other)
 
 
 @pytest.mark.parametrize(
@@ -96,13 +99,17 @@ def test_what_is_no_such_step_goes_the_general_way(taken: list[bool], case: str)
     [{"bidirectional": True}, {"num_layers": 2, "dropout": 0.5}, {"proj_size": 3}],
     ids=lambda options: next(iter(options)),
 )
-def test_modules_that_go_the_general_way(taken: list[bool], module: dict[str, Any]) -> None:
-    ours, _ = pair("LSTM", **module)
-    ours.train()
-    with torch.no_grad():
-        state = ours(torch.randn(1, 2, 5))[1]
-        ours(torch.randn(1, 2, 5), state)
-    assert True not in taken
+def test_other_modules(calls: list[int], module: dict[str, Any]) -> None:
+    ours, theirs = pair("LSTM", **module)
+    x, found = torch.randn(1, 2, 5), []
+    for one in (ours, theirs):
+        one.train()
+        torch.manual_seed(0)
+        with torch.no_grad():
+            found.append(tensors(one(x, one(x)[1])))
+    for actual, other in zip(*found, strict=True):
+        torch.testing.assert_close(actual, other)
+    assert calls == [2] * 2 * ours.num_layers
 
 
 WRONG: dict[str, Callable[[torch.Tensor, torch.Tensor], tuple[Any, ...]]] = {
@@ -179,13 +186,13 @@ def test_states_are_not_written() -> None:
         assert after[0].count_nonzero() == after[0].numel()
 
 
-def test_strided_states_and_input(taken: list[bool]) -> None:
+def test_strided_states_and_input(calls: list[int]) -> None:
     ours, _ = pair("GRU")
     x, h = torch.randn(1, 5, 3).transpose(1, 2), torch.randn(1, 19, 3).transpose(1, 2)
     with torch.no_grad():
         found, expected = ours(x, h), ours(x.contiguous(), h.contiguous())
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    assert taken == [False, True]
+    assert calls == [3, 3]
 
 
 def test_views_whose_memory_holds_the_other_sign() -> None:
@@ -238,13 +245,9 @@ def test_results_that_a_mode_has_changed_are_not_written(change: Callable[[torch
     class Mode(TorchFunctionMode):
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             made = function(*args, **(kwargs or {}))
-            return change(made) if function is torch.empty_like else made
+            return change(made) if function is torch.Tensor.new_empty else made
 
     ours, _ = pair("LSTM")
     x, state = torch.randn(1, 2, 5), (torch.randn(1, 2, 19), torch.randn(1, 2, 19))
-    with torch.no_grad():
-        expected = ours(x, state)
-        with Mode():
-            found = ours(x, state)
-    for actual, other in zip(tensors(found), tensors(expected), strict=True):
-        torch.testing.assert_close(actual, other, rtol=1e-5, atol=1e-6)
+    with torch.no_grad(), Mode(), pytest.raises(RuntimeError, match="expected a new tensor"):
+        ours(x, state)

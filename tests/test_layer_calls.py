@@ -1,25 +1,20 @@
-"""Whole layers in one call of the extension: results, gradients, what is left to the general way, and what is refused."""
+"""Layers as calls of the extension: their results and gradients are torch's, in one call each way."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from calls_support import count_calls, every_layer, flat, gradients, states_of
 from tolerances import assert_close_to_reference
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
-from fused_rnn import dispatch, whole
-from fused_rnn.cells import CELLS
 
-_C = pytest.importorskip("fused_rnn._C", reason="the extension is not built here; CI builds it")
+pytest.importorskip("fused_rnn._C", reason="the extension is not built here; CI builds it")
 
-every_layer = pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 # T, N, I, H: one step; one and two sequences, for many steps and for few; units and inputs across vectors; several blocks of
 # inputs; more columns than rows in the input's weights.
 SIZES = [
@@ -46,29 +41,8 @@ LARGE_SIZES = [
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How often the backend ran a whole layer each way."""
-    kit = dispatch.kernels(CELLS["lstm"], torch.device("cpu"))
-    assert kit.backend == "cpp"
-    counts = {"forward": 0, "backward": 0}
-    for way in counts:
-        taken = getattr(_C, f"layer_{way}")
-
-        def count(*arguments: Any, way: str = way, taken: Any = taken) -> Any:
-            result = taken(*arguments)
-            counts[way] += result is not None
-            return result
-
-        monkeypatch.setattr(_C, f"layer_{way}", count)
-    return counts
-
-
-def states_of(name: str, *shape: int, dtype: torch.dtype = torch.float64) -> Any:
-    states = [torch.randn(shape, dtype=dtype).requires_grad_() for _ in range(2 if name == "LSTM" else 1)]
-    return tuple(states) if name == "LSTM" else states[0]
-
-
-def flat(*values: Any) -> list[Tensor]:
-    return [part for value in values for part in (flat(*value) if isinstance(value, tuple) else [value])]
+    """How often a layer was a call of the extension, each way."""
+    return count_calls(monkeypatch)
 
 
 def results(module: nn.Module, x: Tensor, hx: Any, seeds: list[Tensor] | None = None) -> list[Tensor]:
@@ -175,13 +149,6 @@ def test_dropout_between_layers(counted: dict[str, int], name: str) -> None:
     assert counted["forward"] == 8
 
 
-def gradients(module: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
-    module.zero_grad(set_to_none=True)
-    x.grad = None
-    loss(module(x)[0]).backward()
-    return [x.grad, *(parameter.grad for parameter in module.parameters())]
-
-
 @every_layer
 def test_frozen_parts(counted: dict[str, int], name: str) -> None:
     """Where only some gradients are wanted, they are what they are where all are."""
@@ -198,8 +165,7 @@ def test_frozen_parts(counted: dict[str, int], name: str) -> None:
                 torch.testing.assert_close(found, expected)
             else:
                 assert found is None
-    assert counted["forward"] == 7
-    assert counted["backward"] == 3, "everything, the input alone, and all weights"
+    assert counted == {"forward": 7, "backward": 7}
 
 
 @every_layer
@@ -272,122 +238,17 @@ def test_the_same_bits_twice(name: str) -> None:
         assert torch.equal(one, other)
 
 
-def test_backwards_of_the_backend_of_the_forward(counted: dict[str, int]) -> None:
-    module, x = fused_rnn.LSTM(6, 13), torch.randn(9, 4, 6)
-    out = module(x)[0]
-    with fused_rnn.backend("reference"):
-        out.sum().backward()
-        assert module(x)[0].grad_fn.name() != out.grad_fn.name()
+@pytest.mark.parametrize("length", [2, 7, 8])
+def test_the_fewest_rows_of_large_weights(counted: dict[str, int], length: int) -> None:
+    torch.manual_seed(0)
+    check(fused_rnn.LSTM(512, 512), torch.randn(length, 1, 512), None)
     assert counted == {"forward": 1, "backward": 1}
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda lstm, x: lstm(x[..., :-1]), r"input\.size\(-1\) must be equal to input_size"),
-        (lambda lstm, x: lstm(x.double()), r"dtype \(torch.float64\) does not match weight dtype \(torch.float32\)"),
-        (lambda lstm, x: lstm(x, (torch.zeros(3, 4, 9), torch.zeros(3, 4, 9))), r"Expected hidden\[0\] size \(2, 4, 9\)"),
-        (lambda lstm, x: lstm(x, (torch.zeros(2, 5, 9), torch.zeros(2, 5, 9))), r"Expected hidden\[0\] size \(2, 4, 9\)"),
-        (lambda lstm, x: lstm(x[:0]), "Expected sequence length to be larger than 0"),
-    ],
-)
-def test_errors_are_torch_s(call: Callable[..., Any], message: str) -> None:
-    module, x = fused_rnn.LSTM(6, 9, 2), torch.randn(5, 4, 6)
-    with pytest.raises((RuntimeError, ValueError), match=message):
-        call(module, x)
-
-
-def test_the_fewest_rows_of_large_weights_are_left_to_the_general_way() -> None:
-    module = fused_rnn.LSTM(512, 512)
-    cell, weights = CELLS["lstm"], [parameter.detach() for parameter in module.parameters()]
-    for length, taken in ((7, False), (8, True)):
-        assert (whole.run(cell, torch.randn(length, 1, 512), None, weights, False, 0.0) is not None) is taken
-
-
-def test_many_columns_of_inputs_have_their_gradient_from_torch(counted: dict[str, int]) -> None:
+@pytest.mark.parametrize("length", [20, 900], ids=["one stretch of time", "several"])
+def test_more_columns_of_inputs_than_rows_of_weights(counted: dict[str, int], length: int) -> None:
+    """The gradient of the input's weights is summed as its transpose."""
     torch.manual_seed(0)
-    check(fused_rnn.RNN(300, 40), torch.randn(20, 10, 300), None)
-    assert counted == {"forward": 1, "backward": 0}
-
-
-def test_saved_tensors_are_asked_for_once(counted: dict[str, int]) -> None:
-    """As hooks that give each away demand, and non-reentrant checkpoints; also where the general way goes on."""
-    torch.manual_seed(0)
-    x = torch.randn(20, 10, 300, requires_grad=True)
-    few_rows, frozen = fused_rnn.GRU(300, 64), fused_rnn.GRU(300, 150)
-    frozen.bias_ih_l0.requires_grad_(False)
-    for module in (few_rows, frozen):
-        expected = gradients(module, x, Tensor.sum)
-        module.zero_grad(set_to_none=True)
-        x.grad = None
-        checkpoint(lambda x, module=module: module(x)[0], x, use_reentrant=False).sum().backward()
-        found = [x.grad, *(parameter.grad for parameter in module.parameters())]
-        kept: dict[int, Tensor] = {}
-
-        def keep(tensor: Tensor, kept: dict[int, Tensor] = kept) -> int:
-            kept[len(kept)] = tensor.detach().clone()
-            return len(kept) - 1
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, kept.pop):
-            out = module(x)[0]
-        wanted = [x, *(parameter for parameter in module.parameters() if parameter.requires_grad)]
-        hooked = iter(torch.autograd.grad(out.sum(), wanted))
-        for one, other in zip(found, expected, strict=True):
-            if other is not None:
-                torch.testing.assert_close(one, other)
-                torch.testing.assert_close(next(hooked), other)
-    assert counted["backward"] == 0
-
-
-@every_layer
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_random_numbers_are_drawn_as_often_as_by_torch(name: str, batch_first: bool) -> None:
-    """Also where only the first layer is a plain one."""
-    hidden = 600 if name == "RNN" else 300
-    ours = getattr(fused_rnn, name)(10, hidden, 3, dropout=0.5, batch_first=batch_first)
-    theirs = getattr(nn, name)(10, hidden, 3, dropout=0.5, batch_first=batch_first)
-    ours.load_state_dict(theirs.state_dict())
-    for weight in ("weight_hh_l1", "weight_hh_l2"):
-        # Not read as it is: its rows are not contiguous.
-        getattr(ours, weight).data = getattr(ours, weight).data.t().contiguous().t()
-    hx = states_of(name, 3, 2, hidden, dtype=torch.float32)
-    found = []
-    for module in (ours, theirs):
-        torch.manual_seed(0)
-        out, states = module(torch.ones(2, 2, 10), hx)
-        found.append([*flat(out, states), *torch.autograd.grad(out.sum(), [*flat(hx), *module.parameters()]), torch.rand(3)])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["RNN", "GRU"])
-@pytest.mark.parametrize("hx", [[torch.zeros(1, 4, 9)], "zero", 0, (None, None)], ids=str)
-def test_states_of_wrong_types_raise_as_torch(name: str, hx: Any) -> None:
-    x, caught = torch.randn(5, 4, 6), []
-    for package in (fused_rnn, nn):
-        with pytest.raises(Exception) as error:  # noqa: PT011
-            getattr(package, name)(6, 9)(x, hx)
-        caught.append((error.type, str(error.value)))
-    assert caught[0] == caught[1]
-
-
-def test_a_backward_under_a_dispatch_mode_is_left_to_the_general_way(counted: dict[str, int]) -> None:
-    class Passes(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            return function(*args, **(kwargs or {}))
-
-    module, x = fused_rnn.LSTM(6, 13), torch.randn(9, 4, 6, requires_grad=True)
-    expected = torch.autograd.grad(module(x)[0].sum(), x)[0]
-    out = module(x)[0]
-    with Passes():
-        found = torch.autograd.grad(out.sum(), x)[0]
-    torch.testing.assert_close(found, expected)
-    assert counted == {"forward": 2, "backward": 1}
-
-
-@pytest.mark.parametrize("length", [1 << 40, 1 << 61])
-def test_memory_that_is_not_there_raises_as_torch(length: int) -> None:
-    module = fused_rnn.LSTM(1, 1)
-    x = torch.zeros(1).expand(length, 1, 1)
-    with pytest.raises(RuntimeError, match=r"allocate memory|overflow"):
-        module(x)
+    hidden = 40 if length == 20 else 250
+    check(fused_rnn.RNN(300, hidden), torch.randn(length, 20, 300), None)
+    assert counted == {"forward": 1, "backward": 1}

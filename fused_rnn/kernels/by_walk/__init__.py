@@ -1,0 +1,102 @@
+"""A backend out of a recurrence: who can walk time, but no more, is made to compute whole layers here.
+
+The input's product, stretches of time and the gradients of the weights are the same for all of them. What a walk is asked for
+says ``fused_rnn.kernels.by_walk.walk``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fused_rnn.cells import Weights, initial_states
+from fused_rnn.kernels.by_walk import backward, forward
+from fused_rnn.kernels.by_walk.walk import Walk, walks
+from fused_rnn.protocol import COMPUTE, LayerCall, LayerResult, OutputGradients
+
+
+class WalkBackend:
+    """A backend (``fused_rnn.protocol.Backend``) of the walks in a package.
+
+    Args:
+        name: of the backend.
+        modules: for each cell, the module that has its walk.
+    """
+
+    checks = False
+
+    def __init__(self, name: str, modules: Mapping[str, str]) -> None:
+        self.name = name
+        self._modules = modules
+
+    @functools.cached_property
+    def walks(self) -> dict[str, Walk]:
+        """The walk of each cell."""
+        return walks(self._modules)
+
+    def supports(self, call: LayerCall) -> str | None:
+        """It computes every layer of a cell that it has a walk of."""
+        cell = call.layer.cell.name
+        if cell not in self._modules:
+            return f"it has no kernels of {cell}"
+        return None if call.input.dtype in COMPUTE else f"it does not compute in {call.input.dtype}"
+
+    def forward(self, call: LayerCall, keep: bool) -> LayerResult:
+        """Compute a layer."""
+        with torch.no_grad():
+            plain = _plain(call)
+            out, states, cells, tape = forward.forward(self.walks[call.layer.cell.name], plain, keep, call.input.shape[:-1])
+        if call.layer.step:
+            # h after the step is the output.
+            states = tuple(state.squeeze(0) for state in states[1:])
+        return LayerResult(out, states, cells, tape)
+
+    def backward(
+        self,
+        call: LayerCall,
+        out: Tensor,
+        tape: Tensor | None,
+        gradients: OutputGradients,
+        wanted: Sequence[bool],
+        groups: int | None = None,
+    ) -> Sequence[Tensor | None]:
+        """Compute the gradients of a layer."""
+        with torch.no_grad():
+            plain = _plain(call)
+            rows = plain.input.shape[0]
+            d_out, d_states, d_cells = gradients
+            if call.layer.step:
+                # h after the step is the output.
+                d_states = (None, *d_states)
+            d_rows = [None if each is None else _values(each).reshape(rows, each.shape[-1]) for each in (d_out, d_cells)]
+            shape = (len(call.weights), plain.layer.steps.batch)
+            d_ends = [None if each is None else _values(each).reshape(*shape, each.shape[-1]) for each in d_states]
+            in_rows = OutputGradients(d_rows[0], d_ends, d_rows[1])
+            found = backward.backward(
+                self.walks[call.layer.cell.name], plain, out.reshape(rows, out.shape[-1]), tape, in_rows, wanted, groups
+            )
+        d_input, *rest = found
+        count = len(call.layer.cell.states)
+        if call.layer.step:
+            rest[:count] = [None if each is None else each.squeeze(0) for each in rest[:count]]
+        return (None if d_input is None else d_input.view(call.input.shape), *rest)
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """A tensor whose memory holds its numbers in order."""
+    return tensor.resolve_neg().contiguous()
+
+
+def _plain(call: LayerCall) -> LayerCall:
+    """The same layer with an input (R, I), with states, (D, N, ·) each, and with tensors whose memory holds the numbers."""
+    layer, input, states, weights, reset = call
+    batch, recurrences = layer.steps.batch, len(weights)
+    weights = [Weights(*(None if each is None else each.resolve_neg() for each in one)) for one in weights]  # type: ignore[arg-type]
+    before = initial_states(layer.cell, input, recurrences, batch, weights[0])
+    if states is not None:
+        before = tuple(state.resolve_neg().reshape(zero.shape) for state, zero in zip(states, before, strict=True))
+    rows = input.resolve_neg().reshape(-1, input.shape[-1])
+    return LayerCall(layer._replace(step=False), rows, before, weights, reset)

@@ -1,0 +1,68 @@
+"""A cell that the table has not, made as CONTRIBUTING.md says: its row alone tells the kernels what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import test_kernels
+import torch
+import triton
+import triton.language as tl  # noqa: F401 — the interpreter looks for it beside what it runs
+from test_contract import REGIMES, regime_of
+from test_kernels import Case, check
+from torch import Tensor
+
+from fused_rnn import cells
+from fused_rnn.cells import LSTM, Cell
+from fused_rnn.kernels.by_walk.walk import Walk
+from fused_rnn.kernels.triton.activations import tanh
+from fused_rnn.kernels.triton.contract import contract
+from fused_rnn.kernels.triton.recurrence import Recurrence
+from fused_rnn.reference.recurrence import Equations, kernels
+
+# A leaky integrator, h = (h₋ + tanh(…)) / 2: h passes beside the product, and the backward reads no state before the step.
+LEAKY = Cell("leaky", "LEAKY", ("n",), ("h",), ("n",), ("n",), reads_before=None, direct=True)
+
+
+def leaky_step(gates_x: Tensor, gates_h: Tensor, states: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    n = (gates_x + gates_h).tanh()
+    return (0.5 * states[0] + 0.5 * n,), (n,)
+
+
+def leaky_gates(tape: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    return (tape[0].atanh(),), (torch.zeros_like(tape[0]),)
+
+
+@triton.jit
+def step(x, product, bias, h):
+    n = tanh(x[0] + bias[0] + product[0])
+    h = 0.5 * h + 0.5 * n
+    return h, h, (n,)
+
+
+@triton.jit
+def step_backward(tape, before, d_h, d_carry):
+    n = tape[0]
+    return (d_h * 0.5 * (1.0 - n * n),), d_h * 0.5, d_carry
+
+
+@pytest.mark.parametrize(
+    "case", [Case(steps=3, batch=19, hidden=33, reverse=(False, True)), Case(batch=5, ragged="packed", reset=True)], ids=str
+)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_a_leaky_cell(regime: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cells.CELLS, LEAKY.name, LEAKY)
+    made = {"triton": contract(Recurrence(LEAKY, step, step_backward)), "reference": kernels(_EQUATIONS)}
+    monkeypatch.setattr(test_kernels, "walk_of", lambda backend, _: Walk(*made[backend]))
+    with regime_of(regime, monkeypatch):
+        check("triton", LEAKY.name, case, torch.float32)
+
+
+_EQUATIONS = Equations(LEAKY, leaky_step, leaky_gates)
+
+
+def test_a_cell_that_carries_two_states_is_refused() -> None:
+    both = dataclasses.replace(LSTM, name="both", direct=True, projected=None)
+    with pytest.raises(NotImplementedError, match=r"cell both: the Triton kernels carry one state .* not both of \('h', 'c'\)"):
+        Recurrence(both, step, step_backward)
