@@ -272,7 +272,7 @@ def _back(ctx: Any, d_outputs: Sequence[Tensor | None], wanted: tuple[bool, ...]
         or kept.output_changed()
         or transformed()
         or torch._C._is_any_autocast_enabled()
-        or batching.mapped_by_autograd(d_outputs)
+        or any([grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in d_outputs])  # noqa: C419
     ):
         return _back_in_general(ctx, saved, d_outputs, wanted)
     reset, out, tape, *operands = saved

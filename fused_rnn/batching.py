@@ -167,11 +167,6 @@ def backward_rule(
     return results, tuple(None if x is None else dim for x, dim in zip(results, out_dims, strict=True))
 
 
-def mapped_by_autograd(grads: Sequence[Any]) -> bool:
-    """Whether ``torch.autograd.grad`` maps a backward, with ``is_grads_batched``."""
-    return any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
-
-
 def through_vmap(backward: Callable[..., Sequence[Any]], grads: Sequence[Any]) -> tuple[Any, ...] | None:
     """Run ``backward(*grads)`` by ``torch.func.vmap`` where ``torch.autograd.grad`` maps it with ``is_grads_batched``.
 

@@ -83,8 +83,9 @@ def sequence(
         checks.check_count(weights, directions)
     if isinstance(input, PackedSequence):
         return _packed(cell, input, weights, states, directions, dropout, lengths, reset, cell_states)
-    checks.check_rank(cell, input)
     batched = input.dim() == 3
+    if not batched:
+        checks.check_rank(cell, input)
     if states is not None:
         checks.check_state_ranks(states, batched)
     if not batched:

@@ -1,4 +1,4 @@
-"""The modules of one step: torch.nn's contract over ``fused_rnn.functional``; as ``fused_rnn.modules``, from RNNCellBase."""
+"""The modules of one step: torch.nn's contract over ``fused_rnn.calls``; as ``fused_rnn.modules``, from RNNCellBase."""
 
 from __future__ import annotations
 
@@ -7,18 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn import functional
-from fused_rnn.cells import Weights
+from fused_rnn import calls
+from fused_rnn.cells import GRU, LSTM, RNN_RELU, RNN_TANH, Cell, Weights
 from fused_rnn.initialisation import Initialised
+from fused_rnn.protocol import States
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
+
+_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class _Cell(Initialised, torch.nn.modules.rnn.RNNCellBase):
     """What the cells share."""
 
-    def _weights(self) -> Weights:
-        return Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+    def _step(self, cell: Cell, input: Tensor, states: States | None) -> States:
+        parameters = self._parameters
+        # A parametrized, pruned or reassigned weight is an attribute, not a parameter; and so is a bias that is not there.
+        weights: list[Any] = [getattr(self, name) if (weight := parameters.get(name)) is None else weight for name in _NAMES]
+        return calls.step(cell, input, Weights(*weights), states)
 
 
 class RNNCell(_Cell):
@@ -65,9 +71,9 @@ class RNNCell(_Cell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; shapes and errors in the class docstring."""
         if self.nonlinearity == "tanh":
-            return functional.rnn_tanh_cell(input, self._weights(), hx)
+            return self._step(RNN_TANH, input, None if hx is None else (hx,))[0]
         if self.nonlinearity == "relu":
-            return functional.rnn_relu_cell(input, self._weights(), hx)
+            return self._step(RNN_RELU, input, None if hx is None else (hx,))[0]
         raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
 
 
@@ -109,7 +115,7 @@ class GRUCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; shapes and errors in the class docstring."""
-        return functional.gru_cell(input, self._weights(), hx)
+        return self._step(GRU, input, None if hx is None else (hx,))[0]
 
 
 class LSTMCell(_Cell):
@@ -153,4 +159,5 @@ class LSTMCell(_Cell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Take one step; shapes and errors in the class docstring."""
-        return functional.lstm_cell(input, self._weights(), hx)
+        h, c = self._step(LSTM, input, calls.pair(hx, "lstm_cell"))
+        return h, c

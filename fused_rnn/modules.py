@@ -1,4 +1,4 @@
-"""The modules: torch.nn's contract (arguments, parameters, state_dict, results, errors) over ``fused_rnn.functional``.
+"""The modules: torch.nn's contract (arguments, parameters, state_dict, results, errors) over ``fused_rnn.calls``.
 
 They derive from torch.nn.RNNBase, which makes and checks the parameters, and not from torch.nn.LSTM and its like, at whose
 instances torch.compile stops tracing. The cells are in ``fused_rnn.cell_modules``.
@@ -350,7 +350,8 @@ class LSTM(_Layers):
         return_cell_states: bool = False,
     ) -> Any:
         """Run the layers; shapes and errors in the class docstring."""
-        checks.check_flag("return_cell_states", return_cell_states)
+        if return_cell_states is not False:
+            checks.check_flag("return_cell_states", return_cell_states)
         states = calls.pair(hx, "lstm")
         out, after, cells = self._run(LSTM_CELL, input, states, lengths, reset, return_cell_states)
         return (out, after) if cells is None else (out, after, cells)

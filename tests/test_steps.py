@@ -238,6 +238,23 @@ def test_what_is_no_parameter_counts(name: str, parameter: str, case: str) -> No
     assert not torch.allclose(tensors(found)[0], tensors(before)[0], rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["RNNCell", "GRUCell", "LSTMCell"])
+@pytest.mark.parametrize("parameter", ["weight_ih", "weight_hh", "bias_ih", "bias_hh"])
+@pytest.mark.parametrize("case", PARAMETERS)
+def test_what_is_no_parameter_counts_in_cells(name: str, parameter: str, case: str) -> None:
+    ours, theirs = pair(name)
+    x = torch.randn(2, 5)
+    with torch.no_grad():
+        before = tree_leaves(ours(x))
+        for cell in (ours, theirs):
+            PARAMETERS[case](cell, parameter)
+        found, expected = tree_leaves(ours(x)), tree_leaves(theirs(x))
+    for actual, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, other, rtol=1e-5, atol=1e-6)
+    # Without a state, nothing is multiplied by weight_hh.
+    assert torch.equal(found[0], before[0]) is (parameter == "weight_hh")
+
+
 @pytest.mark.parametrize(
     "change", [torch.Tensor.half, torch.Tensor.double, lambda t: t[..., :1], lambda t: t.mT.contiguous().mT]
 )
