@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 import fused_rnn
-import fused_rnn.cells
 import fused_rnn.dispatch
 from benchmarks.training.command import Parser, parse_job
 from benchmarks.training.text import TextError
