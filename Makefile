@@ -33,8 +33,8 @@ test: setup ## run the tests
 
 # FUSED_RNN_TRITON_DRAWN: of the Triton kernels that the heuristic may choose, how many are compiled for each chip.
 test-extended: setup ## draw some thousand mixtures of arguments, some hundred Triton kernels (half an hour)
-	FUSED_RNN_TRITON_DRAWN=100 $(RUN) -m pytest -n $(WORKERS) tests/test_properties.py tests/test_triton_sm80.py \
-		tests/test_triton_sm90.py --hypothesis-profile extended $(TESTS)
+	FUSED_RNN_TRITON_DRAWN=100 $(RUN) -m pytest -n $(WORKERS) tests/kernels/test_properties.py tests/kernels/test_triton_sm80.py \
+		tests/kernels/test_triton_sm90.py --hypothesis-profile extended $(TESTS)
 
 bench: setup ## print the benchmark's table
 	$(RUN) -m benchmarks $(ARGS)
@@ -87,7 +87,7 @@ SANITIZE_CXX := $(CXX) -std=c++17 -O1 -g -fno-omit-frame-pointer -Wno-psabi -Ics
 CPU_FLAGS    := $(shell grep -m1 '^flags' /proc/cpuinfo 2>/dev/null)
 ISAS         := baseline $(if $(filter avx2,$(CPU_FLAGS)),avx2) $(if $(filter avx512bw,$(CPU_FLAGS)),avx512)
 
-SANITIZE_SRC := tests/cpp/sanitize.cpp $(filter-out csrc/module.cpp csrc/kernels.cpp,$(wildcard csrc/*.cpp))
+SANITIZE_SRC := tests/cpp/sanitize.cpp $(wildcard csrc/run/*.cpp)
 
 ISA_baseline :=
 ISA_avx2     := -mavx2 -mfma -mf16c

@@ -30,12 +30,12 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError, OptionError, PlatformError
 
 # Compiled once per instruction set.
-TABLE = "csrc/kernels.cpp"
+TABLE = "csrc/kernels/table.cpp"
 # Compiled once per instruction set and dtype. Those that take longest first, or one processor waits for them in the end.
 KERNELS = [f"csrc/kernels/{name}.cpp" for name in ("backward", "forward", "others")]
 ELEMENTS = ("float", "double")
 # Everything else, the binding among it, is compiled once and without instruction set flags.
-COMMON = sorted(path.as_posix() for path in Path("csrc").glob("*.cpp") if path.as_posix() != TABLE)
+COMMON = sorted(path.as_posix() for path in Path("csrc").rglob("*.cpp") if path.parent.name != "kernels")
 HEADERS = sorted(path.as_posix() for path in Path("csrc").rglob("*") if path.suffix in (".h", ".hpp", ".inl", ".def"))
 
 # Lowest first, because objects are linked in this order, after those of COMMON: of an inline function that several objects emit

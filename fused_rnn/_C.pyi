@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fused_rnn.cells import Weights
+from fused_rnn.data.cell import Weights
 
 def cells() -> list[dict[str, Any]]: ...
 def isas() -> list[str]: ...

@@ -36,14 +36,15 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 # The operators' gradients are registered by importing them.
-from fused_rnn import functional, onnx, operators_autograd, reference  # noqa: F401
-from fused_rnn.cell_modules import GRUCell, LSTMCell, RNNCell
-from fused_rnn.cells import Weights
-from fused_rnn.convert import Conversion, convert, revert
-from fused_rnn.dispatch import backend, backends
-from fused_rnn.initialisation import init_
-from fused_rnn.memory import empty_cache
-from fused_rnn.modules import GRU, LSTM, RNN
+from fused_rnn import functional, onnx, reference
+from fused_rnn.data.cell import Weights
+from fused_rnn.graph import operators_autograd  # noqa: F401
+from fused_rnn.kernels.dispatch import backend, backends
+from fused_rnn.kernels.memory import empty_cache
+from fused_rnn.nn.cells import GRUCell, LSTMCell, RNNCell
+from fused_rnn.nn.convert import Conversion, convert, revert
+from fused_rnn.nn.initialisation import init_
+from fused_rnn.nn.layers import GRU, LSTM, RNN
 
 try:
     __version__ = version("fused_rnn")

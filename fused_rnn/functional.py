@@ -14,9 +14,10 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from fused_rnn import checks
-from fused_rnn.calls import Input, pair, sequence, step
-from fused_rnn.cells import GRU, LSTM, RNN_RELU, RNN_TANH, Weights
+from fused_rnn.cells import GRU, LSTM, RNN_RELU, RNN_TANH
+from fused_rnn.data.cell import Weights
+from fused_rnn.nn import checks
+from fused_rnn.nn.calls import Input, pair, sequence, step
 
 __all__ = ["Weights", "gru", "gru_cell", "lstm", "lstm_cell", "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell"]
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from fused_rnn.cells import CELLS, GRU, LSTM, RNN_RELU, RNN_TANH, Weights
-from fused_rnn.operators import spread
+from fused_rnn.cells import CELLS, GRU, LSTM, RNN_RELU, RNN_TANH
+from fused_rnn.data.cell import Weights
+from fused_rnn.graph.operators import spread
 
 __all__ = ["export", "translation_table"]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fused_rnn import dispatch
+from fused_rnn.kernels import dispatch
 
 every_layer = pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fused_rnn import _C
-from fused_rnn.cells import CELLS, Weights
+from fused_rnn.cells import CELLS
+from fused_rnn.data.cell import Weights
 
 Call = dict[str, Any]
 

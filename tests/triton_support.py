@@ -17,10 +17,10 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from fused_rnn import kernels
+from fused_rnn.data.steps import Steps
 from fused_rnn.kernels.triton import recurrence, walk
 from fused_rnn.kernels.triton.heuristic import shared_bytes
 from fused_rnn.kernels.triton.plan import PART, Call, Device, Plan
-from fused_rnn.steps import Steps
 
 # The cells make themselves known.
 kernels.import_cells("fused_rnn.kernels.triton")

@@ -14,9 +14,11 @@ from torch import Tensor
 
 import fused_rnn
 from benchmarks.gpu.cases import Case
-from fused_rnn import autograd, sequences
-from fused_rnn.cells import CELLS, Weights
-from fused_rnn.steps import Steps
+from fused_rnn.cells import CELLS
+from fused_rnn.data import sequences
+from fused_rnn.data.cell import Weights
+from fused_rnn.data.steps import Steps
+from fused_rnn.graph import autograd
 
 RESET_SHARE = 0.01
 Results = dict[str, Tensor]

@@ -14,7 +14,7 @@ from benchmarks.gpu.cases import Case
 from benchmarks.gpu.clock import Clock, launches
 from benchmarks.gpu.floors import Floors
 from benchmarks.timing import quantiles
-from fused_rnn.steps import Steps
+from fused_rnn.data.steps import Steps
 
 Row = dict[str, Any]
 Calls = Mapping[str, Callable[[], Any]]

@@ -15,11 +15,11 @@ import torch
 from benchmarks.gpu.cases import BATCH, CELLS, HIDDEN
 from benchmarks.gpu.clock import Clock
 from fused_rnn import cells
+from fused_rnn.data.steps import Steps
 from fused_rnn.kernels import cell_modules
 from fused_rnn.kernels.by_walk.walk import walks
 from fused_rnn.kernels.triton import heuristic, launch, plan, tuned
 from fused_rnn.kernels.triton.plan import Call
-from fused_rnn.steps import Steps
 
 STEPS = 64
 ROUNDS = 3

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import fused_rnn
-import fused_rnn.dispatch
+import fused_rnn.kernels.dispatch
 from benchmarks.training.command import Parser, parse_job
 from benchmarks.training.text import TextError
 from benchmarks.training.trainer import Contender, Outcome, apart, disturbed
@@ -61,7 +61,7 @@ def fused_copy(parser: Parser, model: Model) -> tuple[Model, str]:
             raise RuntimeError(f"fused_rnn.convert left {type(layer).__name__} as it was: there is nothing to compare")
     try:
         # A backend that was asked for and cannot run says so here, before the training.
-        name = fused_rnn.dispatch.choose(torch.device("cpu")).name
+        name = fused_rnn.kernels.dispatch.choose(torch.device("cpu")).name
     except (RuntimeError, ValueError) as error:
         parser.error(str(error))
     return fused, f"{name} ({fused_rnn.backends()[name].detail})"

@@ -1,7 +1,7 @@
 // The backward walk of every cell for one instruction set (FUSED_RNN_ISA) and one dtype (FUSED_RNN_ELEMENT).
-#include "backward.h"
+#include "walk/backward.h"
 
-#include "cells.h"
+#include "cells/cells.h"
 
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
@@ -9,7 +9,7 @@ namespace FUSED_RNN_ISA {
 using Element = FUSED_RNN_ELEMENT;
 
 #define FUSED_RNN_CELL(name, Struct) template void backward<Struct<Element>, Element>(const BackwardArgs<Element>&);
-#include "cells.def"
+#include "cells/cells.def"
 
 }  // namespace FUSED_RNN_ISA
 }  // namespace fused_rnn

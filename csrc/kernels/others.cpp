@@ -1,9 +1,9 @@
 // What is no walk, for one instruction set (FUSED_RNN_ISA) and one dtype (FUSED_RNN_ELEMENT).
-#include "cells.h"
-#include "multiply.h"
-#include "pack.h"
-#include "step.h"
-#include "weight_gradient.h"
+#include "cells/cells.h"
+#include "walk/multiply.h"
+#include "walk/pack.h"
+#include "walk/step.h"
+#include "walk/weight_gradient.h"
 
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
@@ -14,7 +14,7 @@ using Element = FUSED_RNN_ELEMENT;
   template Index panel_elements<Struct<Element>, Element>(const PackArgs<Element>&); \
   template void pack<Struct<Element>, Element>(const PackArgs<Element>&);            \
   template void step<Struct<Element>, Element>(const ForwardArgs<Element>&);
-#include "cells.def"
+#include "cells/cells.def"
 
 // Of every cell with a projection.
 template void unprojected<Lstm<Element>, Element>(const UnprojectedArgs<Element>&);

@@ -1,4 +1,4 @@
-"""The backends: what each of them does is said in ``fused_rnn.protocol``."""
+"""The backends: what each of them does is said in ``fused_rnn.kernels.protocol``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The products around a walk: gradients of the weights, over the rows of many steps, in plain torch.
 
 Weight gradients are a few large products over all rows of a stretch of time, never one per step and never atomic: the same bits
-at every run with the same number of threads. Legend as in ``fused_rnn.protocol``.
+at every run with the same number of threads. Legend as in ``fused_rnn.kernels.protocol``.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_rnn.cells import Cell, Weights
-from fused_rnn.memory import empties, empty
-from fused_rnn.protocol import COMPUTE, LayerCall
-from fused_rnn.steps import Steps, keep_if_captured
+from fused_rnn.data.cell import Cell, Weights
+from fused_rnn.data.steps import Steps, keep_if_captured
+from fused_rnn.kernels.memory import empties, empty
+from fused_rnn.kernels.protocol import COMPUTE, LayerCall
 
 # As ``weight_gradient``.
 Product = Callable[[Tensor, Sequence[Tensor], Tensor | None, Tensor | None, bool], None]
@@ -224,9 +224,9 @@ class WeightGradients:
 class GroupedWeightGradients(WeightGradients):
     """As ``WeightGradients``, with the groups as the first dimension of every gradient.
 
-    ``torch.func.vmap`` of a gradient asks for them. The rows of a folded batch (``fused_rnn.batching``) belong to groups: row r
-    is of group r modulo their number. One backward of the kernels serves all groups; only the products after it are done group
-    by group, as one batched product.
+    ``torch.func.vmap`` of a gradient asks for them. The rows of a folded batch (``fused_rnn.graph.batching``) belong to groups:
+    row r is of group r modulo their number. One backward of the kernels serves all groups; only the products after it are done
+    group by group, as one batched product.
     """
 
     def __init__(self, groups: int, cell: Cell, weight: Weights, wanted: Sequence[bool], dtype: torch.dtype) -> None:

@@ -11,12 +11,12 @@
 #include <vector>
 
 // The kernels' code before the table of them, so that the table has them made here for both dtypes.
-#include "backward.h"
-#include "forward.h"
-#include "multiply.h"
-#include "pack.h"
-#include "step.h"
-#include "weight_gradient.h"
+#include "walk/backward.h"
+#include "walk/forward.h"
+#include "walk/multiply.h"
+#include "walk/pack.h"
+#include "walk/step.h"
+#include "walk/weight_gradient.h"
 // And the table.
 #include "kernels.cpp"
 

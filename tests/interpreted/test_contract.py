@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import schedules
 import torch
-from test_kernels import Case, check
+from walks_support import Case, check
 
 import fused_rnn
 from fused_rnn.cells import CELLS
@@ -106,9 +106,10 @@ def test_programs_that_cannot_meet_are_refused() -> None:
 
 def test_gradient_of_the_cell_states() -> None:
     """``d_cells``: the gradient of c of every step, ragged rows and both directions."""
-    from fused_rnn import autograd
-    from fused_rnn.cells import LSTM, Weights
-    from fused_rnn.steps import Steps
+    from fused_rnn.cells import LSTM
+    from fused_rnn.data.cell import Weights
+    from fused_rnn.data.steps import Steps
+    from fused_rnn.graph import autograd
 
     d, n, h, i = 2, 3, 5, 4
     steps = Steps.packed(torch.tensor([3, 2, 2]))

@@ -71,14 +71,14 @@ def test_what_the_backend_says_of_itself() -> None:
 
 def test_the_cpu_is_served_on_request_only() -> None:
     """Without being asked, a CPU tensor goes to a backend that is made for it."""
-    from fused_rnn import dispatch
+    from fused_rnn.kernels import dispatch
 
     assert dispatch.choose(torch.device("cpu")).name != "triton"
 
 
 def test_other_dtypes_are_refused() -> None:
+    from fused_rnn.data.steps import Steps
     from fused_rnn.kernels.triton import gru
-    from fused_rnn.steps import Steps
 
     with pytest.raises(TypeError, match=r"expected weights of bfloat16, .*, got torch\.int32, which no backend"):
         gru.gru_pack([torch.zeros(12, 4, dtype=torch.int32)], None, Steps(9, 3), False)
@@ -86,8 +86,8 @@ def test_other_dtypes_are_refused() -> None:
 
 def test_wrong_buffers_are_refused() -> None:
     """The error names the buffer, what was expected and what came."""
+    from fused_rnn.data.steps import Steps
     from fused_rnn.kernels.triton import gru
-    from fused_rnn.steps import Steps
 
     steps = Steps(2, 3)
     packed = gru.gru_pack([torch.zeros(12, 4)], None, steps, False)

@@ -13,8 +13,8 @@ import schedules
 import torch
 import triton
 import triton.language as tl
-from test_kernels import Case, check, make_inputs, run
 from triton.runtime.errors import InterpreterError
+from walks_support import Case, check, make_inputs, run
 
 from fused_rnn.kernels.triton import fragment_backward, fragment_forward, launch, plan, standin, walk_backward, walk_forward
 from fused_rnn.kernels.triton.plan import Device

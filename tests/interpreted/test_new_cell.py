@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import test_kernels
 import torch
 import triton
 import triton.language as tl  # noqa: F401 — the interpreter looks for it beside what it runs
+import walks_support
 from test_contract import REGIMES, regime_of
-from test_kernels import Case, check
 from torch import Tensor
+from walks_support import Case, check
 
 from fused_rnn import cells
-from fused_rnn.cells import LSTM, Cell
+from fused_rnn.cells import LSTM
+from fused_rnn.data.cell import Cell
+from fused_rnn.data.equations import Equations
 from fused_rnn.kernels.by_walk.walk import Walk
+from fused_rnn.kernels.reference.recurrence import walk
 from fused_rnn.kernels.triton.activations import tanh
 from fused_rnn.kernels.triton.contract import contract
 from fused_rnn.kernels.triton.recurrence import Recurrence
-from fused_rnn.reference.recurrence import Equations, kernels
 
 # A leaky integrator, h = (h₋ + tanh(…)) / 2: h passes beside the product, and the backward reads no state before the step.
 LEAKY = Cell("leaky", "LEAKY", ("n",), ("h",), ("n",), ("n",), reads_before=None, direct=True)
@@ -53,8 +55,8 @@ def step_backward(tape, before, d_h, d_carry):
 @pytest.mark.parametrize("regime", REGIMES)
 def test_a_leaky_cell(regime: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cells.CELLS, LEAKY.name, LEAKY)
-    made = {"triton": contract(Recurrence(LEAKY, step, step_backward)), "reference": kernels(_EQUATIONS)}
-    monkeypatch.setattr(test_kernels, "walk_of", lambda backend, _: Walk(*made[backend]))
+    made = {"triton": contract(Recurrence(LEAKY, step, step_backward)), "reference": walk(_EQUATIONS)}
+    monkeypatch.setattr(walks_support, "walk_of", lambda backend, _: Walk(*made[backend]))
     with regime_of(regime, monkeypatch):
         check("triton", LEAKY.name, case, torch.float32)
 

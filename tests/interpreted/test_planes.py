@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import schedules
 import torch
-from test_kernels import Case, make_inputs, run
 from torch import Tensor
+from walks_support import Case, make_inputs, run
 
 from fused_rnn.kernels.triton import launch, packing, plan
 from fused_rnn.kernels.triton.plan import Device
@@ -74,7 +74,7 @@ def test_whole_walks(cell: str, regime: str, planes: int, monkeypatch: pytest.Mo
 def test_numbers_beyond_finite_ones(regime: str, planes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """They stay in their sequence. An infinity may become NaN: the second plane of a weight may have the other sign."""
     from fused_rnn import backend
-    from fused_rnn.modules import RNN
+    from fused_rnn.nn.layers import RNN
 
     monkeypatch.setattr(launch, "device_of", lambda device: CHIP)
     monkeypatch.setattr(launch, "allows_tf32", lambda: planes == 2)

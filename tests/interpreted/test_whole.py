@@ -14,11 +14,12 @@ from tolerances import assert_close_to_reference
 from torch import Tensor
 
 import fused_rnn
-from fused_rnn import autograd
-from fused_rnn.cells import CELLS, Weights
+from fused_rnn.cells import CELLS
+from fused_rnn.data.cell import Weights
+from fused_rnn.data.steps import Steps
+from fused_rnn.graph import autograd
 from fused_rnn.kernels.triton import launch, plan
 from fused_rnn.kernels.triton.plan import Device
-from fused_rnn.steps import Steps
 
 CHIP = Device("a chip", (9, 0), 32, 227 << 10)
 every_cell = pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])

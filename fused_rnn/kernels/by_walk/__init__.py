@@ -7,40 +7,42 @@ says ``fused_rnn.kernels.by_walk.walk``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fused_rnn.cells import Weights, initial_states
+from fused_rnn.data.cell import Weights, initial_states
 from fused_rnn.kernels.by_walk import backward, forward
-from fused_rnn.kernels.by_walk.walk import Walk, walks
-from fused_rnn.protocol import COMPUTE, LayerCall, LayerResult, OutputGradients
+from fused_rnn.kernels.by_walk.walk import Walk
+from fused_rnn.kernels.protocol import COMPUTE, LayerCall, LayerResult, OutputGradients
 
 
 class WalkBackend:
-    """A backend (``fused_rnn.protocol.Backend``) of the walks in a package.
+    """A backend (``fused_rnn.kernels.protocol.Backend``) made of walks.
 
     Args:
         name: of the backend.
-        modules: for each cell, the module that has its walk.
+        cells: the names of the cells that it has a walk of.
+        load: gives the walks; called when the first one is needed.
     """
 
     checks = False
 
-    def __init__(self, name: str, modules: Mapping[str, str]) -> None:
+    def __init__(self, name: str, cells: Collection[str], load: Callable[[], Mapping[str, Walk]]) -> None:
         self.name = name
-        self._modules = modules
+        self._cells = cells
+        self._load = load
 
     @functools.cached_property
-    def walks(self) -> dict[str, Walk]:
+    def walks(self) -> Mapping[str, Walk]:
         """The walk of each cell."""
-        return walks(self._modules)
+        return self._load()
 
     def supports(self, call: LayerCall) -> str | None:
         """It computes every layer of a cell that it has a walk of."""
         cell = call.layer.cell.name
-        if cell not in self._modules:
+        if cell not in self._cells:
             return f"it has no kernels of {cell}"
         return None if call.input.dtype in COMPUTE else f"it does not compute in {call.input.dtype}"
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fused_rnn.kernels.by_walk.forward import chunks, copied, pack
 from fused_rnn.kernels.by_walk.walk import Walk
+from fused_rnn.kernels.memory import empty
+from fused_rnn.kernels.protocol import COMPUTE, LayerCall, OutputGradients
 from fused_rnn.kernels.weight_gradients import (
     GroupedWeightGradients,
     PreviousH,
@@ -22,8 +24,6 @@ from fused_rnn.kernels.weight_gradients import (
     multiply,
     previous_h,
 )
-from fused_rnn.memory import empty
-from fused_rnn.protocol import COMPUTE, LayerCall, OutputGradients
 
 # A chunk of d_gates. Every chunk adds to the weights' gradients, which are read and written once more for it: below some 2,000
 # rows that costs more than what the chunk gains in cache.

@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fused_rnn.cells import Weights, summed_biases
+from fused_rnn.data.cell import Weights, summed_biases
+from fused_rnn.data.steps import Steps
 from fused_rnn.kernels.by_walk.walk import Walk
+from fused_rnn.kernels.memory import empty
+from fused_rnn.kernels.protocol import COMPUTE, LayerCall, LayerResult, States
 from fused_rnn.kernels.weight_gradients import compute_weights
-from fused_rnn.memory import empty
-from fused_rnn.protocol import COMPUTE, LayerCall, LayerResult, States
-from fused_rnn.steps import Steps
 
 # Bytes of one chunk's row buffer: a few second-level caches. At least so many rows, because a product of fewer leaves the
 # matrix units waiting for the weights.

@@ -2,7 +2,7 @@
 
 A walk owns the recurrence only. The input projection is done before it, the weight gradients after it.
 
-Legend: as in ``fused_rnn.protocol``; G gates. *Blocks* are H columns; ``fused_rnn.cells`` names them.
+Legend: as in ``fused_rnn.kernels.protocol``; G gates. *Blocks* are H columns; ``fused_rnn.cells`` names them.
 
 ``<cell>_pack(weight_hh, weight_hr, steps, backward)`` → packed
     weight_hh: D tensors (G·H, P). weight_hr: D tensors (P, H), or None (only the LSTM has projections).
@@ -49,8 +49,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from fused_rnn.protocol import States
-from fused_rnn.steps import Steps
+from fused_rnn.data.steps import Steps
+from fused_rnn.kernels.protocol import States
 
 
 class Pack(Protocol):

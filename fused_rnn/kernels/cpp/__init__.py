@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fused_rnn.kernels.protocol import COMPUTE, LayerCall, LayerResult, OutputGradients
 from fused_rnn.kernels.weight_gradients import grouped
-from fused_rnn.protocol import COMPUTE, LayerCall, LayerResult, OutputGradients
 
 _missing: str | None = None
 try:
@@ -53,7 +53,7 @@ def describe() -> str:
 
 
 class _Cpp:
-    """The backend (``fused_rnn.protocol.Backend``)."""
+    """The backend (``fused_rnn.kernels.protocol.Backend``)."""
 
     name = "cpp"
     checks = True

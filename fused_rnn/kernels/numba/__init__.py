@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from fused_rnn.kernels import cell_modules, import_cells
-from fused_rnn.protocol import Backend
+from fused_rnn.kernels.protocol import Backend
 
 
 @functools.cache
@@ -36,5 +36,7 @@ def describe() -> str:
 def load() -> Backend:
     """The backend."""
     from fused_rnn.kernels.by_walk import WalkBackend
+    from fused_rnn.kernels.by_walk.walk import walks
 
-    return WalkBackend("numba", cell_modules(__name__))
+    modules = cell_modules(__name__)
+    return WalkBackend("numba", modules, lambda: walks(modules))

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_rnn.cells import Cell
+from fused_rnn.data.cell import Cell
+from fused_rnn.data.steps import Steps
 from fused_rnn.kernels.numba import team
 from fused_rnn.kernels.numba.arguments import Arg
 from fused_rnn.kernels.numba.compiled import Compiled, compiled
@@ -19,7 +20,6 @@ from fused_rnn.kernels.numba.pack import pack as pack_panels
 from fused_rnn.kernels.numba.product import PLAIN_VECTORS, max_rows, panel_vectors
 from fused_rnn.kernels.numba.share import COUNTER_BYTES
 from fused_rnn.kernels.numba.vector import REGISTER_BYTES
-from fused_rnn.steps import Steps
 
 # A kernel whose threads share fewer multiply-adds than this per step loses more by meeting than it gains by sharing.
 _MIN_SHARED_STEP = 16_000

@@ -1,6 +1,6 @@
 """The LSTM's pointwise parts and its kernels (``fused_rnn.kernels.by_walk.walk``).
 
-The numbers are those of the equations in ``fused_rnn.reference.lstm``.
+The numbers are those of the equations in ``fused_rnn.cells.lstm``.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.core.extending import intrinsic
 
-from fused_rnn.cells import Cell
+from fused_rnn.data.cell import Cell
 from fused_rnn.kernels.numba.vector import ACCUMULATORS, CONTRACT, INT64, broadcast, llvm_vector, pointer, splat_of
 
 # A multiply-add takes 4 cycles and two start in every one: so many must be under way.

@@ -1,6 +1,6 @@
 """The plain RNN's pointwise parts and its kernels, tanh and relu (``fused_rnn.kernels.by_walk.walk``).
 
-The numbers are those of the equations in ``fused_rnn.reference.rnn``.
+The numbers are those of the equations in ``fused_rnn.cells.rnn``.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fused_rnn.cells import Cell
+from fused_rnn.data.cell import Cell
 from fused_rnn.kernels.numba.arguments import (
     Arg,
     before,

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fused_rnn.cells import CELLS
 from fused_rnn.kernels import import_cells
-from fused_rnn.protocol import COMPUTE, LayerCall, LayerResult, OutputGradients
+from fused_rnn.kernels.protocol import COMPUTE, LayerCall, LayerResult, OutputGradients
 
 if TYPE_CHECKING:
     from fused_rnn.kernels.triton.plan import Device
@@ -127,7 +127,7 @@ def explain(
 
 
 class _Triton:
-    """The backend (``fused_rnn.protocol.Backend``)."""
+    """The backend (``fused_rnn.kernels.protocol.Backend``)."""
 
     name = "triton"
     checks = False

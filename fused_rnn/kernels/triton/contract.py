@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_rnn.data.steps import Steps
 from fused_rnn.kernels.triton.recurrence import Packed, Recurrence, compute_dtype
-from fused_rnn.steps import Steps
 
 
 def _check_states(name: str, states: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> None:

@@ -1,6 +1,6 @@
 """The GRU's pointwise parts and its kernels (``fused_rnn.kernels.by_walk.walk``).
 
-The numbers are those of the equations in ``fused_rnn.reference.gru``.
+The numbers are those of the equations in ``fused_rnn.cells.gru``.
 """
 
 from __future__ import annotations

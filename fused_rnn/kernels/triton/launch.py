@@ -9,12 +9,12 @@ import torch
 import triton
 from torch import Tensor
 
-from fused_rnn.cells import Cell
+from fused_rnn.data.cell import Cell
+from fused_rnn.data.steps import Steps
 from fused_rnn.kernels.triton import tuned
 from fused_rnn.kernels.triton.heuristic import choose
 from fused_rnn.kernels.triton.plan import Call, Device, Plan, forced
 from fused_rnn.kernels.triton.version import INTERPRETED
-from fused_rnn.steps import Steps
 
 LEAST_CAPABILITY = (8, 0)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

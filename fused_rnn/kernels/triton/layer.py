@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_rnn.cells import Cell, Weights, summed_biases
+from fused_rnn.data.cell import Cell, Weights, summed_biases
+from fused_rnn.data.steps import Steps
+from fused_rnn.kernels.protocol import LayerCall, LayerResult, OutputGradients, States
 from fused_rnn.kernels.triton import products
 from fused_rnn.kernels.triton.recurrence import RECURRENCES, Bias, Packed, Recurrence, compute_dtype
 from fused_rnn.kernels.weight_gradients import WeightGradients, grouped, previous_h
-from fused_rnn.protocol import LayerCall, LayerResult, OutputGradients, States
-from fused_rnn.steps import Steps
 
 
 def _packed(recurrence: Recurrence, steps: Steps, weights: Sequence[Weights], backward: bool) -> Packed:
@@ -126,7 +126,7 @@ def walk_backward(
 
 
 def forward(call: LayerCall, keep: bool) -> LayerResult:
-    """Compute a layer; as a backend's forward (``fused_rnn.protocol``)."""
+    """Compute a layer; as a backend's forward (``fused_rnn.kernels.protocol``)."""
     (cell, _, steps, reverse, cell_states, step), input, states, weights, reset = plain(call)
     recurrences, output = len(weights), weights[0].hh.shape[1]
     out = input.new_empty((*call.input.shape[:-1], recurrences * output))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fused_rnn.steps import Steps
+from fused_rnn.data.steps import Steps
 
 if TYPE_CHECKING:
     from fused_rnn.kernels.triton.walk import Walk

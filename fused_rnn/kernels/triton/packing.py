@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_rnn.cells import Cell
+from fused_rnn.data.cell import Cell
 from fused_rnn.kernels.triton.plan import Plan
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fused_rnn.cells import Cell
+from fused_rnn.data.cell import Cell
 
 # Columns of K that one tile of the weights in registers has, and rows: those of a matrix instruction (``fragments``).
 PART, PILE = 32, 16

@@ -14,7 +14,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fused_rnn.cells import Cell
+from fused_rnn.data.cell import Cell
+from fused_rnn.data.steps import Steps
 from fused_rnn.kernels.triton import launch, library, packing
 from fused_rnn.kernels.triton.fragment_backward import fragment_backward
 from fused_rnn.kernels.triton.fragment_forward import fragment_forward
@@ -23,7 +24,6 @@ from fused_rnn.kernels.triton.plan import Plan, power_of_two
 from fused_rnn.kernels.triton.walk import Walk
 from fused_rnn.kernels.triton.walk_backward import walk_backward
 from fused_rnn.kernels.triton.walk_forward import walk_forward
-from fused_rnn.steps import Steps
 
 # Sums that a backward keeps of its product, so that one instruction need not wait for the one before.
 _CHAINS = 4

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_rnn.data.steps import Steps, keep_if_captured
 from fused_rnn.kernels.triton.launcher import launch
 from fused_rnn.kernels.triton.plan import Plan
 from fused_rnn.kernels.triton.version import INTERPRETED
-from fused_rnn.steps import Steps, keep_if_captured
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,222 @@
+// The forward recurrence of every cell: one parallel region walks all steps.
+#pragma once
+
+#include "run/memory.h"
+#include "walk/walk.h"
+
+namespace fused_rnn {
+namespace FUSED_RNN_ISA {
+
+// Whether the inputs' products of several steps are formed at once, where a part of the batch has so many rows.
+inline bool in_blocks(Index batch) { return 2 * batch <= kInputRows; }
+
+// Vectors of the workspace for one of so many threads that share the units: those that wait, and room for the panels of a group
+// of weights that are laid out as they are needed.
+template <class Cell, class T>
+inline Index waiting_vectors(const ForwardArgs<T>& args, int members) {
+  const Index most = vectors_of(vectors_of(args.sizes.hidden, kLanes<T>), members);
+  return vectors_of(most, kUnitVectors<Cell::kGates>) * kInputRows * kGroup;
+}
+template <class Cell, class T>
+inline Index member_vectors(const ForwardArgs<T>& args, int members) {
+  const bool panels = args.weight_ih->layout == Layout::kPanels;
+  return waiting_vectors<Cell>(args, members) + (panels ? 0 : kGroup * args.weight_ih->inner);
+}
+
+// One thread's walk over one part of the batch of one recurrence.
+template <class Cell, class T>
+class ForwardWalk {
+ public:
+  ForwardWalk(const ForwardArgs<T>& args, const T* zeros, T* before_projection, Vec<T>* workspace, Index d, Range batch,
+              const Member& member)
+      : args_(args),
+        steps_(args.sizes.steps),
+        hidden_(args.sizes.hidden),
+        output_(args.sizes.output),
+        zeros_(zeros),
+        m_(before_projection),
+        d_(d),
+        reset_(args.sizes.reset ? args.sizes.reset + d * args.sizes.reset_stride : nullptr),
+        batch_(batch),
+        units_(share(vectors_of(hidden_, kLanes<T>), member.count, member.index)),
+        outputs_(share(vectors_of(output_, kLanes<T>), member.count, member.index)),
+        barrier_(member.barrier),
+        shared_(member.count > 1),
+        in_blocks_(args.weight_ih && in_blocks(batch.size())),
+        blocks_(args.keep        ? Cell::kTape
+                : args.weight_ih ? 0
+                                 : Cell::kGates),
+        fetches_(outgrows_caches<T>(args.sizes, blocks_ * hidden_ + output_)),
+        h_(args.states[0] + d * steps_.batch * output_),
+        c_(Cell::kHasC ? args.states[1] + d * steps_.batch * hidden_ : nullptr),
+        scratch_(steps_.batch, batch.size(),
+                 !args.weight_ih ? 0
+                 : in_blocks_    ? kInputRows
+                                 : batch.size()) {
+    if (!in_blocks_) return;
+    Vec<T>* const mine = workspace + member.index * member_vectors<Cell>(args, member.count);
+    waiting_ = {mine, kInputRows};
+    // All rows are asked, not those of a part: how they are shared must not change the order of the sums.
+    if (args.weight_ih->layout != Layout::kPanels && steps_.length * steps_.batch > kFewestToLayOut)
+      room_ = reinterpret_cast<T*>(mine + waiting_vectors<Cell>(args, member.count));
+  }
+
+  void run() {
+    Index previous = -1;
+    for (Index s = 0; s < steps_.length; ++s) {
+      const Index t = step_at(s);
+      const Index n = clip(steps_.count(t), batch_);
+      if (n == 0) continue;
+      scratch_.descending = s % 2;
+      if (in_blocks_ && s >= inputs_until_) begin_block(s);
+      step(t, previous, n);
+      row_of_block_ += n;
+      if (args_.weight_hr) {
+        meet();
+        project(t, n);
+      }
+      meet();
+      previous = t;
+    }
+    keep_last();
+  }
+
+ private:
+  // Waits for the other threads of this part of the batch: the next product reads their units.
+  void meet() {
+    if (shared_) barrier_.wait();
+  }
+
+  bool resets(Index row) const { return reset_ && reset_[row]; }
+
+  // Step `s` of the walk.
+  Index step_at(Index s) const { return args_.sizes.reverse[d_] ? steps_.length - 1 - s : s; }
+
+  // Forms the inputs' products of step s of the walk and of those after it.
+  void begin_block(Index s) {
+    Index rows = 0;
+    for (; s < steps_.length; ++s) {
+      const Index t = step_at(s), first = steps_.offset(t) + batch_.begin, n = clip(steps_.count(t), batch_);
+      if (rows + n > kInputRows) break;
+      for (Index j = 0; j < n; ++j) scratch_.inputs.get()[rows++] = args_.input + (first + j) * args_.input_stride;
+    }
+    input_products<T, Cell::kGates, Cell::kApart>(args_.weight_ih[d_], hidden_, units_, scratch_.inputs.get(), rows, room_,
+                                                  waiting_);
+    inputs_until_ = s;
+    row_of_block_ = 0;
+  }
+
+  void step(Index t, Index previous, Index n) {
+    const Index first = steps_.offset(t) + batch_.begin;
+    const Index going_on = previous < 0 ? 0 : clip(steps_.count(previous), batch_);
+    const Index before = previous < 0 ? 0 : steps_.offset(previous) + batch_.begin;
+    const T** h = scratch_.rows.get();
+    for (Index j = 0; j < n; ++j) {
+      h[j] = resets(first + j) ? zeros_ : j < going_on ? args_.out.at(before + j, d_) : h_ + (batch_.begin + j) * output_;
+    }
+    if (shared_) fetch_few(h, n, output_);
+    const Matrix<T>* weight_ih = args_.weight_ih && !in_blocks_ ? args_.weight_ih + d_ : nullptr;
+    if (weight_ih) {
+      for (Index j = 0; j < n; ++j) scratch_.inputs.get()[j] = args_.input + (first + j) * args_.input_stride;
+    }
+    const T* bias = args_.bias ? args_.bias + d_ * kBias<Cell> * hidden_ : nullptr;
+    const auto ahead = [&](Index j, Index v) __attribute__((always_inline)) {
+      if (!fetches_) return;
+      const Index unit = v * kLanes<T>;
+      for (int b = 0; b < blocks_; ++b) prefetch_to_write(args_.tape.at(first + j, d_) + b * hidden_ + unit);
+      if (!m_ && Cell::kTape > 1) prefetch_to_write(args_.out.at(first + j, d_) + unit);
+    };
+    const auto point = [&](Index j, Index v, const Vec<T>* sums) {
+      const Index unit = v * kLanes<T>, row = batch_.begin + j;
+      ForwardPoint<T> p;
+      p.tape = args_.tape ? args_.tape.at(first + j, d_) + unit : nullptr;
+      p.gates_x = args_.weight_ih ? nullptr : p.tape;
+      p.hidden = hidden_;
+      p.bias = bias ? bias + unit : nullptr;
+      p.h_previous = h[j] + unit;
+      p.c = c_ + row * hidden_ + unit;
+      p.reset = resets(first + j);
+      p.keep = args_.keep;
+      p.h = (m_ ? m_ + (d_ * steps_.batch + row) * hidden_ : args_.out.at(first + j, d_)) + unit;
+      with_io<T>(hidden_, v, [&](auto io, Index) {
+        Cell::forward(io, sums, p);
+        if (Cell::kHasC && args_.cells) io.store(args_.cells.at(first + j, d_) + unit, io.load(p.c));
+      });
+    };
+    product<T, Cell::kGates, Cell::kApart>(weight_ih, waiting_.from(row_of_block_), args_.weight_hh[d_], hidden_, units_, n, n,
+                                           scratch_, ahead, point);
+  }
+
+  // h = W_hr m
+  void project(Index t, Index n) {
+    const Index first = steps_.offset(t) + batch_.begin;
+    const T** m = scratch_.rows.get();
+    for (Index j = 0; j < n; ++j) m[j] = m_ + (d_ * steps_.batch + batch_.begin + j) * hidden_;
+    product<T, 1>(
+        nullptr, {}, args_.weight_hr[d_], output_, outputs_, n, n, scratch_, [](Index, Index) {},
+        [&](Index j, Index v, const Vec<T>* sums) {
+          T* h = args_.out.at(first + j, d_) + v * kLanes<T>;
+          with_io<T>(output_, v, [&](auto io, Index) { io.store(h, sums[0]); });
+        });
+  }
+
+  // The state after the walk is every sequence's last output; a sequence without a step keeps its state.
+  void keep_last() {
+    const Index begin = outputs_.begin * kLanes<T>;
+    const Index end = outputs_.end * kLanes<T> < output_ ? outputs_.end * kLanes<T> : output_;
+    if (begin >= end) return;
+    for (Index s = 0, j = 0; s < steps_.length; ++s) {
+      const Index t = step_at(steps_.length - 1 - s);
+      const Index first = steps_.offset(t) + batch_.begin;
+      for (const Index n = clip(steps_.count(t), batch_); j < n; ++j) {
+        std::memcpy(h_ + (batch_.begin + j) * output_ + begin, args_.out.at(first + j, d_) + begin,
+                    static_cast<std::size_t>(end - begin) * sizeof(T));
+      }
+      if (j == batch_.size()) return;
+    }
+  }
+
+  const ForwardArgs<T>& args_;
+  const StepRows& steps_;
+  const Index hidden_, output_;
+  const T* const zeros_;
+  T* const m_;
+  const Index d_;
+  const bool* const reset_;
+  const Range batch_, units_, outputs_;
+  Barrier& barrier_;
+  const bool shared_;
+  // Whether the inputs' products are formed for several steps at once: up to step inputs_until_ of the walk. The next step's
+  // begin at row_of_block_.
+  const bool in_blocks_;
+  Index inputs_until_ = 0, row_of_block_ = 0;
+  Waiting<T> waiting_;
+  T* room_ = nullptr;
+  const int blocks_;  // of the tape that a step touches
+  const bool fetches_;
+  T* const h_;
+  T* const c_;
+  Scratch<T> scratch_;
+};
+
+template <class Cell, class T>
+void forward(const ForwardArgs<T>& args) {
+  const Sizes& s = args.sizes;
+  if (s.steps.batch == 0 || s.steps.length == 0) return;
+  const Groups groups(s, step_cost<T>(s, Cell::kGates, 40 * Cell::kGates, args.weight_ih ? args.weight_ih->inner : 0));
+  const Buffer<T> zeros(s.output);
+  const Buffer<T> before_projection(args.weight_hr ? s.recurrences * s.steps.batch * s.hidden : 0);
+  T* const m = args.weight_hr ? before_projection.get() : nullptr;
+  const int members = groups.plan().unit_parts;
+  // Of a group. A thread that does all its work alone needs no more.
+  const bool blocks = args.weight_ih && in_blocks(groups.smallest_part());
+  const Index vectors = blocks ? members * member_vectors<Cell>(args, members) : 0;
+  const Memory workspace(static_cast<std::size_t>(groups.plan().groups * vectors) * sizeof(Vec<T>));
+  groups.run([&](Index d, Range batch, const Member& member) {
+    Vec<T>* const mine = static_cast<Vec<T>*>(workspace.get()) + member.group * vectors;
+    ForwardWalk<Cell, T>(args, zeros.get(), m, mine, d, batch, member).run();
+  });
+}
+
+}  // namespace FUSED_RNN_ISA
+}  // namespace fused_rnn

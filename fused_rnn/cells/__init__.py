@@ -1,0 +1,20 @@
+"""The cells: one file each, with the cell's row (``fused_rnn.data.cell``) and its numbered equations in plain torch.
+
+What the rest of the package knows of a cell comes from here. A fused kernel has the same numbers beside its lines.
+"""
+
+from __future__ import annotations
+
+from fused_rnn.cells import gru, lstm, rnn
+from fused_rnn.cells.gru import GRU
+from fused_rnn.cells.lstm import LSTM
+from fused_rnn.cells.rnn import RNN_RELU, RNN_TANH
+from fused_rnn.data.cell import Cell
+from fused_rnn.data.equations import Equations
+
+__all__ = ["CELLS", "EQUATIONS", "GRU", "LSTM", "RNN_RELU", "RNN_TANH"]
+
+EQUATIONS: dict[str, Equations] = {
+    each.cell.name: each for each in (rnn.TANH_EQUATIONS, rnn.RELU_EQUATIONS, lstm.EQUATIONS, gru.EQUATIONS)
+}
+CELLS: dict[str, Cell] = {name: equations.cell for name, equations in EQUATIONS.items()}

@@ -1,0 +1,181 @@
+"""What a cell is, as data: its gates, its states, what the forward keeps and what the backward emits.
+
+One row per cell, in ``fused_rnn.cells``. The graph, the modules, the kernels and the tests read these rows; none of them asks
+for a cell, or for one of its blocks, by name.
+
+Blocks are ``H`` columns wide. A kernel's row buffers are rows of blocks, in the order given here:
+
+======== =================== ========================== =========================== ======================
+cell     ``gates``           ``tape`` (kept)            ``d_gates`` (emitted)       ``d_hh`` (of weight_hh)
+======== =================== ========================== =========================== ======================
+rnn_*    h                   h (the output itself)      h                           h
+lstm     i, f, g, o          i, f, g, o, c              i, f, g, o                  i, f, g, o
+gru      r, z, n             r, z, n, hn                hn, r, z, n                 r, z, hn
+======== =================== ========================== =========================== ======================
+
+``hn`` is the GRU's recurrent part of the candidate gate, ``W_hn h + b_hn``, before the reset gate multiplies it: it stays
+``apart``. Its gradient differs from that of ``n``, so ``d_gates`` carries both: the first three blocks belong to ``weight_hh``,
+the last three to ``weight_ih``, and both groups are contiguous columns, which makes each weight gradient one matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One recurrent cell.
+
+    Attributes:
+        name: key of the dispatch table and prefix of the kernel functions.
+        mode: torch's name of the same cell (``torch.nn.RNNBase.mode``), or a name for messages where torch has none.
+        gates: gate blocks in the order of torch's weights; ``len(gates)`` is G.
+        states: names of the states: ``h`` first, and for some cells another one, which no product reads.
+        tape: blocks kept for the backward; the first G are where the caller puts ``gates_x``.
+        d_gates: blocks that the backward emits: the part that is ``apart``, then the gates.
+        reads_before: the state before the step that the backward's pointwise part reads, or None.
+        direct: whether h passes from step to step beside the product too: the pointwise part of the forward reads it.
+        apart: the block with the last gate's recurrent part, bias_hh in it, where that does not simply add up with the gate's
+            other sums; else None.
+        tape_is_out: the tape is the output: nothing else is kept.
+        forget: the gate that decides how much of the state is kept, whose bias may start with a value of its own; or None.
+        projected: what a projection (``weight_hr``) multiplies, from the blocks of the tape. None: h cannot be projected.
+        in_one_piece: torch.nn runs a dense layer of it on a CPU in one piece (oneDNN), which decides dtypes under autocast.
+        module: the file that holds it in each backend's folder; the name if not given.
+    """
+
+    name: str
+    mode: str
+    gates: tuple[str, ...]
+    states: tuple[str, ...]
+    tape: tuple[str, ...]
+    d_gates: tuple[str, ...]
+    # No defaults for these two: from a wrong guess, kernels would compute wrong numbers and raise nothing.
+    reads_before: str | None = field(kw_only=True)
+    direct: bool = field(kw_only=True)
+    apart: str | None = field(default=None, kw_only=True)
+    tape_is_out: bool = field(default=False, kw_only=True)
+    forget: str | None = field(default=None, kw_only=True)
+    projected: Callable[[Sequence[Tensor]], Tensor] | None = field(default=None, kw_only=True)
+    in_one_piece: bool = field(default=False, kw_only=True)
+    module: str = field(default="", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not self.module:
+            object.__setattr__(self, "module", self.name)
+        for name in ("gates", "states", "tape", "d_gates"):
+            blocks = getattr(self, name)
+            if not blocks or len(set(blocks)) < len(blocks):
+                self._refuse(name, "one or more names, each once", blocks)
+        gates, states, tape = self.gates, self.states, self.tape
+        if states[0] != "h" or len(states) > 2:
+            self._refuse("states", "'h' and at most one other", states)
+        if tape[: len(gates)] != gates:
+            self._refuse("tape", f"the gates {gates} first, where gates_x arrive", tape)
+        for block in (self.cell_state, self.apart):
+            if block is not None and block not in tape[len(gates) :]:
+                self._refuse("tape", f"{block!r} behind the gates", tape)
+        expected = gates if self.apart is None else (self.apart, *gates)
+        if self.d_gates != expected:
+            self._refuse("d_gates", str(expected), self.d_gates)
+        if self.tape_is_out and (tape != ("h",) or len(states) > 1):
+            self._refuse("tape_is_out", "False, as the tape or the state is not h alone", True)
+        if self.reads_before not in (None, *states):
+            self._refuse("reads_before", f"None or one of the states {states}", self.reads_before)
+        if self.reads_before == "h" and not self.direct:
+            self._refuse("direct", "True, as the backward reads h before the step, so the forward did", False)
+        if self.forget not in (None, *gates):
+            self._refuse("forget", f"None or one of the gates {gates}", self.forget)
+        if self.projected is not None and (self.direct or self.tape_is_out):
+            self._refuse("projected", "None: a projected h has no unit for each of the pointwise part's", self.projected)
+
+    def _refuse(self, field: str, expected: str, got: object) -> NoReturn:
+        raise ValueError(f"cell {self.name}: {field}: expected {expected}, got {got!r}")
+
+    @property
+    def num_gates(self) -> int:
+        """G, the number of gates."""
+        return len(self.gates)
+
+    @property
+    def cell_state(self) -> str | None:
+        """The state beside h, which is a block of the tape too, or None: the LSTM's c."""
+        return self.states[1] if len(self.states) > 1 else None
+
+    @property
+    def bias(self) -> tuple[str, ...]:
+        """Blocks of the bias that a kernel adds: the gates, and what of ``bias_hh`` stays apart from the last one."""
+        return self.gates if self.apart is None else (*self.gates, self.apart)
+
+    @property
+    def d_ih(self) -> tuple[str, ...]:
+        """The blocks of d_gates that belong to weight_ih, in the order of its rows: the last ones."""
+        return self.gates
+
+    @property
+    def d_hh(self) -> tuple[str, ...]:
+        """The blocks of d_gates that belong to weight_hh, in the order of its rows."""
+        return self.gates if self.apart is None else (*self.gates[:-1], self.apart)
+
+    @property
+    def d_hh_groups(self) -> tuple[tuple[str, ...], ...]:
+        """The same in groups of neighbours: each is one product with rows of weight_hh that follow one another."""
+        return (self.gates,) if self.apart is None else (self.gates[:-1], (self.apart,))
+
+    @property
+    def weight_blocks(self) -> tuple[int, ...]:
+        """For each of the first G blocks of d_gates, which carry the gradient back to h, its block of weight_hh's rows."""
+        return tuple(self.d_hh.index(block) for block in self.d_gates[: len(self.gates)])
+
+
+class Weights(NamedTuple):
+    """The parameters of one direction of one layer, under torch's names and in torch's shapes.
+
+    Attributes:
+        ih: ``weight_ih``, (G·H, I).
+        hh: ``weight_hh``, (G·H, P).
+        bias_ih: (G·H,), or None.
+        bias_hh: (G·H,), or None.
+        hr: ``weight_hr``, (P, H), or None where h is not projected (P = H).
+    """
+
+    ih: Tensor
+    hh: Tensor
+    bias_ih: Tensor | None = None
+    bias_hh: Tensor | None = None
+    hr: Tensor | None = None
+
+
+def initial_states(cell: Cell, like: Tensor, recurrences: int, batch: int, weights: Weights) -> tuple[Tensor, ...]:
+    """Zero states of so many recurrences, (·, N, P) and (·, N, H), in the dtype and on the device of ``like``."""
+    hidden, output = weights.hh.shape[0] // cell.num_gates, weights.hh.shape[1]
+    return tuple([like.new_zeros((recurrences, batch, hidden if i else output)) for i in range(len(cell.states))])
+
+
+def summed_biases(cell: Cell, weights: Sequence[Weights], dtype: torch.dtype) -> Tensor | None:
+    """The bias that the kernel adds, (D, blocks of ``Cell.bias``·H), or None where no direction has one."""
+    apart = (len(cell.bias) - cell.num_gates) * (weights[0].hh.shape[0] // cell.num_gates)
+    blocks: list[Tensor] = []
+    for weight in weights:
+        ih, hh = weight.bias_ih, weight.bias_hh
+        if ih is None or hh is None:
+            if all(weight.bias_ih is None and weight.bias_hh is None for weight in weights):
+                return None
+            zero = weight.hh.new_zeros(weight.hh.shape[0])
+            ih, hh = zero if ih is None else ih, zero if hh is None else hh
+        # In float32 from the start: the sum of two biases is not rounded to a narrower dtype.
+        if ih.dtype != dtype:
+            ih, hh = ih.to(dtype), hh.to(dtype)
+        if apart:
+            both = torch.cat((ih, hh[-apart:]))
+            both[: -2 * apart].add_(hh[:-apart])
+            blocks.append(both)
+        else:
+            blocks.append(ih + hh)
+    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).view(len(weights), -1)

@@ -1,0 +1,29 @@
+"""One step of a cell in plain torch: what the reference walks over time, and what kernels are judged against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fused_rnn.data.cell import Cell
+
+States = tuple[Tensor, ...]
+Step = Callable[[Tensor, Tensor, States], tuple[States, tuple[Tensor, ...]]]
+Gates = Callable[[tuple[Tensor, ...]], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
+
+
+@dataclass(frozen=True)
+class Equations:
+    """A cell in plain torch.
+
+    Attributes:
+        cell: its row in ``fused_rnn.cells``.
+        step: (gates_x, gates_h, states) -> (new states, tape): one step.
+        gates: tape -> the blocks of a (gates_x, gates_h) for which ``step`` gives that tape.
+    """
+
+    cell: Cell
+    step: Step
+    gates: Gates

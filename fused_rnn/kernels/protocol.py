@@ -1,0 +1,165 @@
+"""The seam: what a backend is given and gives back. A backend takes a whole layer, forward and backward.
+
+Legend: T steps, N sequences, D independent recurrences (the directions of a layer), I input features, H hidden units, P the
+size of h (H, or ``proj_size``), R rows (the active sequences of all steps, one step after another). ``fused_rnn.cells`` says
+what a cell keeps for its backward, its tape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fused_rnn.data.cell import Cell, Weights
+from fused_rnn.data.steps import Steps
+
+States = tuple[Tensor, ...]
+
+# What a layer is computed in, by the dtype that its tensors are stored in.
+COMPUTE = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
+
+
+class Layer(NamedTuple):
+    """What a call of one layer has besides tensors.
+
+    Attributes:
+        cell: which cell.
+        backend: who computes it, forward and backward.
+        steps: which rows a step works on.
+        reverse: for each of the D recurrences, whether it walks from the last step to the first.
+        cell_states: whether c of every step is a result.
+        step: whether this is a single step of a cell: the input is (N, I), a state is (N, ·), and h after the step is the
+            output and not among the states.
+    """
+
+    cell: Cell
+    backend: Backend
+    steps: Steps
+    reverse: tuple[bool, ...]
+    cell_states: bool = False
+    step: bool = False
+
+
+class LayerCall(NamedTuple):
+    """A layer and its tensors, which have one dtype and one device.
+
+    Attributes:
+        layer: what is to be computed.
+        input: (R, I), or (T, N, I) where the steps are dense; for a single step of a cell (N, I).
+        states: the states before the walk, h (D, N, P) and for the LSTM c (D, N, H); for a single step of a cell without the
+            D. None for zero.
+        weights: the parameters of each of the D recurrences.
+        reset: for each recurrence, the rows before whose step on its walk the states are zero, (D, R) bool, contiguous. No
+            gradient crosses there. None for nowhere.
+    """
+
+    layer: Layer
+    input: Tensor
+    states: States | None
+    weights: Sequence[Weights]
+    reset: Tensor | None = None
+
+    def operands(self) -> list[Tensor | None]:
+        """What the layer is a function of: the input, the states, and five weights of each recurrence."""
+        flat: list[Tensor | None] = [self.input]
+        flat += self.states or (None,) * len(self.layer.cell.states)
+        for weights in self.weights:
+            flat += weights
+        return flat
+
+    @staticmethod
+    def of(layer: Layer, operands: Sequence[Tensor | None], reset: Tensor | None) -> LayerCall:
+        """The call with these ``operands()``."""
+        first = 1 + len(layer.cell.states)
+        weights = [Weights(*operands[i : i + 5]) for i in range(first, len(operands), 5)]  # type: ignore[arg-type]
+        states = operands[1:first]
+        # All of the states are given, or none.
+        return LayerCall(layer, operands[0], None if states[0] is None else tuple(states), weights, reset)  # type: ignore[arg-type]
+
+
+class LayerResult(NamedTuple):
+    """What a forward returns.
+
+    Attributes:
+        out: (R, D·P) or (T, N, D·P), as the input; for a single step of a cell h, (N, H).
+        states: the states after the walk, in the shapes of those before it. A sequence without a step keeps its state. For a
+            single step of a cell, all but h.
+        cell_states: c of every step, with rows as ``out`` and D·H columns, or None where it is not asked for.
+        tape: what the backward reads, (R, D, tape blocks·H); None where it is not kept, or is ``out``.
+    """
+
+    out: Tensor
+    states: States
+    cell_states: Tensor | None
+    tape: Tensor | None
+
+
+class OutputGradients(NamedTuple):
+    """The gradients of what a forward returned, each None for zero, in any layout of memory."""
+
+    out: Tensor | None
+    states: Sequence[Tensor | None]
+    cell_states: Tensor | None
+
+
+class Backend(Protocol):
+    """The kernels of one backend.
+
+    Attributes:
+        name: of the backend, as ``fused_rnn.backend`` takes it.
+        checks: whether its forward raises before it computes anything if operands do not fit each other. Otherwise its callers
+            have checked them.
+    """
+
+    @property
+    def name(self) -> str:
+        """The name of the backend."""
+
+    @property
+    def checks(self) -> bool:
+        """Whether the forward checks its operands."""
+
+    def supports(self, call: LayerCall) -> str | None:
+        """Why the backend cannot compute a layer on this machine, or None where it can."""
+
+    def forward(self, call: LayerCall, keep: bool) -> LayerResult:
+        """Compute a layer without recording a graph.
+
+        Args:
+            call: the layer.
+            keep: whether a backward will follow.
+        """
+
+    def backward(
+        self,
+        call: LayerCall,
+        out: Tensor,
+        tape: Tensor | None,
+        gradients: OutputGradients,
+        wanted: Sequence[bool],
+        groups: int | None = None,
+    ) -> Sequence[Tensor | None]:
+        """Compute the gradients of a layer.
+
+        Nothing that the forward returned is written, so that a second backward sees the same.
+
+        Args:
+            call: as the forward had it.
+            out: as the forward returned it.
+            tape: as the forward returned it.
+            gradients: of the results.
+            wanted: for each of ``call.operands()``, whether its gradient is wanted.
+            groups: how many groups the batch consists of, if the gradients of the weights are wanted for each: sequence j is of
+                group j modulo ``groups``, which come first in these gradients' shapes. None for one sum over all.
+
+        Returns:
+            the gradients of ``call.operands()``, None where they are not wanted.
+        """

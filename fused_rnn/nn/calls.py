@@ -1,0 +1,272 @@
+"""From the arguments of a call to its layers and back: checks, rows and steps, dropout, layer after layer.
+
+Legend as in ``fused_rnn.functional``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fused_rnn.data import sequences
+from fused_rnn.data.cell import Cell, Weights, initial_states
+from fused_rnn.data.steps import Steps
+from fused_rnn.graph import autograd, operators
+from fused_rnn.graph.autograd import Outputs
+from fused_rnn.kernels.protocol import Backend, States
+from fused_rnn.nn import checks
+
+Input = TypeVar("Input", Tensor, PackedSequence)
+
+
+def pair(hx: tuple[Tensor, Tensor] | Tensor | None, function: str) -> States | None:
+    """A pair of states; raises as torch's ``function`` does where it is none."""
+    if hx is None:
+        return None
+    if isinstance(hx, Tensor):
+        raise TypeError(f"{function}(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
+    if len(hx) != 2:
+        raise RuntimeError(f"{function} expects two hidden states")
+    return tuple(hx)
+
+
+def step(cell: Cell, input: Tensor, weights: Weights, states: States | None) -> States:
+    """Check the arguments of one step of a cell and take it; the states after it, h first."""
+    checks.check_cell_rank(cell, input, states)
+    batched = input.dim() == 2
+    if not batched:
+        input = input.unsqueeze(0)
+        states = None if states is None else tuple([state.unsqueeze(0) for state in states])
+    backend = autograd.eager_backend(input, weights.hh)
+    if backend is None or not backend.checks:
+        checks.check_cell(cell, input, states or (), weights)
+    steps = Steps(1, input.shape[0])
+    run: Callable[..., Outputs] = autograd.layer
+    if backend is None and torch._C._is_any_autocast_enabled():
+        run = partial(autograd.layer_in_autocast, False)
+        if states is None:
+            states = tuple([state.squeeze(0) for state in initial_states(cell, input, 1, steps.batch, weights)])
+    try:
+        h, rest, _ = run(cell, input, steps, states, (weights,), (False,), None, False, True, backend)
+    except Exception:
+        # What does not fit each other has the errors of torch.
+        checks.check_cell(cell, input, states or (), weights)
+        raise
+    after = (h, *rest)
+    return after if batched else tuple([state.squeeze(0) for state in after])
+
+
+def sequence(
+    cell: Cell,
+    input: Input,
+    weights: Sequence[Weights],
+    states: States | None,
+    bidirectional: bool,
+    batch_first: bool,
+    dropout: float,
+    lengths: Tensor | None,
+    reset: Any,
+    cell_states: bool = False,
+) -> tuple[Input, States, Input | None]:
+    """Check the arguments, run the layers, and bring the results into the shape of the input.
+
+    Args: as of ``gru`` and ``lstm``; ``dropout`` is 0 where it does not apply.
+
+    Returns:
+        out, the states after the last step, and with ``cell_states`` c of every step.
+    """
+    directions = 2 if bidirectional else 1
+    if not weights or len(weights) % directions:
+        checks.check_count(weights, directions)
+    if isinstance(input, PackedSequence):
+        return _packed(cell, input, weights, states, directions, dropout, lengths, reset, cell_states)
+    batched = input.dim() == 3
+    if not batched:
+        checks.check_rank(cell, input)
+    if states is not None:
+        checks.check_state_ranks(states, batched)
+    if not batched:
+        states = None if states is None else tuple([state.unsqueeze(1) for state in states])
+        reset = None if reset is None else checks.check_reset(reset, tuple(input.shape[:1]), input).unsqueeze(1)
+        input, batch_first = input.unsqueeze(1), False
+    elif reset is not None:
+        reset = checks.check_reset(reset, tuple(input.shape[:2]), input)
+    length, batch, _ = input.shape
+    if batch_first:
+        length, batch = batch, length
+    backend = autograd.eager_backend(input, weights[0].hh)
+
+    def check() -> None:
+        checks.check_input(input, weights[0].ih, 3)
+        checks.check_layers(cell, input, weights, directions, states, batch)
+        if length == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+    if backend is None or not backend.checks:
+        check()
+    try:
+        steps = Steps(length, batch)
+        if lengths is not None:
+            run = partial(_layers, cell, weights, directions, dropout, cell_states, backend)
+            out, after, cells = _padded(run, input, steps, states, reset, lengths, batched, batch_first, weights[0].hh)
+        else:
+            if batch_first:
+                input = input.transpose(0, 1).contiguous()
+            mask = None
+            if reset is not None:
+                mask = (reset.t() if batch_first else reset).reshape(-1)
+            out, after, cells = _layers(
+                cell, weights, directions, dropout, cell_states, backend, input, steps, states, mask, True
+            )
+            if batch_first:
+                out, cells = out.transpose(0, 1), None if cells is None else cells.transpose(0, 1)
+    except Exception:
+        # What does not fit each other has the errors of torch.
+        check()
+        raise
+    if not batched:
+        out, cells = out.squeeze(1), None if cells is None else cells.squeeze(1)
+        after = tuple([state.squeeze(1) for state in after])
+    return out, after, cells
+
+
+def _padded(
+    run: Callable[..., Outputs],
+    input: Tensor,
+    steps: Steps,
+    states: States | None,
+    reset: Tensor | None,
+    lengths: Tensor,
+    batched: bool,
+    batch_first: bool,
+    weight: Tensor,
+) -> Outputs:
+    """Run the layers over the rows that the sequences of a padded batch have."""
+    ragged = _ragged(lengths, steps, batched, batch_first, input, weight)
+    if ragged is None:
+        if batch_first:
+            input, reset = input.transpose(0, 1).contiguous(), None if reset is None else reset.t()
+        out, after, cells = run(input, steps, states, None if reset is None else reset.reshape(-1), False)
+        if batch_first:
+            out, cells = out.transpose(0, 1), None if cells is None else cells.transpose(0, 1)
+        return out, after, cells
+    leading, count = input.shape[:2], steps.length * steps.batch
+    rows = ragged.gather(input.reshape(count, input.shape[2]))
+    mask = None if reset is None else ragged.gather(reset.reshape(-1))
+    out, after, cells = run(rows, ragged.steps, None if states is None else ragged.sort(states), mask, False)
+    out = ragged.scatter(out, count).view(*leading, out.shape[1])
+    cells = None if cells is None else ragged.scatter(cells, count).view(*leading, cells.shape[1])
+    return out, ragged.unsort(after), cells
+
+
+def _ragged(
+    lengths: Tensor, steps: Steps, batched: bool, batch_first: bool, input: Tensor, weight: Tensor
+) -> sequences.Ragged | None:
+    """The rows that sequences of these lengths have; None where nothing is left out."""
+    lengths = checks.check_lengths(lengths, steps.batch, batched, input)
+    if operators.traced(input, weight):
+        return None if lengths.is_meta or input.is_meta else operators.ragged(lengths, input, batch_first)
+    if lengths.is_meta:
+        return None
+    lengths = sequences.check_length_values(lengths, steps.length)
+    return None if input.is_meta else sequences.Ragged.of(lengths, steps.length, batch_first, input.device)
+
+
+def _packed(
+    cell: Cell,
+    input: PackedSequence,
+    weights: Sequence[Weights],
+    states: States | None,
+    directions: int,
+    dropout: float,
+    lengths: Tensor | None,
+    mask: Any,
+    cell_states: bool,
+) -> tuple[PackedSequence, States, PackedSequence | None]:
+    """As ``sequence``: the rows of a PackedSequence are ragged steps as they stand."""
+    data, batch_sizes, sorted_indices, unsorted_indices = input
+    checks.check_input(data, weights[0].ih, 2)
+    if lengths is not None:
+        raise ValueError("lengths: expected None for a packed input, which has its own, got a tensor")
+    reset = None if mask is None else checks.check_packed_reset(mask, input)
+    if operators.traced(data, weights[0].ih):
+        steps = operators.packed_steps(batch_sizes, data.shape[0], states, sorted_indices)
+        if isinstance(mask, PackedSequence):
+            reset = operators.packed_reset(mask, input)
+    else:
+        sequences.check_batch_sizes(batch_sizes, data.shape[0])
+        steps = Steps.packed(batch_sizes)
+        if isinstance(mask, PackedSequence):
+            sequences.check_packed_alike(mask.batch_sizes, mask.sorted_indices, batch_sizes, sorted_indices)
+    # Sizes first: an index into a batch that is too small has a message that nobody understands.
+    checks.check_layers(cell, data, weights, directions, states, steps.batch)
+    if states is not None and sorted_indices is not None:
+        states = tuple([state.index_select(1, sorted_indices) for state in states])
+    backend = autograd.eager_backend(data, weights[0].hh)
+    out, after, cells = _layers(cell, weights, directions, dropout, cell_states, backend, data, steps, states, reset, True)
+    if unsorted_indices is not None:
+        after = tuple([state.index_select(1, unsorted_indices) for state in after])
+
+    def as_input(values: Tensor) -> PackedSequence:
+        return PackedSequence(values, batch_sizes, sorted_indices, unsorted_indices)
+
+    return as_input(out), after, None if cells is None else as_input(cells)
+
+
+def _layers(
+    cell: Cell,
+    weights: Sequence[Weights],
+    directions: int,
+    dropout: float,
+    cell_states: bool,
+    backend: Backend | None,
+    rows: Tensor,
+    steps: Steps,
+    states: States | None,
+    reset: Tensor | None,
+    as_dense: bool,
+) -> Outputs:
+    """Run layer after layer.
+
+    Args:
+        backend: as ``autograd.layer`` has it.
+        rows: (T, N, I), or of ragged steps (R, I).
+        states: (L·D, N, ·) each, or None for zero.
+        reset: (R,) bool, or None.
+        as_dense: as of ``autograd.layer_in_autocast``.
+
+    Returns:
+        out, the states after the walk, (L·D, N, ·) each, and with ``cell_states`` c of the last layer at every step.
+    """
+    run: Callable[..., Outputs] = autograd.layer
+    if backend is None and torch._C._is_any_autocast_enabled():
+        run = partial(autograd.layer_in_autocast, as_dense)
+        if states is None:
+            # They have the dtype of the module's input, whatever its layers compute in.
+            states = initial_states(cell, rows, len(weights), steps.batch, weights[0])
+    resets = None
+    if reset is not None:
+        by_direction = operators if operators.traced(rows, weights[0].hh) else sequences
+        resets = by_direction.resets_by_direction(reset, steps, directions)
+    reverse = (False,) if directions == 1 else (False, True)
+    if len(weights) == directions:
+        return run(cell, rows, steps, states, weights, reverse, resets, cell_states, False, backend)
+    for state in states or ():
+        if state.shape[0] != len(weights):
+            raise ValueError(f"states: expected {len(weights)}, one for each layer and direction, got {state.shape[0]}")
+    ends: list[States] = []
+    cells = None
+    for first in range(0, len(weights), directions):
+        if first and dropout:
+            rows = torch.dropout(rows, dropout, True)
+        part = slice(first, first + directions)
+        before = None if states is None else tuple([state[part] for state in states])
+        wanted = cell_states and part.stop == len(weights)
+        rows, end, cells = run(cell, rows, steps, before, weights[part], reverse, resets, wanted, False, backend)
+        ends.append(end)
+    return rows, tuple([torch.cat(parts) for parts in zip(*ends, strict=True)]), cells

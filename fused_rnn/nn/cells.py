@@ -1,0 +1,164 @@
+"""The modules of one step: torch.nn's contract over ``fused_rnn.nn.calls``; as ``fused_rnn.nn.layers``, from RNNCellBase."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_rnn.cells import GRU, LSTM, RNN_RELU, RNN_TANH
+from fused_rnn.data.cell import Cell, Weights
+from fused_rnn.kernels.protocol import States
+from fused_rnn.nn import calls
+from fused_rnn.nn.initialisation import Initialised
+
+__all__ = ["GRUCell", "LSTMCell", "RNNCell"]
+
+_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+class _Cell(Initialised, torch.nn.modules.rnn.RNNCellBase):
+    """What the cells share."""
+
+    def _step(self, cell: Cell, input: Tensor, states: States | None) -> States:
+        parameters = self._parameters
+        # A parametrized, pruned or reassigned weight is an attribute, not a parameter; and so is a bias that is not there.
+        weights: list[Any] = [getattr(self, name) if (weight := parameters.get(name)) is None else weight for name in _NAMES]
+        return calls.step(cell, input, Weights(*weights), states)
+
+
+class RNNCell(_Cell):
+    r"""One step of a simple (Elman) recurrence: the fused replacement of torch.nn.RNNCell.
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: hidden units, H.
+        bias: whether there are ``bias_ih`` and ``bias_hh``. Default: ``True``
+        nonlinearity: ``'tanh'`` or ``'relu'``. Default: ``'tanh'``
+        device, dtype: of the parameters.
+        recurrent_init: ``"orthogonal"`` draws each gate's block of ``weight_hh`` so. Default: ``None``, torch's values
+
+    Inputs: input (N, I) or (I,); h (N, H) or (H,), default zero.
+    Outputs: h after the step, (N, H) or (H,).
+
+    Parameters: ``weight_ih`` (H, I), ``weight_hh`` (H, H), ``bias_ih`` (H,), ``bias_hh`` (H,), drawn from U(−1/√H, 1/√H).
+
+    Raises:
+        ValueError, RuntimeError: with torch.nn.RNNCell's messages. An unknown nonlinearity raises in ``forward``.
+
+    >>> RNNCell(10, 20)(torch.randn(3, 10)).shape
+    torch.Size([3, 20])
+    """
+
+    __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]  # noqa: RUF012
+    nonlinearity: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        recurrent_init: str | None = None,
+    ) -> None:
+        options = {"device": device, "dtype": dtype, "recurrent_init": recurrent_init}
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, **options)
+        self.nonlinearity = nonlinearity
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Take one step; shapes and errors in the class docstring."""
+        if self.nonlinearity == "tanh":
+            return self._step(RNN_TANH, input, None if hx is None else (hx,))[0]
+        if self.nonlinearity == "relu":
+            return self._step(RNN_RELU, input, None if hx is None else (hx,))[0]
+        raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+
+
+class GRUCell(_Cell):
+    r"""One step of a gated recurrent unit: the fused replacement of torch.nn.GRUCell.
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: hidden units, H.
+        bias: whether there are ``bias_ih`` and ``bias_hh``. Default: ``True``
+        device, dtype: of the parameters.
+        recurrent_init: ``"orthogonal"`` draws each gate's block of ``weight_hh`` so. Default: ``None``, torch's values
+
+    Inputs: input (N, I) or (I,); h (N, H) or (H,), default zero.
+    Outputs: h after the step, (N, H) or (H,).
+
+    Parameters: ``weight_ih`` (3H, I), ``weight_hh`` (3H, H), ``bias_ih`` (3H,), ``bias_hh`` (3H,), gate order r, z, n, drawn
+    from U(−1/√H, 1/√H). The equations are those of ``GRU``.
+
+    Raises:
+        ValueError, RuntimeError: with torch.nn.GRUCell's messages.
+
+    >>> GRUCell(10, 20)(torch.randn(3, 10)).shape
+    torch.Size([3, 20])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        recurrent_init: str | None = None,
+    ) -> None:
+        options = {"device": device, "dtype": dtype, "recurrent_init": recurrent_init}
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, **options)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Take one step; shapes and errors in the class docstring."""
+        return self._step(GRU, input, None if hx is None else (hx,))[0]
+
+
+class LSTMCell(_Cell):
+    r"""One step of a long short-term memory: the fused replacement of torch.nn.LSTMCell.
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: hidden units, H.
+        bias: whether there are ``bias_ih`` and ``bias_hh``. Default: ``True``
+        device, dtype: of the parameters.
+        forget_bias: what the forget gate's bias_ih + bias_hh start with: the value and zero. Default: ``None``, random
+        recurrent_init: ``"orthogonal"`` draws each gate's block of ``weight_hh`` so. Default: ``None``, torch's values
+
+    Inputs: input (N, I) or (I,); the pair (h, c), each (N, H) or (H,), default zero.
+    Outputs: the pair (h, c) after the step, each (N, H) or (H,).
+
+    Parameters: ``weight_ih`` (4H, I), ``weight_hh`` (4H, H), ``bias_ih`` (4H,), ``bias_hh`` (4H,), gate order i, f, g, o, drawn
+    from U(−1/√H, 1/√H). The equations are those of ``LSTM``.
+
+    Raises:
+        ValueError, RuntimeError: with torch.nn.LSTMCell's messages.
+
+    >>> h, c = LSTMCell(10, 20)(torch.randn(3, 10))
+    >>> h.shape
+    torch.Size([3, 20])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        forget_bias: float | None = None,
+        recurrent_init: str | None = None,
+    ) -> None:
+        options = {"device": device, "dtype": dtype, "forget_bias": forget_bias, "recurrent_init": recurrent_init}
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, **options)
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Take one step; shapes and errors in the class docstring."""
+        h, c = self._step(LSTM, input, calls.pair(hx, "lstm_cell"))
+        return h, c
