@@ -1,4 +1,4 @@
-# The extension of csrc/module.cpp, for type checkers.
+# The extension of csrc/bind/module.cpp, for type checkers.
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,4 +53,11 @@ def layer_backward(
     step: bool,
     threads: int,
     sharing: str = "auto",
+) -> tuple[Tensor | None, ...]: ...
+def loop_gradients(
+    cell: str,
+    steps: Sequence[tuple[Tensor, Tensor, Tensor]],
+    weights: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    threads: int,
 ) -> tuple[Tensor | None, ...]: ...

@@ -5,6 +5,7 @@
 #include "bind/cell_shapes.h"
 #include "bind/layer_backward.h"
 #include "bind/layer_forward.h"
+#include "bind/loop_gradients.h"
 #include "run/isa.h"
 #include "run/machine.h"
 #include "run/memory.h"
@@ -36,6 +37,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("tape"), py::arg("d_out"), py::arg("d_cells"), py::arg("d_states"), py::arg("wanted"), py::arg("gates_wanted"),
         py::arg("step"), py::arg("threads"), py::arg("sharing") = "auto",
         "The gradients of a layer's input, states and weights.");
+  m.def("loop_gradients", &loop_gradients, py::arg("cell"), py::arg("steps"), py::arg("weights"), py::arg("wanted"),
+        py::arg("threads"), "The gradients of the weights that many single steps share.");
 }
 
 }  // namespace fused_rnn

@@ -15,12 +15,10 @@ from fused_rnn.data.steps import Steps, unwrapped
 from fused_rnn.graph import autocast, batching, derivatives, operators
 from fused_rnn.graph.batching import BackwardCall
 from fused_rnn.graph.derivatives import transformed
+from fused_rnn.graph.kept import Kept
+from fused_rnn.graph.loops import Loop, loop_of
 from fused_rnn.kernels import dispatch
-from fused_rnn.kernels.protocol import Backend, Layer, LayerCall, LayerResult, OutputGradients, States
-
-# Places of the biases in Weights.
-_BIAS_IH, _BIAS_HH = Weights._fields.index("bias_ih"), Weights._fields.index("bias_hh")
-_NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
+from fused_rnn.kernels.protocol import Backend, GateBackend, Layer, LayerCall, LayerResult, OutputGradients, States
 
 # out, the states after the walk, and c of every step where it is asked for.
 Outputs = tuple[Tensor, States, Tensor | None]
@@ -36,14 +34,12 @@ def layer(
     reset: Tensor | None = None,
     cell_states: bool = False,
     step: bool = False,
-    backend: Backend | None = None,
 ) -> Outputs:
     """Compute one layer with the fused kernels; by way of operators where torch traces the call (``graph.operators``).
 
     Args:
         cell, steps, reverse, cell_states, step: as in ``fused_rnn.kernels.protocol.Layer``.
         input, states, weights, reset: as in ``fused_rnn.kernels.protocol.LayerCall``.
-        backend: of an eager call, as ``eager_backend`` found it; None to have it chosen here.
 
     Returns:
         out, the states after the walk, and c of every step or None, as in ``fused_rnn.kernels.protocol.LayerResult``.
@@ -51,8 +47,6 @@ def layer(
     Raises:
         RuntimeError, NotImplementedError: if no backend can run; see ``fused_rnn.kernels.dispatch.choose``.
     """
-    if backend is not None:
-        return _eager(LayerCall(Layer(cell, backend, steps, reverse, cell_states, step), input, states, weights, reset))
     weight = weights[0].hh
     if forward_ad._current_level >= 0 and torch._C._len_torch_dispatch_stack() > 0:
         # torch.func.linearize traces the tangents: it has to see operations of torch.
@@ -63,9 +57,9 @@ def layer(
         # Shapes alone, or no row, no feature, no hidden unit: nothing for a kernel, but a graph that gradients flow through.
         return derivatives.plain(cell, input, steps, states, weights, reverse, reset, cell_states, step)
     backend = dispatch.choose(input.device)
-    call = LayerCall(Layer(cell, backend, steps, reverse, cell_states, step), input, states, weights, reset)
     if not transformed():
-        return _eager(call)
+        return eager_layer(backend, cell, input, steps, states, weights, reverse, reset, cell_states, step)
+    call = LayerCall(Layer(cell, backend, steps, reverse, cell_states, step), input, states, weights, reset)
     dispatch.check_supported(call)
     out, *rest, _ = _applied(_Layer, call.layer, reset, *call.operands())
     cells = rest.pop() if cell_states else None
@@ -81,10 +75,22 @@ def eager_backend(input: Tensor, weight: Tensor) -> Backend | None:
     return dispatch.choose(input.device)
 
 
-def _eager(call: LayerCall) -> Outputs:
-    """Run the backend's kernels, and record the call where a gradient is to flow through it."""
-    layer = call.layer
-    backend = layer.backend
+def eager_layer(
+    backend: Backend,
+    cell: Cell,
+    input: Tensor,
+    steps: Steps,
+    states: States | None,
+    weights: Sequence[Weights],
+    reverse: tuple[bool, ...],
+    reset: Tensor | None = None,
+    cell_states: bool = False,
+    step: bool = False,
+) -> Outputs:
+    """Run the kernels of a backend that ``eager_backend`` found, and record the call where a gradient is to flow through it."""
+    # As the classes do it, in a third of the time.
+    layer = tuple.__new__(Layer, (cell, backend, steps, reverse, cell_states, step))
+    call = tuple.__new__(LayerCall, (layer, input, states, weights, reset))
     if not backend.checks:
         dispatch.check_supported(call)
     if torch.is_grad_enabled():
@@ -92,9 +98,15 @@ def _eager(call: LayerCall) -> Outputs:
         for operand in operands:
             if operand is not None and operand.requires_grad:
                 result = backend.forward(call, True)
-                # As _Recorded.apply, without binding the arguments to the forward's signature: all of them come by position.
-                apply = super(torch.autograd.Function, _Recorded).apply
-                out, *rest = apply(layer, result, call.reset, *operands)  # type: ignore[no-untyped-call]
+                loop = loop_of(call)
+                # As apply of the class itself, without binding the arguments to the forward's signature: all come by position.
+                if loop is None:
+                    apply = super(torch.autograd.Function, _Recorded).apply
+                    out, *rest = apply(layer, result, reset, *operands)  # type: ignore[no-untyped-call]
+                else:
+                    apply = super(torch.autograd.Function, _Step).apply
+                    given = operands[: 1 + len(cell.states)]
+                    out, *rest = apply(layer, result, weights, loop, loop.token, *given)  # type: ignore[no-untyped-call]
                 cells = rest.pop() if layer.cell_states else None
                 return out, tuple(rest), cells
     return backend.forward(call, False)[:3]
@@ -111,7 +123,6 @@ def layer_in_autocast(
     reset: Tensor | None = None,
     cell_states: bool = False,
     step: bool = False,
-    backend: None = None,
 ) -> Outputs:
     """As ``layer``, with the dtypes that torch.nn has under torch.autocast.
 
@@ -139,56 +150,6 @@ def _applied(function: type[torch.autograd.Function], call: Layer | BackwardCall
     return results
 
 
-class Kept:
-    """What a backward needs besides the saved tensors: whether something changed since the forward that it may not read then.
-
-    torch refuses to hand out a saved tensor that was changed in place. Two kinds are not refused here:
-
-    - The output, which torch.nn's users do change in place (a residual, a relu). The backward then computes it once more.
-    - Biases, which no first gradient reads. Second gradients do, and so does a backward after a changed output.
-
-    Attributes:
-        changes: a tensor that counts the changes of the output. It has no elements: the output's memory belongs to the saved
-            tensors alone, which hooks may have moved elsewhere.
-        biases: (place among the tensors, bias, its version). The parameters outlive the graph anyway.
-        inside_transform: whether the forward ran inside of one, whose wrappers the saved tensors may be.
-    """
-
-    __slots__ = ("biases", "changes", "inside_transform", "version")
-
-    def __init__(self, out: Tensor, cell: Cell, tensors: Sequence[Tensor | None], inside_transform: bool) -> None:
-        self.version = out._version
-        self.changes = out.detach()
-        self.biases: list[tuple[int, Tensor, int]] = []
-        self.inside_transform = inside_transform
-        if inside_transform:
-            # No hooks there, and no tensor may be kept but by torch: a transform's wrappers end with it.
-            return
-        self.changes.data = _NOTHING
-        first, each = 1 + len(cell.states), len(Weights._fields)
-        for i in range(first, len(tensors), each):
-            for place in (i + _BIAS_IH, i + _BIAS_HH):
-                bias = tensors[place]
-                # torch says what is wrong with one from torch.inference_mode, which counts no versions.
-                if bias is not None and not bias.is_inference():
-                    self.biases.append((place, bias, bias._version))
-
-    def output_changed(self) -> bool:
-        """Whether the output was changed in place since the forward."""
-        return self.changes._version != self.version
-
-    def put_biases(self, tensors: list[Any]) -> None:
-        """Put the biases where they were among ``tensors``."""
-        for place, bias, version in self.biases:
-            if bias._version != version:
-                raise RuntimeError(
-                    "one of the variables needed for gradient computation has been modified by an inplace operation: a bias of "
-                    f"shape {tuple(bias.shape)} is at version {bias._version}; expected version {version} instead. A second "
-                    "gradient reads it, and so does a backward whose output was changed in place"
-                )
-            tensors[place] = bias
-
-
 class _Recorded(torch.autograd.Function):
     """A layer that an eager call has computed: what its backward needs is kept, and the results join the graph."""
 
@@ -202,6 +163,44 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
         return (None, None, None, *_back(ctx, d_outputs, ctx.needs_input_grad[3:]))
+
+
+class _Step(torch.autograd.Function):
+    """A step of a loop that an eager call has computed, as ``_Recorded``; the loop's node stands for the weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layer: Layer, result: LayerResult, weights: Sequence[Weights], loop: Loop, token: Tensor, *operands: Tensor
+    ) -> tuple[Any, ...]:
+        # The loop lives as long as one of its steps.
+        ctx.loop = loop
+        _keep(ctx, layer, None, (*operands, *weights[0]), result.out, result.tape, inside_transform=False)
+        return (result.out, *result.states)
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
+        weights_wanted, *wanted = ctx.needs_input_grad[4:]
+        left = ctx.loop.left
+        saved, count = ctx.saved_tensors, len(wanted)
+        if _is_special(ctx, d_outputs):
+            asked = (*wanted, *(each and weights_wanted for each in left.wanted))
+            grads = _back_in_general(ctx, saved, d_outputs, asked)
+            if weights_wanted:
+                left.of_this_run().add(grads[count:])
+            return (None, None, None, None, None, *grads[:count])
+        _, out, tape, *operands = saved
+        call = LayerCall.of(ctx.layer, operands, None)
+        d_out, *d_states = d_outputs
+        gradients = OutputGradients(d_out, d_states, None)
+        backend: GateBackend = ctx.layer.backend
+        grads, d_gates = backend.step_backward(call, out, tape, gradients, wanted)
+        if weights_wanted:
+            input, h = operands[0], operands[1]
+            if not call.layer.step:
+                # Of a layer with T = 1: (1, N, ·).
+                input, h = input.view(-1, input.shape[-1]), h[0]
+            left.of_this_run().add_step(d_gates, input, h)
+        return (None, None, None, None, None, *grads)
 
 
 class _Layer(torch.autograd.Function):
@@ -266,18 +265,24 @@ def _back(ctx: Any, d_outputs: Sequence[Tensor | None], wanted: tuple[bool, ...]
         wanted: for each of the operands, whether its gradient is.
     """
     # Once: hooks of saved tensors may give each away, and non-reentrant checkpoints refuse to be asked twice.
-    saved, kept = ctx.saved_tensors, ctx.kept
-    if (
+    saved = ctx.saved_tensors
+    if _is_special(ctx, d_outputs):
+        return _back_in_general(ctx, saved, d_outputs, wanted)
+    reset, out, tape, *operands = saved
+    return _gradients(ctx.layer, wanted, None, reset, out, tape, d_outputs, operands)
+
+
+def _is_special(ctx: Any, d_outputs: Sequence[Tensor | None]) -> bool:
+    """Whether a backward needs more than the kernels of the backend."""
+    kept: Kept = ctx.kept
+    return (
         torch.is_grad_enabled()
         or kept.inside_transform
         or kept.output_changed()
         or transformed()
         or torch._C._is_any_autocast_enabled()
-        or any([grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in d_outputs])  # noqa: C419
-    ):
-        return _back_in_general(ctx, saved, d_outputs, wanted)
-    reset, out, tape, *operands = saved
-    return _gradients(ctx.layer, wanted, None, reset, out, tape, d_outputs, operands)
+        or batching.mapped_by_autograd(d_outputs)
+    )
 
 
 @autocast.without

@@ -60,7 +60,8 @@ def traced(input: Tensor, weight: Tensor) -> bool:
     count of operations, selective checkpoints), and for tensors that have no memory of their own (fake tensors, DTensor).
     """
     return (
-        torch.compiler.is_compiling()
+        # What traces without Dynamo does it by a mode.
+        torch.compiler.is_dynamo_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or type(input).__torch_dispatch__ is not _plain
         or type(weight).__torch_dispatch__ is not _plain

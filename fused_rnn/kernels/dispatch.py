@@ -156,8 +156,9 @@ def _automatic(device_type: str) -> str:
 
 
 @functools.cache
-def _unasked(device_type: str) -> Backend:
-    return _load(_automatic(device_type))
+def _unasked(device: torch.device) -> Backend:
+    # Asked for by the device itself: to name its type takes torch as long as everything else here together.
+    return _load(_automatic(device.type))
 
 
 def choose(device: torch.device) -> Backend:
@@ -177,7 +178,7 @@ def choose(device: torch.device) -> Backend:
         # says it at once.
         name = os.environ.get(_ENVIRONMENT) or None if _ENCODED in _environment else None
         if name is None:
-            return _unasked(device.type)
+            return _unasked(device)
         source = f"{_ENVIRONMENT}={name}"
         _check_available(_check_name(name, source), source)
     else:

@@ -79,7 +79,7 @@ class LayerCall(NamedTuple):
     def of(layer: Layer, operands: Sequence[Tensor | None], reset: Tensor | None) -> LayerCall:
         """The call with these ``operands()``."""
         first = 1 + len(layer.cell.states)
-        weights = [Weights(*operands[i : i + 5]) for i in range(first, len(operands), 5)]  # type: ignore[arg-type]
+        weights = [Weights._make(operands[i : i + 5]) for i in range(first, len(operands), 5)]
         states = operands[1:first]
         # All of the states are given, or none.
         return LayerCall(layer, operands[0], None if states[0] is None else tuple(states), weights, reset)  # type: ignore[arg-type]
@@ -115,6 +115,7 @@ class Backend(Protocol):
 
     Attributes:
         name: of the backend, as ``fused_rnn.backend`` takes it.
+        gives_gates: whether it is a ``GateBackend`` too.
         checks: whether its forward raises before it computes anything if operands do not fit each other. Otherwise its callers
             have checked them.
     """
@@ -126,6 +127,10 @@ class Backend(Protocol):
     @property
     def checks(self) -> bool:
         """Whether the forward checks its operands."""
+
+    @property
+    def gives_gates(self) -> bool:
+        """Whether it is a ``GateBackend`` too."""
 
     def supports(self, call: LayerCall) -> str | None:
         """Why the backend cannot compute a layer on this machine, or None where it can."""
@@ -162,4 +167,38 @@ class Backend(Protocol):
 
         Returns:
             the gradients of ``call.operands()``, None where they are not wanted.
+        """
+
+
+class GateBackend(Backend, Protocol):
+    """A backend that gives the gradients of the gates away, so that its caller sums up those of the weights over many steps."""
+
+    def step_backward(
+        self, call: LayerCall, out: Tensor, tape: Tensor | None, gradients: OutputGradients, wanted: Sequence[bool]
+    ) -> tuple[Sequence[Tensor | None], Tensor]:
+        """Compute the gradients of a single step, those of its gates in place of the weights'.
+
+        Args:
+            call: a dense layer with one recurrence and one step, without resets and projection.
+            out, tape, gradients: as of ``backward``.
+            wanted: for the input and each state, whether its gradient is wanted.
+
+        Returns:
+            the gradients of the input and of each state, None where they are not wanted, and those of the gates, from which the
+            weights' follow: (N, 1, blocks of ``Cell.d_gates``·H), in the dtype that the kernels compute in.
+        """
+
+    def loop_gradients(
+        self, cell: Cell, steps: Sequence[tuple[Tensor, Tensor, Tensor]], weights: Weights, wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        """Sum the gradients of the weights over single steps.
+
+        Args:
+            cell: which cell.
+            steps: of each, the gradients of its gates, its input and h before it, (n, 1, ·), (n, I) and (n, P).
+            weights: which all of them had.
+            wanted: for each of the weights, whether its gradient is.
+
+        Returns:
+            the gradients in the places of ``weights``, None where they are not wanted.
         """

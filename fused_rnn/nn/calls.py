@@ -47,12 +47,14 @@ def step(cell: Cell, input: Tensor, weights: Weights, states: States | None) -> 
         checks.check_cell(cell, input, states or (), weights)
     steps = Steps(1, input.shape[0])
     run: Callable[..., Outputs] = autograd.layer
-    if backend is None and torch._C._is_any_autocast_enabled():
+    if backend is not None:
+        run = partial(autograd.eager_layer, backend)
+    elif torch._C._is_any_autocast_enabled():
         run = partial(autograd.layer_in_autocast, False)
         if states is None:
             states = tuple([state.squeeze(0) for state in initial_states(cell, input, 1, steps.batch, weights)])
     try:
-        h, rest, _ = run(cell, input, steps, states, (weights,), (False,), None, False, True, backend)
+        h, rest, _ = run(cell, input, steps, states, (weights,), (False,), None, False, True)
     except Exception:
         # What does not fit each other has the errors of torch.
         checks.check_cell(cell, input, states or (), weights)
@@ -100,15 +102,9 @@ def sequence(
     if batch_first:
         length, batch = batch, length
     backend = autograd.eager_backend(input, weights[0].hh)
-
-    def check() -> None:
-        checks.check_input(input, weights[0].ih, 3)
-        checks.check_layers(cell, input, weights, directions, states, batch)
-        if length == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-
     if backend is None or not backend.checks:
-        check()
+        _check_dense(cell, input, weights, directions, states, length, batch)
+    rows = input
     try:
         steps = Steps(length, batch)
         if lengths is not None:
@@ -116,23 +112,39 @@ def sequence(
             out, after, cells = _padded(run, input, steps, states, reset, lengths, batched, batch_first, weights[0].hh)
         else:
             if batch_first:
-                input = input.transpose(0, 1).contiguous()
+                rows = input.transpose(0, 1).contiguous()
             mask = None
             if reset is not None:
                 mask = (reset.t() if batch_first else reset).reshape(-1)
             out, after, cells = _layers(
-                cell, weights, directions, dropout, cell_states, backend, input, steps, states, mask, True
+                cell, weights, directions, dropout, cell_states, backend, rows, steps, states, mask, True
             )
             if batch_first:
                 out, cells = out.transpose(0, 1), None if cells is None else cells.transpose(0, 1)
     except Exception:
         # What does not fit each other has the errors of torch.
-        check()
+        _check_dense(cell, input, weights, directions, states, length, batch)
         raise
     if not batched:
         out, cells = out.squeeze(1), None if cells is None else cells.squeeze(1)
         after = tuple([state.squeeze(1) for state in after])
     return out, after, cells
+
+
+def _check_dense(
+    cell: Cell,
+    input: Tensor,
+    weights: Sequence[Weights],
+    directions: int,
+    states: States | None,
+    length: int,
+    batch: int,
+) -> None:
+    """Check a batch, (T, N, I) or (N, T, I), against the weights and the states."""
+    checks.check_input(input, weights[0].ih, 3)
+    checks.check_layers(cell, input, weights, directions, states, batch)
+    if length == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
 
 def _padded(
@@ -234,7 +246,7 @@ def _layers(
     """Run layer after layer.
 
     Args:
-        backend: as ``autograd.layer`` has it.
+        backend: as ``autograd.eager_backend`` found it.
         rows: (T, N, I), or of ragged steps (R, I).
         states: (L·D, N, ·) each, or None for zero.
         reset: (R,) bool, or None.
@@ -244,7 +256,9 @@ def _layers(
         out, the states after the walk, (L·D, N, ·) each, and with ``cell_states`` c of the last layer at every step.
     """
     run: Callable[..., Outputs] = autograd.layer
-    if backend is None and torch._C._is_any_autocast_enabled():
+    if backend is not None:
+        run = partial(autograd.eager_layer, backend)
+    elif torch._C._is_any_autocast_enabled():
         run = partial(autograd.layer_in_autocast, as_dense)
         if states is None:
             # They have the dtype of the module's input, whatever its layers compute in.
@@ -255,7 +269,7 @@ def _layers(
         resets = by_direction.resets_by_direction(reset, steps, directions)
     reverse = (False,) if directions == 1 else (False, True)
     if len(weights) == directions:
-        return run(cell, rows, steps, states, weights, reverse, resets, cell_states, False, backend)
+        return run(cell, rows, steps, states, weights, reverse, resets, cell_states)
     for state in states or ():
         if state.shape[0] != len(weights):
             raise ValueError(f"states: expected {len(weights)}, one for each layer and direction, got {state.shape[0]}")
@@ -267,6 +281,6 @@ def _layers(
         part = slice(first, first + directions)
         before = None if states is None else tuple([state[part] for state in states])
         wanted = cell_states and part.stop == len(weights)
-        rows, end, cells = run(cell, rows, steps, before, weights[part], reverse, resets, wanted, False, backend)
+        rows, end, cells = run(cell, rows, steps, before, weights[part], reverse, resets, wanted)
         ends.append(end)
     return rows, tuple([torch.cat(parts) for parts in zip(*ends, strict=True)]), cells

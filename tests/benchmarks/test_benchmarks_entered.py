@@ -47,7 +47,7 @@ def test_forward_and_backward_of_a_layer_are_seen():
     # What is made once is made before.
     layer(x)[0].sum().backward()
     forward = entered.entered(lambda: layer(x), PACKAGE)
-    assert forward["modules.py"] >= 1
+    assert forward["nn/layers.py"] >= 1
     both = entered.entered(lambda: layer(x)[0].sum().backward(), PACKAGE)
     assert sum(both.values()) > sum(forward.values())
 
@@ -66,7 +66,7 @@ def test_the_command_writes_a_table(capsys):
     text = capsys.readouterr().out
     assert text.startswith(f"| call | files, {PACKAGE.parent.name} | entries |\n|---|---:|---:|\n")
     assert all(f"| {name} |" in text for name in CALLS)
-    assert ", LSTM inference: modules.py" in text
+    assert ", LSTM inference: nn/layers.py" in text
 
 
 def test_a_folder_without_the_package_is_one_line(tmp_path, capsys):

@@ -91,12 +91,12 @@ def test_no_work_for_finished_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer gets as many rows as there are steps in all, and no more steps than the longest sequence has."""
     seen = []
 
-    def layer(cell: object, input: Tensor, steps: fused_rnn.data.steps.Steps, *rest: object) -> object:
+    def layer(backend: object, cell: object, input: Tensor, steps: fused_rnn.data.steps.Steps, *rest: object) -> object:
         seen.append((input.shape[0], steps.length, steps.batch))
-        return whole(cell, input, steps, *rest)
+        return whole(backend, cell, input, steps, *rest)
 
-    whole = autograd.layer
-    monkeypatch.setattr(autograd, "layer", layer)
+    whole = autograd.eager_layer
+    monkeypatch.setattr(autograd, "eager_layer", layer)
     problem = make("LSTM")
     problem.ours(problem.x, lengths=torch.tensor([1, 0, 4, 2, 0]))
     assert seen == [(7, 4, 5)] * 2

@@ -28,6 +28,7 @@ class WalkBackend:
     """
 
     checks = False
+    gives_gates = False
 
     def __init__(self, name: str, cells: Collection[str], load: Callable[[], Mapping[str, Walk]]) -> None:
         self.name = name

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fused_rnn.data.cell import Cell, Weights
 from fused_rnn.kernels.protocol import COMPUTE, LayerCall, LayerResult, OutputGradients
 from fused_rnn.kernels.weight_gradients import grouped
 
@@ -25,6 +26,7 @@ except ImportError as error:
     )
 
 _ENVIRONMENT = "FUSED_RNN_ISA"
+_NO_WEIGHTS = (False,) * len(Weights._fields)
 
 
 @functools.cache
@@ -57,6 +59,7 @@ class _Cpp:
 
     name = "cpp"
     checks = True
+    gives_gates = True
 
     def supports(self, call: LayerCall) -> str | None:
         """It computes every layer whose dtype is one of ``COMPUTE``."""
@@ -122,6 +125,41 @@ class _Cpp:
         if groups is None or not by_group or d_gates is None:
             return found
         return (*found[:first], *grouped(call, out, tape, d_gates, wanted, groups))
+
+    def step_backward(
+        self, call: LayerCall, out: Tensor, tape: Tensor | None, gradients: OutputGradients, wanted: Sequence[bool]
+    ) -> tuple[Sequence[Tensor | None], Tensor]:
+        """Compute the gradients of a single step without those of the weights."""
+        cell, _, steps, reverse, _, step = call.layer
+        found = _C.layer_backward(
+            cell.name,
+            call.input,
+            call.states,
+            call.weights,
+            1,
+            steps.batch,
+            None,
+            reverse,
+            None,
+            out,
+            tape,
+            gradients.out,
+            None,
+            gradients.states,
+            (*wanted, *_NO_WEIGHTS),
+            True,
+            step,
+            torch.get_num_threads(),
+        )
+        *grads, d_gates = found
+        assert d_gates is not None
+        return grads[: len(wanted)], d_gates
+
+    def loop_gradients(
+        self, cell: Cell, steps: Sequence[tuple[Tensor, Tensor, Tensor]], weights: Weights, wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        """Sum the gradients of the weights over single steps."""
+        return _C.loop_gradients(cell.name, steps, weights, wanted, torch.get_num_threads())
 
 
 def load() -> _Cpp:

@@ -131,6 +131,7 @@ class _Triton:
 
     name = "triton"
     checks = False
+    gives_gates = False
 
     def supports(self, call: LayerCall) -> str | None:
         """It computes every layer of a cell that it has kernels of, on a chip that is new enough."""

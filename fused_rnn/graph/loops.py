@@ -1,0 +1,160 @@
+"""Loops over single steps: the gradients of the weights are summed over all steps of a loop by one product.
+
+A step alone would make gradients as large as the weights out of a few rows, and autograd would add them to those of the other
+steps: of a loop's backward that is most of the time. So the steps of a loop have one node of the graph in common, ``_Sum``,
+which stands between them and the weights. In the backward, a step leaves there the gradients of its gates and what the weights
+multiplied. The node runs after the last of them, as autograd orders it, and forms the gradients of the weights.
+
+A step belongs to a loop if its h has a graph: the first step of a loop, and one that stands alone, have their gradients formed
+at once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_rnn.data.cell import Cell, Weights
+from fused_rnn.kernels.protocol import GateBackend, LayerCall
+
+# What is left at a node is summed up whenever it has so many rows.
+_MOST_ROWS = 4096
+
+
+class _Sums:
+    """The gradients of one recurrence's weights in one run of the backward."""
+
+    def __init__(self, cell: Cell, weights: Weights, wanted: Sequence[bool], backend: GateBackend) -> None:
+        self.cell, self.weights, self.wanted, self.backend = cell, weights, wanted, backend
+        self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.rows = 0
+        self.total: Sequence[Tensor | None] = ()
+
+    def add_step(self, d_gates: Tensor, input: Tensor, h: Tensor) -> None:
+        """Add one step's, later: the gradients of its gates, its input and h before it, a row for each sequence."""
+        self.steps.append((d_gates, input, h))
+        self.rows += len(input)
+        if self.rows > _MOST_ROWS:
+            self._sum_up()
+
+    def add(self, grads: Sequence[Tensor | None]) -> None:
+        """Add gradients of the weights, which may have a graph."""
+        if not self.total:
+            self.total = grads
+            return
+        self.total = [
+            each if before is None else before if each is None else before + each
+            for before, each in zip(self.total, grads, strict=True)
+        ]
+
+    def _sum_up(self) -> None:
+        steps, self.steps, self.rows = self.steps, [], 0
+        self.add(self.backend.loop_gradients(self.cell, steps, self.weights, self.wanted))
+
+    def result(self) -> Sequence[Tensor | None]:
+        """The sums of all steps, in the places of ``Weights``."""
+        if self.steps:
+            self._sum_up()
+        return self.total
+
+
+class _Node(torch.autograd.Function):
+    """Stands for the weights where steps join the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Left, *weights: Tensor | None) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.left = left
+        return left.weights.hh.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[Any, ...]:
+        sums = ctx.left.take()
+        if sums is None:
+            return (None,) * len(ctx.needs_input_grad)
+        wanted = ctx.needs_input_grad[1:]
+        return (None, *[grad if asked else None for grad, asked in zip(sums.result(), wanted, strict=True)])
+
+
+class Left:
+    """What steps have left at a node, by the run of the backward that they did it in.
+
+    Several may run at once, in threads or one inside another. What is left of one that an error ended goes with the graph.
+    """
+
+    def __init__(self, cell: Cell, weights: Weights, backend: GateBackend) -> None:
+        self.cell, self.weights, self.backend = cell, weights, backend
+        self.wanted = [each is not None and each.requires_grad for each in weights]
+        self.by_run: dict[int, _Sums] = {}
+
+    def of_this_run(self) -> _Sums:
+        """The sums of the run of the backward that calls."""
+        run = torch._C._current_graph_task_id()
+        sums = self.by_run.get(run)
+        if sums is None:
+            sums = self.by_run[run] = _Sums(self.cell, self.weights, self.wanted, self.backend)
+        return sums
+
+    def take(self) -> _Sums | None:
+        """The same, at its end; None if no step left anything."""
+        return self.by_run.pop(torch._C._current_graph_task_id(), None)
+
+
+class Loop:
+    """The node that the steps of a loop have in common.
+
+    Attributes:
+        token: its result, without elements. A step that is a function of it leads to the node.
+        left: what the steps leave there.
+    """
+
+    __slots__ = ("__weakref__", "left", "token")
+
+    def __init__(self, cell: Cell, weights: Weights, backend: GateBackend) -> None:
+        self.left = Left(cell, weights, backend)
+        self.token: Tensor = _Node.apply(self.left, *weights)  # type: ignore[no-untyped-call]
+
+
+# By the id of weight_hh, which lives as long as the loop. The graphs of its steps keep a loop alive, and nothing else does.
+_loops: dict[int, weakref.ref[Loop]] = {}
+
+
+def loop_of(call: LayerCall) -> Loop | None:
+    """The loop that a call is a step of, or None where it is none. For calls that are recorded."""
+    layer, _, states, weights, reset = call
+    if states is None or layer.steps.length != 1 or not states[0].requires_grad or not layer.backend.gives_gates:
+        return None
+    ih, hh, bias_ih, bias_hh, hr = of = weights[0]
+    if hr is not None or len(weights) > 1 or reset is not None or layer.cell_states or layer.steps.batch_sizes is not None:
+        return None
+    wanted = [
+        ih.requires_grad,
+        hh.requires_grad,
+        bias_ih is not None and bias_ih.requires_grad,
+        bias_hh is not None and bias_hh.requires_grad,
+        False,
+    ]
+    key = id(hh)
+    known = _loops.get(key)
+    loop = None if known is None else known()
+    if loop is not None:
+        left = loop.left
+        first = left.weights
+        same = first.hh is hh and first.ih is ih and first.bias_ih is bias_ih and first.bias_hh is bias_hh
+        if same and left.wanted == wanted and left.backend is layer.backend:
+            return loop
+    if not any(wanted):
+        return None
+    loop = Loop(layer.cell, of, layer.backend)  # type: ignore[arg-type]
+    _loops[key] = weakref.ref(loop, lambda ended: _forget(key, ended))
+    return loop
+
+
+def _forget(key: int, ended: weakref.ref[Loop]) -> None:
+    """Drop a loop, unless another has taken its place."""
+    if _loops.get(key) is ended:
+        del _loops[key]
