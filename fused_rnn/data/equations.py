@@ -11,6 +11,7 @@ from fused_rnn.data.cell import Cell
 
 States = tuple[Tensor, ...]
 Step = Callable[[Tensor, Tensor, States], tuple[States, tuple[Tensor, ...]]]
+Backward = Callable[[tuple[Tensor, ...], States, Tensor, States], tuple[dict[str, Tensor], list[Tensor]]]
 Gates = Callable[[tuple[Tensor, ...]], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
 
 
@@ -21,9 +22,12 @@ class Equations:
     Attributes:
         cell: its row in ``fused_rnn.cells``.
         step: (gates_x, gates_h, states) -> (new states, tape): one step.
-        gates: tape -> the blocks of a (gates_x, gates_h) for which ``step`` gives that tape.
+        gates: tape -> the blocks of a (gates_x, gates_h) for which ``step`` gives that tape; or None, with ``backward``.
+        backward: (tape, states before, h after, gradients of the states after) -> the blocks of d_gates by their names, and the
+            gradients of the states before, that of h without the product's. None where ``step`` is differentiated instead.
     """
 
     cell: Cell
     step: Step
-    gates: Gates
+    gates: Gates | None = None
+    backward: Backward | None = None
