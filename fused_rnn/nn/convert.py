@@ -8,11 +8,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.nn.modules.rnn import RNNCellBase
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_rnn.nn import cells as cell_modules
 from fused_rnn.nn import layers as modules
 from fused_rnn.nn.checks import DTYPES
+from fused_rnn.nn.flat_weights import FlatWeights
 from fused_rnn.nn.initialisation import OPTIONS, Initialised
 
 __all__ = ["Conversion", "convert", "revert"]
@@ -201,9 +203,13 @@ def _kinship(module: nn.Module, plain: type[nn.Module], classes: dict[type[nn.Mo
 
 
 def _change_class(module: nn.Module, target: type[nn.Module]) -> None:
-    # torch.nn keeps this list, the fused modules compute it.
+    given = _given_weights(module)
     state: dict[str, Any] = vars(module)
-    state.pop("_flat_weights", None)
+    if isinstance(module, FlatWeights):
+        module._forget_given()
+    else:
+        # torch.nn keeps this list, the fused modules do not.
+        state.pop("_flat_weights", None)
     if not issubclass(target, Initialised):
         for option in OPTIONS:
             state.pop(option, None)
@@ -217,3 +223,18 @@ def _change_class(module: nn.Module, target: type[nn.Module]) -> None:
         module._init_flat_weights()
         for part in training:
             part.training = True
+    if given is not None:
+        setattr(module, "_flat_weights", given)  # noqa: B010
+
+
+def _given_weights(module: nn.Module) -> list[Any] | None:
+    """The list ``_flat_weights`` where the module computes with other tensors than its attributes; else None."""
+    if not isinstance(module, nn.RNNBase) or parametrize.is_parametrized(module):
+        return None
+    if isinstance(module, FlatWeights):
+        return module.overriding()
+    given, refs = vars(module).get("_flat_weights"), getattr(module, "_flat_weight_refs", ())
+    names = module._flat_weights_names
+    if given is None or not len(given) == len(refs) == len(names) or module._weights_have_changed():  # type: ignore[no-untyped-call]
+        return None
+    return None if all(one is getattr(module, name, None) for one, name in zip(given, names, strict=True)) else given

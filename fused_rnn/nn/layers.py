@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeVar, overload
 
-import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn.cells import GRU as GRU_CELL
 from fused_rnn.cells import LSTM as LSTM_CELL
 from fused_rnn.cells import RNN_RELU, RNN_TANH
-from fused_rnn.data.cell import Cell, Weights
+from fused_rnn.data.cell import Cell
 from fused_rnn.nn import calls, checks
+from fused_rnn.nn.flat_weights import FlatWeights
 from fused_rnn.nn.initialisation import Initialised
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -24,44 +24,8 @@ __all__ = ["GRU", "LSTM", "RNN"]
 Input = TypeVar("Input", Tensor, PackedSequence)
 
 
-class _Layers(Initialised, torch.nn.RNNBase):
-    """What RNN, LSTM and GRU share: where the weights are found at each call."""
-
-    def flatten_parameters(self) -> None:
-        """Do nothing: no kernel needs the parameters next to each other. Here so that callers of torch.nn's keep working."""
-
-    @property
-    def _flat_weights(self) -> list[Any]:
-        # torch.nn keeps this list, and with it tensors that a parametrization or a reassignment has long replaced.
-        return [getattr(self, name, None) for name in self._flat_weights_names]
-
-    @_flat_weights.setter
-    def _flat_weights(self, value: Any) -> None:
-        # RNNBase assigns what the property gives anyway.
-        pass
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state = {key: value for key, value in state.items() if key != "_flat_weights"}
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-
-    def _weights(self) -> list[Weights]:
-        parameters, names = self._parameters, self._flat_weights_names
-        # A parametrized, pruned or reassigned weight is an attribute, not a parameter.
-        tensors: list[Any] = [parameters.get(name) for name in names]
-        for tensor in tensors:
-            if tensor is None:
-                tensors = [getattr(self, name) for name in names]
-                break
-        if len(tensors) == 4 and self.bias and not self.proj_size:
-            return [Weights(*tensors)]
-        each = 2 + 2 * self.bias + (self.proj_size > 0)
-        weights = []
-        for first in range(0, len(tensors), each):
-            one = tensors[first : first + each]
-            if not self.bias:
-                one[2:2] = (None, None)
-            weights.append(Weights(*one))
-        return weights
+class _Layers(Initialised, FlatWeights):
+    """What RNN, LSTM and GRU share."""
 
     def _run(
         self, cell: Cell, input: Any, states: Any, lengths: Any, reset: Any, cell_states: bool = False
