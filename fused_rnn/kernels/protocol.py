@@ -158,8 +158,8 @@ class Backend(Protocol):
 
         Args:
             call: as the forward had it.
-            out: as the forward returned it.
-            tape: as the forward returned it.
+            out: as the forward returned it, in any layout of memory.
+            tape: as the forward returned it, in any layout of memory.
             gradients: of the results.
             wanted: for each of ``call.operands()``, whether its gradient is wanted.
             groups: how many groups the batch consists of, if the gradients of the weights are wanted for each: sequence j is of

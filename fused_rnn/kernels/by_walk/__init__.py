@@ -74,13 +74,13 @@ class WalkBackend:
             if call.layer.step:
                 # h after the step is the output.
                 d_states = (None, *d_states)
+            # A map over gradients gives one forward to all of its members: of a single row these are views without a stride.
+            kept = out.reshape(rows, out.shape[-1]).contiguous(), None if tape is None else tape.contiguous()
             d_rows = [None if each is None else _values(each).reshape(rows, each.shape[-1]) for each in (d_out, d_cells)]
             shape = (len(call.weights), plain.layer.steps.batch)
             d_ends = [None if each is None else _values(each).reshape(*shape, each.shape[-1]) for each in d_states]
             in_rows = OutputGradients(d_rows[0], d_ends, d_rows[1])
-            found = backward.backward(
-                self.walks[call.layer.cell.name], plain, out.reshape(rows, out.shape[-1]), tape, in_rows, wanted, groups
-            )
+            found = backward.backward(self.walks[call.layer.cell.name], plain, kept[0], kept[1], in_rows, wanted, groups)
         d_input, *rest = found
         count = len(call.layer.cell.states)
         if call.layer.step:

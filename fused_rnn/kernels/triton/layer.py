@@ -185,7 +185,8 @@ def backward(
     d_out, d_after, d_cells = gradients
     if step:
         d_after = (None, *(None if each is None else each.unsqueeze(0) for each in d_after))
-    outs = out.view(rows, recurrences, -1)
+    # A map over gradients gives one forward to all of its members: of a single row these are views without a stride.
+    outs, tape = out.contiguous().view(rows, recurrences, -1), None if tape is None else tape.contiguous()
     with torch.no_grad():
         if reset is None or recurrences == 1:
             mask = None if reset is None else reset[0]
