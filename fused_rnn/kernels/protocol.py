@@ -135,12 +135,13 @@ class Backend(Protocol):
     def supports(self, call: LayerCall) -> str | None:
         """Why the backend cannot compute a layer on this machine, or None where it can."""
 
-    def forward(self, call: LayerCall, keep: bool) -> LayerResult:
+    def forward(self, call: LayerCall, keep: bool, batch_first: bool = False) -> LayerResult:
         """Compute a layer without recording a graph.
 
         Args:
             call: the layer.
             keep: whether a backward will follow.
+            batch_first: whether out and cell_states, of an input (T, N, I), are (N, T, ·) over the same memory; no views.
         """
 
     def backward(

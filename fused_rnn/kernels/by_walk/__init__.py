@@ -47,14 +47,18 @@ class WalkBackend:
             return f"it has no kernels of {cell}"
         return None if call.input.dtype in COMPUTE else f"it does not compute in {call.input.dtype}"
 
-    def forward(self, call: LayerCall, keep: bool) -> LayerResult:
+    def forward(self, call: LayerCall, keep: bool, batch_first: bool = False) -> LayerResult:
         """Compute a layer."""
         with torch.no_grad():
             plain = _plain(call)
             out, states, cells, tape = forward.forward(self.walks[call.layer.cell.name], plain, keep, call.input.shape[:-1])
         if call.layer.step:
-            # h after the step is the output.
-            states = tuple(state.squeeze(0) for state in states[1:])
+            # h after the step is the output. In place: see `forward` of views.
+            states = tuple(state.squeeze_(0) for state in states[1:])
+        if batch_first:
+            for each in (out, cells):
+                if each is not None:
+                    each.transpose_(0, 1)
         return LayerResult(out, states, cells, tape)
 
     def backward(
