@@ -213,7 +213,7 @@ class _Step(torch.autograd.Function):
         left = ctx.loop.left
         tensors, count = saved.tensors(ctx), len(wanted)
         if ctx.batch_first:
-            d_outputs = _turn(ctx, tensors, d_outputs)
+            d_outputs = tuple(_turn(ctx, tensors, d_outputs))
         if _is_special(ctx, d_outputs):
             asked = (*wanted, *(each and weights_wanted for each in left.wanted))
             grads = _back_in_general(ctx, tensors, d_outputs, asked)

@@ -6,8 +6,6 @@ torch keeps an absent tensor as None among ``saved_tensors``, where tools that d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import compress, repeat
-from operator import is_not
 from typing import Any
 
 from torch import Tensor
@@ -15,8 +13,8 @@ from torch import Tensor
 
 def save(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
     """Save what is there of ``tensors``."""
-    ctx.there = there = tuple(map(is_not, tensors, repeat(None)))
-    ctx.save_for_backward(*compress(tensors, there))
+    ctx.there = [tensor is not None for tensor in tensors]
+    ctx.save_for_backward(*[tensor for tensor in tensors if tensor is not None])
 
 
 def tensors(ctx: Any) -> list[Any]:

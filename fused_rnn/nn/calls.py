@@ -285,9 +285,10 @@ def _layers(
         by_direction = operators if operators.traced(rows, weights[0].hh) else sequences
         resets = by_direction.resets_by_direction(reset, steps, directions)
     reverse = (False,) if directions == 1 else (False, True)
-    last = partial(run, batch_first=True) if batch_first else run
     if len(weights) == directions:
-        return last(cell, rows, steps, states, weights, reverse, resets, cell_states)
+        if batch_first:
+            return run(cell, rows, steps, states, weights, reverse, resets, cell_states, False, True)
+        return run(cell, rows, steps, states, weights, reverse, resets, cell_states)
     for state in states or ():
         if state.shape[0] != len(weights):
             raise ValueError(f"states: expected {len(weights)}, one for each layer and direction, got {state.shape[0]}")
@@ -298,9 +299,10 @@ def _layers(
             rows = torch.dropout(rows, dropout, True)
         part = slice(first, first + directions)
         before = None if states is None else tuple([state[part] for state in states])
-        if part.stop == len(weights):
-            rows, end, cells = last(cell, rows, steps, before, weights[part], reverse, resets, cell_states)
+        last = part.stop == len(weights)
+        if last and batch_first:
+            rows, end, cells = run(cell, rows, steps, before, weights[part], reverse, resets, cell_states, False, True)
         else:
-            rows, end, _ = run(cell, rows, steps, before, weights[part], reverse, resets, False)
+            rows, end, cells = run(cell, rows, steps, before, weights[part], reverse, resets, cell_states and last)
         ends.append(end)
     return rows, tuple([torch.cat(parts) for parts in zip(*ends, strict=True)]), cells

@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_rnn.cells import GRU, LSTM, RNN_RELU, RNN_TANH
 from fused_rnn.data.cell import Cell, Weights
 from fused_rnn.kernels.protocol import States
-from fused_rnn.nn import calls
+from fused_rnn.nn import calls, symbolic
 from fused_rnn.nn.initialisation import Initialised
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
@@ -71,6 +71,8 @@ class RNNCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; shapes and errors in the class docstring."""
+        if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx)) is not None:
+            return proxy  # type: ignore[no-any-return]
         if self.nonlinearity == "tanh":
             return self._step(RNN_TANH, input, None if hx is None else (hx,))[0]
         if self.nonlinearity == "relu":
@@ -116,6 +118,8 @@ class GRUCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; shapes and errors in the class docstring."""
+        if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx)) is not None:
+            return proxy  # type: ignore[no-any-return]
         return self._step(GRU, input, None if hx is None else (hx,))[0]
 
 
@@ -160,5 +164,7 @@ class LSTMCell(_Cell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Take one step; shapes and errors in the class docstring."""
+        if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx)) is not None:
+            return proxy  # type: ignore[no-any-return]
         h, c = self._step(LSTM, input, calls.pair(hx, "lstm_cell"))
         return h, c

@@ -87,8 +87,8 @@ def convert(model: Model, report: list[Conversion] | None = None) -> Model:
     instance; scripted and traced modules; modules quantized or prepared for it; parameters of a dtype that the kernels do not
     compute in, or of a tensor subclass.
 
-    torch.jit.script compiles no kernel of this package: revert before it. torch.fx.symbolic_trace takes modules of torch.nn
-    whole, but not others: use a Tracer whose ``is_leaf_module`` names these.
+    torch.jit.script compiles no kernel of this package: revert before it. torch.fx.symbolic_trace takes the modules whole, as
+    those of torch.nn.
 
     Args:
         model: the model, changed in place.

@@ -15,7 +15,7 @@ from fused_rnn.cells import GRU as GRU_CELL
 from fused_rnn.cells import LSTM as LSTM_CELL
 from fused_rnn.cells import RNN_RELU, RNN_TANH
 from fused_rnn.data.cell import Cell
-from fused_rnn.nn import calls, checks
+from fused_rnn.nn import calls, checks, symbolic
 from fused_rnn.nn.flat_weights import FlatWeights
 from fused_rnn.nn.initialisation import Initialised
 
@@ -111,6 +111,8 @@ class RNN(_Layers):
         self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Input | None = None
     ) -> tuple[Input, Tensor]:
         """Run the layers; shapes and errors in the class docstring."""
+        if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx, lengths=lengths, reset=reset)) is not None:
+            return proxy  # type: ignore[no-any-return]
         cell = RNN_TANH if self.mode == "RNN_TANH" else RNN_RELU
         out, states, _ = self._run(cell, input, None if hx is None else (hx,), lengths, reset)
         return out, states[0]
@@ -188,6 +190,8 @@ class GRU(_Layers):
         self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Input | None = None
     ) -> tuple[Input, Tensor]:
         """Run the layers; shapes and errors in the class docstring."""
+        if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx, lengths=lengths, reset=reset)) is not None:
+            return proxy  # type: ignore[no-any-return]
         out, states, _ = self._run(GRU_CELL, input, None if hx is None else (hx,), lengths, reset)
         return out, states[0]
 
@@ -315,6 +319,10 @@ class LSTM(_Layers):
         return_cell_states: bool = False,
     ) -> Any:
         """Run the layers; shapes and errors in the class docstring."""
+        if symbolic.traced():
+            keywords = {"lengths": lengths, "reset": reset, "return_cell_states": return_cell_states}
+            if (proxy := symbolic.recorded(self, input, hx, **keywords)) is not None:
+                return proxy
         if return_cell_states is not False:
             checks.check_flag("return_cell_states", return_cell_states)
         states = calls.pair(hx, "lstm")
