@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fused_rnn.data.cell import Cell, Weights
-from fused_rnn.data.steps import Steps, unwrapped
+from fused_rnn.data.steps import Steps
 from fused_rnn.graph import autocast, batching, derivatives, operators, saved
+from fused_rnn.graph.batch_first import turned_back
 from fused_rnn.graph.batching import BackwardCall
 from fused_rnn.graph.derivatives import transformed
+from fused_rnn.graph.gradients import cut, gradients, unwrapped
 from fused_rnn.graph.kept import Kept
 from fused_rnn.graph.loops import Loop, loop_of
 from fused_rnn.kernels import dispatch
@@ -119,18 +121,6 @@ def eager_layer(
     return backend.forward(call, False, batch_first)[:3]
 
 
-def transposed(result: Tensor) -> Tensor:
-    """Exchange the first two dimensions of an eager call's result, in place: torch.nn's is no view either."""
-    if not result.requires_grad:
-        return result.transpose_(0, 1)
-    # torch counts it as a change; those of out, a layer's first result, are looked at in its backward.
-    kept = getattr(result.grad_fn, "kept", None) if result.output_nr == 0 else None
-    result.transpose_(0, 1)
-    if kept is not None:
-        kept.version += 1
-    return result
-
-
 def layer_in_autocast(
     as_dense: bool,
     cell: Cell,
@@ -213,7 +203,7 @@ class _Step(torch.autograd.Function):
         left = ctx.loop.left
         tensors, count = saved.tensors(ctx), len(wanted)
         if ctx.batch_first:
-            d_outputs = tuple(_turn(ctx, tensors, d_outputs))
+            d_outputs = tuple(turned_back(ctx, tensors, d_outputs))
         if _is_special(ctx, d_outputs):
             asked = (*wanted, *(each and weights_wanted for each in left.wanted))
             grads = _back_in_general(ctx, tensors, d_outputs, asked)
@@ -223,9 +213,9 @@ class _Step(torch.autograd.Function):
         _, out, tape, *operands = tensors
         call = LayerCall.of(ctx.layer, operands, None)
         d_out, *d_states = d_outputs
-        gradients = OutputGradients(d_out, d_states, None)
+        of_results = OutputGradients(d_out, d_states, None)
         backend: GateBackend = ctx.layer.backend
-        grads, d_gates = backend.step_backward(call, out, tape, gradients, wanted)
+        grads, d_gates = backend.step_backward(call, out, tape, of_results, wanted)
         if weights_wanted:
             input, h = operands[0], operands[1]
             if not call.layer.step:
@@ -289,16 +279,6 @@ def _keep(
     saved.save(ctx, needed)
 
 
-def _turn(ctx: Any, tensors: list[Any], d_outputs: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """Put T before N again in what was saved, and in the gradients of out and of c of every step; returns the gradients."""
-    tensors[1] = tensors[1].transpose(0, 1)
-    turned = list(d_outputs)
-    for place in (0, -1) if ctx.layer.cell_states else (0,):
-        if (gradient := turned[place]) is not None:
-            turned[place] = gradient.transpose(0, 1)
-    return turned
-
-
 def _back(
     ctx: Any, d_outputs: Sequence[Tensor | None], wanted: tuple[bool, ...], batch_first: bool = False
 ) -> Sequence[Tensor | None]:
@@ -312,11 +292,11 @@ def _back(
     # Once: hooks of saved tensors may give each away, and non-reentrant checkpoints refuse to be asked twice.
     tensors = saved.tensors(ctx)
     if batch_first:
-        d_outputs = _turn(ctx, tensors, d_outputs)
+        d_outputs = turned_back(ctx, tensors, d_outputs)
     if _is_special(ctx, d_outputs):
         return _back_in_general(ctx, tensors, d_outputs, wanted)
     reset, out, tape, *operands = tensors
-    return _gradients(ctx.layer, wanted, None, reset, out, tape, d_outputs, operands)
+    return gradients(ctx.layer, wanted, None, reset, out, tape, d_outputs, operands)
 
 
 def _is_special(ctx: Any, d_outputs: Sequence[Tensor | None]) -> bool:
@@ -351,8 +331,8 @@ def _back_in_general(
         return _applied(_Backward, BackwardCall(layer, wanted), reset, out, tape, *d_outputs, *operands)
     if kept.inside_transform:
         # A pullback of torch.func.vjp that is called after it holds wrappers of a transform that has ended.
-        reset, out, tape, *operands = _unwrapped((reset, out, tape, *operands))
-    return _gradients(layer, wanted, None, reset, out, tape, _unwrapped(d_outputs), operands)
+        reset, out, tape, *operands = unwrapped((reset, out, tape, *operands))
+    return gradients(layer, wanted, None, reset, out, tape, unwrapped(d_outputs), operands)
 
 
 class _Backward(torch.autograd.Function):
@@ -366,7 +346,7 @@ class _Backward(torch.autograd.Function):
     def forward(
         call: BackwardCall, reset: Tensor | None, out: Tensor, tape: Tensor | None, *rest: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        return tuple(_gradients(call.layer, call.wanted, call.groups, reset, out, tape, *_cut(call, rest)))
+        return tuple(gradients(call.layer, call.wanted, call.groups, reset, out, tape, *cut(call, rest)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -385,41 +365,14 @@ class _Backward(torch.autograd.Function):
             return mapped
         reset, *rest = saved.tensors(ctx)
         wanted = ctx.needs_input_grad[4:]
-        return (None, None, None, None, *derivatives.second_backward(ctx.call, reset, *_cut(ctx.call, rest), d_grads, wanted))
+        return (None, None, None, None, *derivatives.second_backward(ctx.call, reset, *cut(ctx.call, rest), d_grads, wanted))
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
         reset, *rest = ctx.saved_tensors
-        d_outputs, tensors = _cut(ctx.call, rest)
+        d_outputs, tensors = cut(ctx.call, rest)
         return derivatives.tangents(lambda: derivatives.backward(ctx.call, reset, d_outputs, tensors), tensors[0].dtype)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: BackwardCall, *operands: Any) -> tuple[Any, Any]:
         return batching.backward_rule(_Backward.apply, info.batch_size, in_dims, call, operands)
-
-
-def _unwrapped(operands: Sequence[Any]) -> list[Any]:
-    return [None if operand is None else unwrapped(operand) for operand in operands]
-
-
-def _gradients(
-    layer: Layer,
-    wanted: Sequence[bool],
-    groups: int | None,
-    reset: Tensor | None,
-    out: Tensor,
-    tape: Tensor | None,
-    d_outputs: Sequence[Tensor | None],
-    tensors: Sequence[Any],
-) -> Sequence[Tensor | None]:
-    """The gradients of ``tensors`` that are wanted, by the backend of the forward."""
-    d_out, *d_states = d_outputs
-    d_cells = d_states.pop() if layer.cell_states else None
-    call = LayerCall.of(layer, tensors, reset)
-    return layer.backend.backward(call, out, tape, OutputGradients(d_out, d_states, d_cells), wanted, groups)
-
-
-def _cut(call: BackwardCall, rest: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Cut the operands of ``_Backward`` after ``tape`` into the gradients of the results and the layer's tensors."""
-    count = len(rest) - len(call.wanted)
-    return rest[:count], rest[count:]

@@ -18,6 +18,7 @@ from fused_rnn.data.cell import Cell, Weights, initial_states
 from fused_rnn.data.steps import Steps
 from fused_rnn.graph import autograd, operators
 from fused_rnn.graph.autograd import Outputs
+from fused_rnn.graph.batch_first import transposed
 from fused_rnn.graph.derivatives import transformed
 from fused_rnn.kernels.protocol import Backend, States
 from fused_rnn.nn import checks
@@ -187,7 +188,7 @@ def _padded(
 def _batch_first(out: Tensor, cells: Tensor | None, plain: bool) -> tuple[Tensor, Tensor | None]:
     """The results with N before T; where the call is plain no views, which autograd would not let be detached in place."""
     if plain:
-        return autograd.transposed(out), None if cells is None else autograd.transposed(cells)
+        return transposed(out), None if cells is None else transposed(cells)
     return out.transpose(0, 1), None if cells is None else cells.transpose(0, 1)
 
 

@@ -1,4 +1,4 @@
-"""The modules of one step: torch.nn's contract over ``fused_rnn.nn.calls``; as ``fused_rnn.nn.layers``, from RNNCellBase."""
+"""The modules of one step: torch.nn's contract over ``fused_rnn.nn.calls``; instances of torch.nn's cells too."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Cell(Initialised, torch.nn.modules.rnn.RNNCellBase):
         return calls.step(cell, input, Weights(*weights), states)
 
 
-class RNNCell(_Cell):
+class RNNCell(_Cell, torch.nn.RNNCell):
     r"""One step of a simple (Elman) recurrence: the fused replacement of torch.nn.RNNCell.
 
     Args:
@@ -66,8 +66,7 @@ class RNNCell(_Cell):
         recurrent_init: str | None = None,
     ) -> None:
         options = {"device": device, "dtype": dtype, "recurrent_init": recurrent_init}
-        super().__init__(input_size, hidden_size, bias, num_chunks=1, **options)
-        self.nonlinearity = nonlinearity
+        super().__init__(input_size, hidden_size, bias, nonlinearity, **options)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; shapes and errors in the class docstring."""
@@ -80,7 +79,7 @@ class RNNCell(_Cell):
         raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
 
 
-class GRUCell(_Cell):
+class GRUCell(_Cell, torch.nn.GRUCell):
     r"""One step of a gated recurrent unit: the fused replacement of torch.nn.GRUCell.
 
     Args:
@@ -114,7 +113,7 @@ class GRUCell(_Cell):
         recurrent_init: str | None = None,
     ) -> None:
         options = {"device": device, "dtype": dtype, "recurrent_init": recurrent_init}
-        super().__init__(input_size, hidden_size, bias, num_chunks=3, **options)
+        super().__init__(input_size, hidden_size, bias, **options)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; shapes and errors in the class docstring."""
@@ -123,7 +122,7 @@ class GRUCell(_Cell):
         return self._step(GRU, input, None if hx is None else (hx,))[0]
 
 
-class LSTMCell(_Cell):
+class LSTMCell(_Cell, torch.nn.LSTMCell):
     r"""One step of a long short-term memory: the fused replacement of torch.nn.LSTMCell.
 
     Args:
@@ -160,7 +159,7 @@ class LSTMCell(_Cell):
         recurrent_init: str | None = None,
     ) -> None:
         options = {"device": device, "dtype": dtype, "forget_bias": forget_bias, "recurrent_init": recurrent_init}
-        super().__init__(input_size, hidden_size, bias, num_chunks=4, **options)
+        super().__init__(input_size, hidden_size, bias, **options)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Take one step; shapes and errors in the class docstring."""

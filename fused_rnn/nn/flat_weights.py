@@ -24,6 +24,10 @@ class FlatWeights(torch.nn.RNNBase):
     _given_weights: list[Any] | None = None
     _given_for: list[Any] | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # By name: between the two there may be a class of torch.nn, whose constructor has other arguments.
+        torch.nn.RNNBase.__init__(self, *args, **kwargs)
+
     def flatten_parameters(self) -> None:
         """Do nothing: no kernel needs the parameters next to each other. Here so that callers of torch.nn's keep working."""
 
