@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fused_rnn.data.cell import Cell, Weights
 from fused_rnn.data.steps import Steps
@@ -95,6 +96,13 @@ def eager_layer(
     Args:
         batch_first: as in ``fused_rnn.kernels.protocol.Backend.forward``.
     """
+    if has_torch_function_variadic(input, *weights[0], *(states or ())):
+        tensors = [input, *(states or ()), *(each for one in weights for each in one if each is not None)]
+        # Of subclasses alone: a mode sees what torch computes around the kernels.
+        if any(overrides(tensor) for tensor in tensors):
+            arguments = (backend, cell, input, steps, states, weights, reverse, reset, cell_states, step, batch_first)
+            results: Outputs = handle_torch_function(eager_layer, tensors, *arguments)
+            return results
     # As the classes do it, in a third of the time.
     layer = tuple.__new__(Layer, (cell, backend, steps, reverse, cell_states, step))
     call = tuple.__new__(LayerCall, (layer, input, states, weights, reset))
@@ -119,6 +127,12 @@ def eager_layer(
                 cells = rest.pop() if layer.cell_states else None
                 return out, tuple(rest), cells
     return backend.forward(call, False, batch_first)[:3]
+
+
+def overrides(tensor: Tensor) -> bool:
+    """Whether a tensor is of a class that wants to see, or to be the class of, what is computed from it."""
+    override = type(tensor).__torch_function__
+    return type(tensor) is not Tensor and override is not torch._C._disabled_torch_function_impl
 
 
 def layer_in_autocast(

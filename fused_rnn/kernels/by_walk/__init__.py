@@ -105,6 +105,13 @@ def _plain(call: LayerCall) -> LayerCall:
     """The same layer with an input (R, I), with states, (D, N, ·) each, and with tensors whose memory holds the numbers."""
     layer, input, states, weights, reset = call
     batch, recurrences = layer.steps.batch, len(weights)
+    for each in call.operands():
+        # torch reads such memory without a question.
+        if each is not None and each.device.type == "cpu" and each.numel() and not each.untyped_storage().nbytes():
+            raise RuntimeError(
+                f"expected a tensor with memory of its own, got a {type(each).__name__} of shape {tuple(each.shape)} without: "
+                "it is freed or sharded. A model under fully_shard has its weights only while it is called as a whole."
+            )
     weights = [Weights(*(None if each is None else each.resolve_neg() for each in one)) for one in weights]  # type: ignore[arg-type]
     before = initial_states(layer.cell, input, recurrences, batch, weights[0])
     if states is not None:
