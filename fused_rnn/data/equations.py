@@ -11,6 +11,7 @@ from fused_rnn.data.cell import Cell
 
 States = tuple[Tensor, ...]
 Step = Callable[[Tensor, Tensor, States], tuple[States, tuple[Tensor, ...]]]
+Operand = Callable[[Tensor, Tensor, States], Tensor]
 Gates = Callable[[tuple[Tensor, ...]], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
 
 
@@ -22,8 +23,11 @@ class Equations:
         cell: its row in ``fused_rnn.cells``.
         step: (gates_x, gates_h, states) -> (new states, tape): one step.
         gates: tape -> the blocks of a (gates_x, gates_h) for which ``step`` gives that tape.
+        operand: for a cell with later gates (``Cell.later``): (gates_x, gates_h of the first gates, states) -> what the product
+            of the later ones reads. ``step`` gets that product in their place of gates_h.
     """
 
     cell: Cell
     step: Step
     gates: Gates
+    operand: Operand | None = None
