@@ -141,6 +141,8 @@ def _swap(
         plain = _plain(before)
         if plain in classes:
             reason = _obstacle(module)
+            if reason is None and not getattr(module, "reset_after", True):
+                reason = "torch.nn has no GRU with reset_after=False"
             if reason is None:
                 _change_class(module, classes[plain])
         else:
