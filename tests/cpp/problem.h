@@ -18,7 +18,7 @@
 #include "walk/step.h"
 #include "walk/weight_gradient.h"
 // And the table.
-#include "kernels.cpp"
+#include "kernels/table.cpp"
 
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
