@@ -37,6 +37,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 # The operators' gradients are registered by importing them.
 from fused_rnn import functional, onnx, reference
+from fused_rnn.cells import cell
 from fused_rnn.data.cell import Weights
 from fused_rnn.graph import operators_autograd  # noqa: F401
 from fused_rnn.kernels.dispatch import backend, backends
@@ -45,6 +46,7 @@ from fused_rnn.nn.cells import GRUCell, LSTMCell, RNNCell
 from fused_rnn.nn.convert import Conversion, convert, revert
 from fused_rnn.nn.initialisation import init_
 from fused_rnn.nn.layers import GRU, LSTM, RNN
+from fused_rnn.nn.recurrent import Recurrent
 
 try:
     __version__ = version("fused_rnn")
@@ -60,10 +62,12 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Recurrent",
     "Weights",
     "__version__",
     "backend",
     "backends",
+    "cell",
     "convert",
     "empty_cache",
     "functional",

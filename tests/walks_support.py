@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_rnn.cells import CELLS, EQUATIONS
 from fused_rnn.data.steps import Steps
 from fused_rnn.kernels import cell_modules
-from fused_rnn.kernels.by_walk.walk import Walk, walks
+from fused_rnn.kernels.by_walk.walk import Walk, walk_in
 from fused_rnn.kernels.reference import recurrence
 
 PADDING = 7.0
@@ -63,7 +63,7 @@ def walk_of(backend: str, cell: str) -> Walk:
     """The functions of a cell."""
     if backend == "reference":
         return recurrence.walk(EQUATIONS[cell])
-    return walks(cell_modules(f"fused_rnn.kernels.{backend}"))[cell]
+    return walk_in(cell_modules(f"fused_rnn.kernels.{backend}")[cell], cell)
 
 
 def make_steps(case: Case) -> Steps:

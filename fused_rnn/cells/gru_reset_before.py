@@ -72,4 +72,4 @@ def gru_reset_before_gates(tape: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...]
     return (r.logit(), z.logit(), n.atanh()), (zero, zero, zero)
 
 
-EQUATIONS = Equations(GRU_RESET_BEFORE, gru_reset_before_step, gru_reset_before_gates, gru_reset_before_operand)
+EQUATIONS = Equations(GRU_RESET_BEFORE, gru_reset_before_step, gru_reset_before_gates, operand=gru_reset_before_operand)

@@ -55,6 +55,7 @@ class Cell:
         forget: the gate that decides how much of the state is kept, whose bias may start with a value of its own; or None.
         projected: what a projection (``weight_hr``) multiplies, from the blocks of the tape. None: h cannot be projected.
         in_one_piece: torch.nn runs a dense layer of it on a CPU in one piece (oneDNN), which decides dtypes under autocast.
+        derived: whether its kernels are made from its equations (``fused_rnn.cells.derivation``), where a backend makes them.
         module: the file that holds it in each backend's folder; the name if not given.
     """
 
@@ -74,6 +75,7 @@ class Cell:
     forget: str | None = field(default=None, kw_only=True)
     projected: Callable[[Sequence[Tensor]], Tensor] | None = field(default=None, kw_only=True)
     in_one_piece: bool = field(default=False, kw_only=True)
+    derived: bool = field(default=False, kw_only=True)
     module: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -152,7 +154,10 @@ class Cell:
         """
         if self.later:
             return (self.first, self.later)
-        return (self.gates,) if self.apart is None else (self.gates[:-1], (self.apart,))
+        if self.apart is None:
+            return (self.gates,)
+        # Of a single gate, what stays apart is all.
+        return tuple(group for group in (self.gates[:-1], (self.apart,)) if group)
 
     @property
     def weight_blocks(self) -> tuple[int, ...]:

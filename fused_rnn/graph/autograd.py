@@ -66,7 +66,7 @@ def layer(
     if input.is_meta or input.numel() == 0 or weight.numel() == 0:
         # Shapes alone, or no row, no feature, no hidden unit: nothing for a kernel, but a graph that gradients flow through.
         return derivatives.plain(cell, input, steps, states, weights, reverse, reset, cell_states, step)
-    backend = dispatch.choose(input.device)
+    backend = dispatch.choose(input.device, cell)
     if not transformed():
         return eager_layer(backend, cell, input, steps, states, weights, reverse, reset, cell_states, step)
     call = LayerCall(Layer(cell, backend, steps, reverse, cell_states, step), input, states, weights, reset)
@@ -76,13 +76,13 @@ def layer(
     return out, tuple(rest), cells
 
 
-def eager_backend(input: Tensor, weight: Tensor) -> Backend | None:
+def eager_backend(cell: Cell, input: Tensor, weight: Tensor) -> Backend | None:
     """The backend of a call that nothing but its kernels is to see, and that has work for them; None for any other."""
     if operators.traced(input, weight) or transformed() or torch._C._is_any_autocast_enabled():
         return None
     if input.is_meta or input.numel() == 0 or weight.numel() == 0:
         return None
-    return dispatch.choose(input.device)
+    return dispatch.choose(input.device, cell)
 
 
 def eager_layer(

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn.cells import CELLS
+from fused_rnn.cells import named
 from fused_rnn.data import sequences
 from fused_rnn.data.cell import Cell, Weights, initial_states
 from fused_rnn.data.sequences import Ragged
@@ -273,13 +273,13 @@ def _remember(kept: Tensor, backend: Backend) -> None:
     setattr(kept.untyped_storage(), _BACKEND, backend.name)
 
 
-def _remembered(kept: Tensor) -> Backend:
+def _remembered(kept: Tensor, cell: Cell) -> Backend:
     """The backend of the forward; that in force now where something copied what it left (offloaded memory, say)."""
     name = getattr(kept.untyped_storage(), _BACKEND, None)
     if name is None:
-        return dispatch.choose(kept.device)
+        return dispatch.choose(kept.device, cell)
     with dispatch.backend(name):
-        return dispatch.choose(kept.device)
+        return dispatch.choose(kept.device, cell)
 
 
 @autocast.without
@@ -300,12 +300,12 @@ def _forward(
     Returns:
         [out, the states after the walk, c of every step if asked for, the tape, which is empty where it is not kept or is out].
     """
-    cell, weights = CELLS[cell_name], _weights(tensors, present)
+    cell, weights = named(cell_name), _weights(tensors, present)
     if input.shape[0] == 0 or tensors[0].shape[0] == 0:
         outputs = _forward_fake(cell_name, input, states, tensors, present, batch_sizes, reset, reverse, keep, cell_states)
         passed = (state.clone(memory_format=torch.contiguous_format) for state in states)
         return [outputs[0], *passed, *outputs[1 + len(states) :]]
-    backend, steps = dispatch.choose(input.device), steps_of(input, states, batch_sizes)
+    backend, steps = dispatch.choose(input.device, cell), steps_of(input, states, batch_sizes)
     call = LayerCall(Layer(cell, backend, steps, tuple(map(bool, reverse)), cell_states), input, tuple(states), weights, reset)
     dispatch.check_supported(call)
     out, ends, cells, tape = backend.forward(call, keep)
@@ -316,7 +316,7 @@ def _forward(
 
 def _forward_fake(cell_name: str, input: Tensor, states: list[Tensor], tensors: list[Tensor], *rest: Any) -> list[Tensor]:
     *_, reverse, keep, cell_states = rest
-    cell, hh = CELLS[cell_name], tensors[1]
+    cell, hh = named(cell_name), tensors[1]
     rows, recurrences = input.shape[0], len(reverse)
     out = input.new_empty((rows, recurrences * hh.shape[1]))
     ends = [state.new_empty(state.shape) for state in states]
@@ -345,14 +345,14 @@ def _gradients(
     wanted: list[int],
 ) -> list[Tensor]:
     """Run the backward. Returns the gradients that ``wanted`` (input, states, weights) names, in that order."""
-    cell, weights = CELLS[cell_name], _weights(tensors, present)
+    cell, weights = named(cell_name), _weights(tensors, present)
     if input.shape[0] == 0 or tensors[0].shape[0] == 0:
         # No step: the states are passed through, and nothing else counts.
         ends = spread(d_outputs, given)[1 : 1 + len(states)]
         through = [torch.zeros_like(s) if d is None else d.clone() for s, d in zip(states, ends, strict=True)]
         zeros = (torch.zeros_like(tensor) for tensor in tensors)
         return [grad for grad, asked in zip((torch.zeros_like(input), *through, *zeros), wanted, strict=True) if asked]
-    backend = _remembered(out if cell.tape_is_out else tape)
+    backend = _remembered(out if cell.tape_is_out else tape, cell)
     d_out, *d_ends = spread(d_outputs, given)
     cell_states = len(d_ends) > len(states)
     described = Layer(cell, backend, steps_of(input, states, batch_sizes), tuple(map(bool, reverse)), cell_states)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from fused_rnn.cells import CELLS
+from fused_rnn.cells import named
 from fused_rnn.data import sequences
 from fused_rnn.graph import derivatives
 from fused_rnn.graph.batching import BackwardCall
@@ -87,9 +87,9 @@ def _differentiable(
 ) -> list[Tensor | None]:
     """The gradients of ``tensors`` where a graph of the backward is asked for, as in eager code."""
     cell_name, count, present, reverse, _, cell_states = call
-    cell, input = CELLS[cell_name], tensors[0]
+    cell, input = named(cell_name), tensors[0]
     steps = steps_of(input, tensors[1 : 1 + count], batch_sizes)
-    layer = Layer(cell, dispatch.choose(input.device), steps, tuple(map(bool, reverse)), cell_states)
+    layer = Layer(cell, dispatch.choose(input.device, cell), steps, tuple(map(bool, reverse)), cell_states)
     there = [1] * (1 + count) + present
     flat, asked = spread(tensors, there), tuple(bool(flag) for flag in spread(wanted, there))
     found = derivatives.backward(BackwardCall(layer, asked), reset, d_outputs, flat)

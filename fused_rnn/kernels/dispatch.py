@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fused_rnn.data.cell import Cell
 from fused_rnn.kernels import processes
 from fused_rnn.kernels.protocol import Backend, LayerCall
 
@@ -161,8 +162,25 @@ def _unasked(device: torch.device) -> Backend:
     return _load(_automatic(device.type))
 
 
-def choose(device: torch.device) -> Backend:
+@functools.cache
+def _deriving(device: torch.device) -> Backend:
+    """The best backend of a device that makes kernels of equations."""
+    for name, (_, devices) in _PACKAGES.items():
+        if device.type in devices and device.type not in _ON_REQUEST.get(name, ()) and _unavailable(name) is None:
+            backend = _load(name)
+            if backend.derives:
+                return backend
+    raise NotImplementedError(
+        f"fused_rnn: no backend of {device.type} makes kernels of a cell's equations. The reference backend would serve, "
+        f"slowly: fused_rnn.backend('reference') or {_ENVIRONMENT}=reference."
+    )
+
+
+def choose(device: torch.device, cell: Cell | None = None) -> Backend:
     """Choose the backend for tensors on ``device``.
+
+    Args:
+        cell: which cell; None for a built-in one.
 
     Raises:
         ValueError: if ``FUSED_RNN_BACKEND`` names no backend.
@@ -178,11 +196,15 @@ def choose(device: torch.device) -> Backend:
         # says it at once.
         name = os.environ.get(_ENVIRONMENT) or None if _ENCODED in _environment else None
         if name is None:
-            return _unasked(device)
+            return _deriving(device) if cell is not None and cell.derived else _unasked(device)
         source = f"{_ENVIRONMENT}={name}"
         _check_available(_check_name(name, source), source)
     else:
         source = f"fused_rnn.backend({name!r})"
+    if cell is not None and cell.derived and not _load(name).derives:
+        raise NotImplementedError(
+            f"{source}: {name} makes no kernels of the equations of {cell.mode}; leave the choice of the backend free"
+        )
     devices = _devices(name)
     if device.type not in devices:
         raise RuntimeError(f"{source}: {name} runs on {' and '.join(devices)}, got a tensor on {device.type}")

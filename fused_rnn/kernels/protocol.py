@@ -115,6 +115,7 @@ class Backend(Protocol):
 
     Attributes:
         name: of the backend, as ``fused_rnn.backend`` takes it.
+        derives: whether it makes kernels of a cell that was defined by its equations (``fused_rnn.cell``).
         gives_gates: whether it is a ``GateBackend`` too.
         checks: whether its forward raises before it computes anything if operands do not fit each other. Otherwise its callers
             have checked them.
@@ -127,6 +128,10 @@ class Backend(Protocol):
     @property
     def checks(self) -> bool:
         """Whether the forward checks its operands."""
+
+    @property
+    def derives(self) -> bool:
+        """Whether it makes kernels of equations."""
 
     @property
     def gives_gates(self) -> bool:

@@ -42,7 +42,7 @@ def step(cell: Cell, input: Tensor, weights: Weights, states: States | None) -> 
     if not batched:
         input = input.unsqueeze(0)
         states = None if states is None else tuple([state.unsqueeze(0) for state in states])
-    backend = autograd.eager_backend(input, weights.hh)
+    backend = autograd.eager_backend(cell, input, weights.hh)
     if backend is None or not backend.checks:
         checks.check_cell(cell, input, states or (), weights)
     steps = Steps(1, input.shape[0])
@@ -101,7 +101,7 @@ def sequence(
     length, batch, _ = input.shape
     if batch_first:
         length, batch = batch, length
-    backend = autograd.eager_backend(input, weights[0].hh)
+    backend = autograd.eager_backend(cell, input, weights[0].hh)
     if backend is None or not backend.checks:
         _check_dense(cell, input, weights, directions, states, length, batch)
     rows = input
@@ -219,7 +219,7 @@ def _packed(
     checks.check_layers(cell, data, weights, directions, states, steps.batch)
     if states is not None and sorted_indices is not None:
         states = tuple([state.index_select(1, sorted_indices) for state in states])
-    backend = autograd.eager_backend(data, weights[0].hh)
+    backend = autograd.eager_backend(cell, data, weights[0].hh)
     out, after, cells = _layers(cell, weights, directions, dropout, cell_states, backend, data, steps, states, reset, True)
     if unsorted_indices is not None:
         after = tuple([state.index_select(1, unsorted_indices) for state in after])

@@ -6,13 +6,12 @@ says ``fused_rnn.kernels.by_walk.walk``.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from fused_rnn.data.cell import Weights, initial_states
+from fused_rnn.data.cell import Cell, Weights, initial_states
 from fused_rnn.kernels.by_walk import backward, forward
 from fused_rnn.kernels.by_walk.walk import Walk
 from fused_rnn.kernels.protocol import COMPUTE, LayerCall, LayerResult, OutputGradients
@@ -24,34 +23,39 @@ class WalkBackend:
     Args:
         name: of the backend.
         cells: the names of the cells that it has a walk of.
-        load: gives the walks; called when the first one is needed.
+        load: gives the walk of a cell.
+        derives: whether it makes the walk of any cell that was defined by its equations.
     """
 
     checks = False
     gives_gates = False
 
-    def __init__(self, name: str, cells: Collection[str], load: Callable[[], Mapping[str, Walk]]) -> None:
+    def __init__(self, name: str, cells: Collection[str], load: Callable[[Cell], Walk], derives: bool) -> None:
         self.name = name
+        self.derives = derives
         self._cells = cells
         self._load = load
+        self._walks: dict[str, Walk] = {}
 
-    @functools.cached_property
-    def walks(self) -> Mapping[str, Walk]:
-        """The walk of each cell."""
-        return self._load()
+    def walk(self, cell: Cell) -> Walk:
+        """The walk of a cell, loaded or made when it is first needed."""
+        found = self._walks.get(cell.name)
+        if found is None:
+            found = self._walks[cell.name] = self._load(cell)
+        return found
 
     def supports(self, call: LayerCall) -> str | None:
         """It computes every layer of a cell that it has a walk of."""
-        cell = call.layer.cell.name
-        if cell not in self._cells:
-            return f"it has no kernels of {cell}"
+        cell = call.layer.cell
+        if cell.name not in self._cells and not (cell.derived and self.derives):
+            return f"it has no kernels of {cell.name}"
         return None if call.input.dtype in COMPUTE else f"it does not compute in {call.input.dtype}"
 
     def forward(self, call: LayerCall, keep: bool) -> LayerResult:
         """Compute a layer."""
         with torch.no_grad():
             plain = _plain(call)
-            out, states, cells, tape = forward.forward(self.walks[call.layer.cell.name], plain, keep, call.input.shape[:-1])
+            out, states, cells, tape = forward.forward(self.walk(call.layer.cell), plain, keep, call.input.shape[:-1])
         if call.layer.step:
             # h after the step is the output.
             states = tuple(state.squeeze(0) for state in states[1:])
@@ -79,7 +83,7 @@ class WalkBackend:
             d_ends = [None if each is None else _values(each).reshape(*shape, each.shape[-1]) for each in d_states]
             in_rows = OutputGradients(d_rows[0], d_ends, d_rows[1])
             found = backward.backward(
-                self.walks[call.layer.cell.name], plain, out.reshape(rows, out.shape[-1]), tape, in_rows, wanted, groups
+                self.walk(call.layer.cell), plain, out.reshape(rows, out.shape[-1]), tape, in_rows, wanted, groups
             )
         d_input, *rest = found
         count = len(call.layer.cell.states)

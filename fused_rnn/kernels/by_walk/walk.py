@@ -44,7 +44,6 @@ float32 or float64 on the CPU backends: who stores bfloat16 or float16 converts 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -108,14 +107,7 @@ class Walk(NamedTuple):
     backward: WalkBackward
 
 
-def walks(modules: Mapping[str, str]) -> dict[str, Walk]:
-    """The walk of each cell.
-
-    Args:
-        modules: for each cell, the module that has it.
-    """
-    found = {}
-    for cell, name in modules.items():
-        module = importlib.import_module(name)
-        found[cell] = Walk(*(getattr(module, f"{cell}_{way}") for way in Walk._fields))
-    return found
+def walk_in(module: str, cell: str) -> Walk:
+    """The walk of a cell, from the module that has it."""
+    found = importlib.import_module(module)
+    return Walk(*(getattr(found, f"{cell}_{way}") for way in Walk._fields))

@@ -59,6 +59,7 @@ class _Cpp:
 
     name = "cpp"
     checks = True
+    derives = False
     gives_gates = True
 
     def supports(self, call: LayerCall) -> str | None:

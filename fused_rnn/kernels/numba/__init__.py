@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+from fused_rnn.data.cell import Cell
 from fused_rnn.kernels import cell_modules, import_cells
 from fused_rnn.kernels.protocol import Backend
 
@@ -36,7 +37,12 @@ def describe() -> str:
 def load() -> Backend:
     """The backend."""
     from fused_rnn.kernels.by_walk import WalkBackend
-    from fused_rnn.kernels.by_walk.walk import walks
+    from fused_rnn.kernels.by_walk.walk import Walk, walk_in
+    from fused_rnn.kernels.numba.derived import walk_of
 
     modules = cell_modules(__name__)
-    return WalkBackend("numba", modules, lambda: walks(modules))
+
+    def load(cell: Cell) -> Walk:
+        return walk_of(cell) if cell.derived else walk_in(modules[cell.name], cell.name)
+
+    return WalkBackend("numba", modules, load, derives=True)

@@ -220,6 +220,19 @@ def ones(typingctx: Any, like: Any) -> Any:
     return Vector(like)(like), codegen
 
 
+def constant(value: float) -> Any:
+    """The function like -> a vector with ``value`` in every lane."""
+
+    @intrinsic
+    def filled(typingctx: Any, like: Any) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+            return splat_of(llvm_vector(like), value)
+
+        return Vector(like)(like), codegen
+
+    return filled
+
+
 @intrinsic
 def vector_bytes(typingctx: Any, like: Any) -> Any:
     """Size of a vector."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_rnn.cells import EQUATIONS
+from fused_rnn.cells import EQUATIONS, equations_of
 from fused_rnn.data.cell import Cell, Weights
 from fused_rnn.data.steps import Steps
 from fused_rnn.kernels.protocol import Backend
@@ -27,7 +27,7 @@ def load() -> Backend:
     """The backend."""
     from fused_rnn.kernels.by_walk import WalkBackend
 
-    return WalkBackend("reference", EQUATIONS, lambda: {name: recurrence.walk(each) for name, each in EQUATIONS.items()})
+    return WalkBackend("reference", EQUATIONS, lambda cell: recurrence.walk(equations_of(cell)), derives=True)
 
 
 def describe() -> str:
@@ -62,4 +62,4 @@ def layer(
         sequence that has no step keeps its state. With ``cell_states``, c of every step, (R, D·H), zero in rows that no step
         works on, follows the states.
     """
-    return recurrence.layer(EQUATIONS[cell.name], input, steps, states, weights, reverse, reset, cell_states)
+    return recurrence.layer(equations_of(cell), input, steps, states, weights, reverse, reset, cell_states)

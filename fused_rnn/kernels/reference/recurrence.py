@@ -152,9 +152,9 @@ def _before(
 
 
 def _backward_step(
-    equations: Equations, before: States, tape: Tensor, weights: tuple[Tensor, Tensor | None], d_states: States
+    equations: Equations, before: States, tape: Tensor, out: Tensor, weights: tuple[Tensor, Tensor | None], d_states: States
 ) -> tuple[Tensor, States]:
-    """Differentiate one step.
+    """Differentiate one step, or do what its equations have for it.
 
     Returns:
         d_gates of the step, (n, d_gates blocks·H), and the gradients of the states before it, (n, ·) each.
@@ -162,6 +162,11 @@ def _backward_step(
     cell = equations.cell
     weight_hh, weight_hr = weights
     d_h = d_states[0] if weight_hr is None else d_states[0] @ weight_hr
+    if equations.backward is not None:
+        found, direct = equations.backward(tape.chunk(len(cell.tape), dim=-1), before, out, (d_h, *d_states[1:]))
+        through = torch.cat([found[name] for name in cell.d_hh], dim=-1) @ weight_hh
+        return torch.cat([found[name] for name in cell.d_gates], dim=-1), (direct[0] + through, *direct[1:])
+    assert equations.gates is not None
     with torch.enable_grad():
         blocks_x, blocks_h = equations.gates(tape.chunk(len(cell.tape), dim=-1))
         leaves = (torch.cat(blocks_x, dim=-1), torch.cat(blocks_h, dim=-1), *before)
@@ -260,6 +265,7 @@ def walk(equations: Equations) -> Walk:
                     equations,
                     tuple(state.double() for state in before),
                     tape[rows, d].double(),
+                    out[rows, d].double(),
                     (weight_hh, weight_hr),
                     tuple(d_after),
                 )

@@ -131,6 +131,7 @@ class _Triton:
 
     name = "triton"
     checks = False
+    derives = False
     gives_gates = False
 
     def supports(self, call: LayerCall) -> str | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn.data.steps import Steps, keep_if_captured
+from fused_rnn.kernels.memory import empties
 from fused_rnn.kernels.triton.launcher import launch
 from fused_rnn.kernels.triton.plan import Plan
 from fused_rnn.kernels.triton.version import INTERPRETED
@@ -40,6 +41,9 @@ def _ragged(batch_sizes: bytes, offsets: bytes, batch: int, device: torch.device
     # batch_sizes never grows: a sequence has as many steps as have more rows than its number.
     shorter = torch.searchsorted(sizes.flip(0).contiguous(), torch.arange(batch), right=True)
     return Ragged((len(sizes) - shorter).to(device), first.to(device))
+
+
+empties(_ragged.cache_clear)
 
 
 class Walk:

@@ -1,0 +1,100 @@
+"""A user's own cell: the decorator that makes one of its equations, and the table in which backends find it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fused_rnn.cells.derivation import Derived, derive, equations_of
+from fused_rnn.cells.language import trace
+from fused_rnn.data.cell import Cell
+from fused_rnn.data.equations import Equations
+
+__all__ = ["DEFINED", "Definition", "cell"]
+
+# By the names of their rows.
+DEFINED: dict[str, Definition] = {}
+
+
+class Definition:
+    """A cell made by ``fused_rnn.cell``.
+
+    Called, it is its body: with ``x`` and ``W``, which have the gates as attributes, and the states before the step.
+
+    Attributes:
+        body: the equations.
+        derived: what follows from them.
+        equations: one step in plain torch.
+    """
+
+    def __init__(self, body: Callable[..., Any], gates: tuple[str, ...], states: tuple[str, ...]) -> None:
+        functools.update_wrapper(self, body)
+        self.body = body
+        self.derived: Derived = derive(trace(body.__name__, gates, states, body))
+        self.equations: Equations = equations_of(self.derived, body)
+        DEFINED[self.row.name] = self
+
+    @property
+    def row(self) -> Cell:
+        """The cell as data."""
+        return self.derived.cell
+
+    def __call__(self, x: Any, W: Any, *states: Any) -> Any:
+        """The body."""
+        return self.body(x, W, *states)
+
+    def __reduce__(self) -> str:
+        # Found by its name where it is defined, as functions are.
+        return self.body.__qualname__
+
+    def __repr__(self) -> str:
+        return f"<cell {self.body.__module__}.{self.body.__qualname__}>"
+
+
+def _names(value: str | Sequence[str], argument: str) -> tuple[str, ...]:
+    names = tuple(value.split()) if isinstance(value, str) else tuple(value)
+    for name in names:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(f"{argument}: expected names, separated by blanks, got {name!r}")
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"{argument}: expected one or more names, each once, got {value!r}")
+    return names
+
+
+def cell(gates: str | Sequence[str], states: str | Sequence[str] = "h") -> Callable[[Callable[..., Any]], Definition]:
+    """Make a recurrent cell of its equations; ``fused_rnn.Recurrent`` runs it.
+
+    The decorated function takes ``x``, ``W`` and the states before the step, and returns the states after it, h first. ``x.g``
+    is W_ig x + b_ig of gate g, and ``W.g(h)`` is W_hg h + b_hg. Values are combined by ``+ - * /``, numbers, and the functions
+    ``sigmoid``, ``tanh`` and ``relu`` of ``fused_rnn.cells``. Units meet in ``W`` alone: the rest is the same for each of them.
+
+    Args:
+        gates: their names, in the order of the weights' rows: at most four.
+        states: their names: ``"h"``, which ``W`` multiplies and which is the output, and at most one other.
+
+    Raises:
+        ValueError: if a name is missing or there twice; if a gate is never used, or a state is not returned; if of another gate
+            than the last one the shares ``x`` and ``W`` are not simply added up.
+        TypeError: if the equations do something else with a value.
+
+    >>> from fused_rnn.cells import sigmoid, tanh
+    >>> @cell(gates="f g")
+    ... def forgetful(x, W, h):
+    ...     f = sigmoid(x.f + W.f(h))
+    ...     return f * h + (1 - f) * tanh(x.g + W.g(h))
+    >>> forgetful.row.gates
+    ('f', 'g')
+    """
+    gate_names, state_names = _names(gates, "gates"), _names(states, "states")
+    if state_names[0] != "h" or len(state_names) > 2:
+        raise ValueError(f"states: expected 'h' and at most one other, got {states!r}")
+    if len(gate_names) > 4:
+        raise ValueError(f"gates: expected at most four, which is what the kernels hold, got {len(gate_names)}")
+    if {*gate_names} & {*state_names} - {"h"}:
+        raise ValueError(f"gates, states: expected different names, got {gates!r} and {states!r}")
+
+    def define(body: Callable[..., Any]) -> Definition:
+        return Definition(body, gate_names, state_names)
+
+    return define
