@@ -31,6 +31,7 @@ def layer_forward(
     cell_states: bool,
     step: bool,
     threads: int,
+    batch_first: bool = False,
     sharing: str = "auto",
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None]: ...
 def layer_backward(

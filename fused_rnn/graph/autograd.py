@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fused_rnn.data.cell import Cell, Weights
-from fused_rnn.data.steps import Steps, unwrapped
-from fused_rnn.graph import autocast, batching, derivatives, operators
+from fused_rnn.data.steps import Steps
+from fused_rnn.graph import autocast, batching, derivatives, operators, saved
+from fused_rnn.graph.batch_first import turned_back
 from fused_rnn.graph.batching import BackwardCall
 from fused_rnn.graph.derivatives import transformed
+from fused_rnn.graph.gradients import cut, gradients, unwrapped
 from fused_rnn.graph.kept import Kept
 from fused_rnn.graph.loops import Loop, loop_of
 from fused_rnn.kernels import dispatch
@@ -96,8 +98,13 @@ def eager_layer(
     reset: Tensor | None = None,
     cell_states: bool = False,
     step: bool = False,
+    batch_first: bool = False,
 ) -> Outputs:
-    """Run the kernels of a backend that ``eager_backend`` found, and record the call where a gradient is to flow through it."""
+    """Run the kernels of a backend that ``eager_backend`` found, and record the call where a gradient is to flow through it.
+
+    Args:
+        batch_first: as in ``fused_rnn.kernels.protocol.Backend.forward``.
+    """
     # As the classes do it, in a third of the time.
     layer = tuple.__new__(Layer, (cell, backend, steps, reverse, cell_states, step))
     call = tuple.__new__(LayerCall, (layer, input, states, weights, reset))
@@ -107,19 +114,21 @@ def eager_layer(
         operands = call.operands()
         for operand in operands:
             if operand is not None and operand.requires_grad:
-                result = backend.forward(call, True)
+                result = backend.forward(call, True, batch_first)
                 loop = loop_of(call)
                 # As apply of the class itself, without binding the arguments to the forward's signature: all come by position.
                 if loop is None:
                     apply = super(torch.autograd.Function, _Recorded).apply
-                    out, *rest = apply(layer, result, reset, *operands)  # type: ignore[no-untyped-call]
+                    out, *rest = apply(layer, result, batch_first, reset, *operands)  # type: ignore[no-untyped-call]
                 else:
                     apply = super(torch.autograd.Function, _Step).apply
                     given = operands[: 1 + len(cell.states)]
-                    out, *rest = apply(layer, result, weights, loop, loop.token, *given)  # type: ignore[no-untyped-call]
+                    out, *rest = apply(  # type: ignore[no-untyped-call]
+                        layer, result, batch_first, weights, loop, loop.token, *given
+                    )
                 cells = rest.pop() if layer.cell_states else None
                 return out, tuple(rest), cells
-    return backend.forward(call, False)[:3]
+    return backend.forward(call, False, batch_first)[:3]
 
 
 def layer_in_autocast(
@@ -164,7 +173,10 @@ class _Recorded(torch.autograd.Function):
     """A layer that an eager call has computed: what its backward needs is kept, and the results join the graph."""
 
     @staticmethod
-    def forward(ctx: Any, layer: Layer, result: LayerResult, reset: Tensor | None, *operands: Tensor | None) -> tuple[Any, ...]:
+    def forward(
+        ctx: Any, layer: Layer, result: LayerResult, batch_first: bool, reset: Tensor | None, *operands: Tensor | None
+    ) -> tuple[Any, ...]:
+        ctx.batch_first = batch_first
         _keep(ctx, layer, reset, operands, result.out, result.tape, inside_transform=False)
         if result.cell_states is None:
             return (result.out, *result.states)
@@ -172,7 +184,7 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
-        return (None, None, None, *_back(ctx, d_outputs, ctx.needs_input_grad[3:]))
+        return (None, None, None, None, *_back(ctx, d_outputs, ctx.needs_input_grad[4:], ctx.batch_first))
 
 
 class _Step(torch.autograd.Function):
@@ -180,8 +192,16 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, layer: Layer, result: LayerResult, weights: Sequence[Weights], loop: Loop, token: Tensor, *operands: Tensor
+        ctx: Any,
+        layer: Layer,
+        result: LayerResult,
+        batch_first: bool,
+        weights: Sequence[Weights],
+        loop: Loop,
+        token: Tensor,
+        *operands: Tensor,
     ) -> tuple[Any, ...]:
+        ctx.batch_first = batch_first
         # The loop lives as long as one of its steps.
         ctx.loop = loop
         _keep(ctx, layer, None, (*operands, *weights[0]), result.out, result.tape, inside_transform=False)
@@ -189,21 +209,23 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
-        weights_wanted, *wanted = ctx.needs_input_grad[4:]
+        weights_wanted, *wanted = ctx.needs_input_grad[5:]
         left = ctx.loop.left
-        saved, count = ctx.saved_tensors, len(wanted)
+        tensors, count = saved.tensors(ctx), len(wanted)
+        if ctx.batch_first:
+            d_outputs = tuple(turned_back(ctx, tensors, d_outputs))
         if _is_special(ctx, d_outputs):
             asked = (*wanted, *(each and weights_wanted for each in left.wanted))
-            grads = _back_in_general(ctx, saved, d_outputs, asked)
+            grads = _back_in_general(ctx, tensors, d_outputs, asked)
             if weights_wanted:
                 left.of_this_run().add(grads[count:])
-            return (None, None, None, None, None, *grads[:count])
-        _, out, tape, *operands = saved
+            return (None, None, None, None, None, None, *grads[:count])
+        _, out, tape, *operands = tensors
         call = LayerCall.of(ctx.layer, operands, None)
         d_out, *d_states = d_outputs
-        gradients = OutputGradients(d_out, d_states, None)
+        of_results = OutputGradients(d_out, d_states, None)
         backend: GateBackend = ctx.layer.backend
-        grads, d_gates = backend.step_backward(call, out, tape, gradients, wanted)
+        grads, d_gates = backend.step_backward(call, out, tape, of_results, wanted)
         if weights_wanted:
             input, h = operands[0], operands[1]
             if not call.layer.step:
@@ -214,7 +236,7 @@ class _Step(torch.autograd.Function):
                 assert tape is not None
                 operand = operand_of(call.layer.cell, tape[:, 0])
             left.of_this_run().add_step(StepOperands(d_gates, input, h, operand))
-        return (None, None, None, None, None, *grads)
+        return (None, None, None, None, None, None, *grads)
 
 
 class _Layer(torch.autograd.Function):
@@ -264,26 +286,31 @@ def _keep(
     ctx.set_materialize_grads(False)
     ctx.layer = layer
     ctx.kept = kept = Kept(out, layer.cell, operands, inside_transform)
-    saved = list(operands)
-    for place, _, _ in kept.biases:
-        saved[place] = None
     # The data alone: without a graph, and without the output's count of changes.
-    ctx.save_for_backward(reset, out.data, tape, *saved)
+    needed = [reset, out.data, tape, *operands]
+    for place, _, _ in kept.biases:
+        needed[3 + place] = None
+    saved.save(ctx, needed)
 
 
-def _back(ctx: Any, d_outputs: Sequence[Tensor | None], wanted: tuple[bool, ...]) -> Sequence[Tensor | None]:
+def _back(
+    ctx: Any, d_outputs: Sequence[Tensor | None], wanted: tuple[bool, ...], batch_first: bool = False
+) -> Sequence[Tensor | None]:
     """The gradients of a layer's operands, with a graph where one is asked for.
 
     Args:
         d_outputs: the gradients of out and of what comes after it, but for the tape.
         wanted: for each of the operands, whether its gradient is.
+        batch_first: whether out and c of every step have N before T.
     """
     # Once: hooks of saved tensors may give each away, and non-reentrant checkpoints refuse to be asked twice.
-    saved = ctx.saved_tensors
+    tensors = saved.tensors(ctx)
+    if batch_first:
+        d_outputs = turned_back(ctx, tensors, d_outputs)
     if _is_special(ctx, d_outputs):
-        return _back_in_general(ctx, saved, d_outputs, wanted)
-    reset, out, tape, *operands = saved
-    return _gradients(ctx.layer, wanted, None, reset, out, tape, d_outputs, operands)
+        return _back_in_general(ctx, tensors, d_outputs, wanted)
+    reset, out, tape, *operands = tensors
+    return gradients(ctx.layer, wanted, None, reset, out, tape, d_outputs, operands)
 
 
 def _is_special(ctx: Any, d_outputs: Sequence[Tensor | None]) -> bool:
@@ -301,13 +328,13 @@ def _is_special(ctx: Any, d_outputs: Sequence[Tensor | None]) -> bool:
 
 @autocast.without
 def _back_in_general(
-    ctx: Any, saved: Sequence[Any], d_outputs: Sequence[Tensor | None], wanted: tuple[bool, ...]
+    ctx: Any, tensors: Sequence[Any], d_outputs: Sequence[Tensor | None], wanted: tuple[bool, ...]
 ) -> Sequence[Tensor | None]:
-    mapped = batching.through_vmap(lambda *grads: _back_in_general(ctx, saved, grads, wanted), d_outputs)
+    mapped = batching.through_vmap(lambda *grads: _back_in_general(ctx, tensors, grads, wanted), d_outputs)
     if mapped is not None:
         return mapped
     layer, kept = ctx.layer, ctx.kept
-    reset, out, tape, *operands = saved
+    reset, out, tape, *operands = tensors
     changed, differentiable = kept.output_changed(), torch.is_grad_enabled() or transformed()
     if changed or differentiable:
         kept.put_biases(operands)
@@ -318,8 +345,8 @@ def _back_in_general(
         return _applied(_Backward, BackwardCall(layer, wanted), reset, out, tape, *d_outputs, *operands)
     if kept.inside_transform:
         # A pullback of torch.func.vjp that is called after it holds wrappers of a transform that has ended.
-        reset, out, tape, *operands = _unwrapped((reset, out, tape, *operands))
-    return _gradients(layer, wanted, None, reset, out, tape, _unwrapped(d_outputs), operands)
+        reset, out, tape, *operands = unwrapped((reset, out, tape, *operands))
+    return gradients(layer, wanted, None, reset, out, tape, unwrapped(d_outputs), operands)
 
 
 class _Backward(torch.autograd.Function):
@@ -333,7 +360,7 @@ class _Backward(torch.autograd.Function):
     def forward(
         call: BackwardCall, reset: Tensor | None, out: Tensor, tape: Tensor | None, *rest: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        return tuple(_gradients(call.layer, call.wanted, call.groups, reset, out, tape, *_cut(call, rest)))
+        return tuple(gradients(call.layer, call.wanted, call.groups, reset, out, tape, *cut(call, rest)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -342,7 +369,7 @@ class _Backward(torch.autograd.Function):
         ctx.call = call
         if transformed():
             ctx.save_for_forward(reset, *rest)
-        ctx.save_for_backward(reset, *rest)
+        saved.save(ctx, (reset, *rest))
 
     @staticmethod
     @autocast.without
@@ -350,43 +377,16 @@ class _Backward(torch.autograd.Function):
         mapped = batching.through_vmap(partial(_Backward.backward, ctx), d_grads)
         if mapped is not None:
             return mapped
-        reset, *rest = ctx.saved_tensors
+        reset, *rest = saved.tensors(ctx)
         wanted = ctx.needs_input_grad[4:]
-        return (None, None, None, None, *derivatives.second_backward(ctx.call, reset, *_cut(ctx.call, rest), d_grads, wanted))
+        return (None, None, None, None, *derivatives.second_backward(ctx.call, reset, *cut(ctx.call, rest), d_grads, wanted))
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
         reset, *rest = ctx.saved_tensors
-        d_outputs, tensors = _cut(ctx.call, rest)
+        d_outputs, tensors = cut(ctx.call, rest)
         return derivatives.tangents(lambda: derivatives.backward(ctx.call, reset, d_outputs, tensors), tensors[0].dtype)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: BackwardCall, *operands: Any) -> tuple[Any, Any]:
         return batching.backward_rule(_Backward.apply, info.batch_size, in_dims, call, operands)
-
-
-def _unwrapped(operands: Sequence[Any]) -> list[Any]:
-    return [None if operand is None else unwrapped(operand) for operand in operands]
-
-
-def _gradients(
-    layer: Layer,
-    wanted: Sequence[bool],
-    groups: int | None,
-    reset: Tensor | None,
-    out: Tensor,
-    tape: Tensor | None,
-    d_outputs: Sequence[Tensor | None],
-    tensors: Sequence[Any],
-) -> Sequence[Tensor | None]:
-    """The gradients of ``tensors`` that are wanted, by the backend of the forward."""
-    d_out, *d_states = d_outputs
-    d_cells = d_states.pop() if layer.cell_states else None
-    call = LayerCall.of(layer, tensors, reset)
-    return layer.backend.backward(call, out, tape, OutputGradients(d_out, d_states, d_cells), wanted, groups)
-
-
-def _cut(call: BackwardCall, rest: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Cut the operands of ``_Backward`` after ``tape`` into the gradients of the results and the layer's tensors."""
-    count = len(rest) - len(call.wanted)
-    return rest[:count], rest[count:]

@@ -140,12 +140,13 @@ class Backend(Protocol):
     def supports(self, call: LayerCall) -> str | None:
         """Why the backend cannot compute a layer on this machine, or None where it can."""
 
-    def forward(self, call: LayerCall, keep: bool) -> LayerResult:
+    def forward(self, call: LayerCall, keep: bool, batch_first: bool = False) -> LayerResult:
         """Compute a layer without recording a graph.
 
         Args:
             call: the layer.
             keep: whether a backward will follow.
+            batch_first: whether out and cell_states, of an input (T, N, I), are (N, T, ·) over the same memory; no views.
         """
 
     def backward(
@@ -163,8 +164,8 @@ class Backend(Protocol):
 
         Args:
             call: as the forward had it.
-            out: as the forward returned it.
-            tape: as the forward returned it.
+            out: as the forward returned it, in any layout of memory.
+            tape: as the forward returned it, in any layout of memory.
             gradients: of the results.
             wanted: for each of ``call.operands()``, whether its gradient is wanted.
             groups: how many groups the batch consists of, if the gradients of the weights are wanted for each: sequence j is of

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeVar, overload
 
-import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn.cells import GRU as GRU_CELL
 from fused_rnn.cells import GRU_RESET_BEFORE, RNN_RELU, RNN_TANH
 from fused_rnn.cells import LSTM as LSTM_CELL
-from fused_rnn.data.cell import Cell, Weights
-from fused_rnn.nn import calls, checks
+from fused_rnn.data.cell import Cell
+from fused_rnn.nn import calls, checks, symbolic
+from fused_rnn.nn.flat_weights import FlatWeights
 from fused_rnn.nn.initialisation import Initialised
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -24,44 +24,8 @@ __all__ = ["GRU", "LSTM", "RNN"]
 Input = TypeVar("Input", Tensor, PackedSequence)
 
 
-class _Layers(Initialised, torch.nn.RNNBase):
-    """What RNN, LSTM and GRU share: where the weights are found at each call."""
-
-    def flatten_parameters(self) -> None:
-        """Do nothing: no kernel needs the parameters next to each other. Here so that callers of torch.nn's keep working."""
-
-    @property
-    def _flat_weights(self) -> list[Any]:
-        # torch.nn keeps this list, and with it tensors that a parametrization or a reassignment has long replaced.
-        return [getattr(self, name, None) for name in self._flat_weights_names]
-
-    @_flat_weights.setter
-    def _flat_weights(self, value: Any) -> None:
-        # RNNBase assigns what the property gives anyway.
-        pass
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state = {key: value for key, value in state.items() if key != "_flat_weights"}
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-
-    def _weights(self) -> list[Weights]:
-        parameters, names = self._parameters, self._flat_weights_names
-        # A parametrized, pruned or reassigned weight is an attribute, not a parameter.
-        tensors: list[Any] = [parameters.get(name) for name in names]
-        for tensor in tensors:
-            if tensor is None:
-                tensors = [getattr(self, name) for name in names]
-                break
-        if len(tensors) == 4 and self.bias and not self.proj_size:
-            return [Weights(*tensors)]
-        each = 2 + 2 * self.bias + (self.proj_size > 0)
-        weights = []
-        for first in range(0, len(tensors), each):
-            one = tensors[first : first + each]
-            if not self.bias:
-                one[2:2] = (None, None)
-            weights.append(Weights(*one))
-        return weights
+class _Layers(Initialised, FlatWeights):
+    """What RNN, LSTM and GRU share."""
 
     def _run(
         self, cell: Cell, input: Any, states: Any, lengths: Any, reset: Any, cell_states: bool = False
@@ -147,6 +111,8 @@ class RNN(_Layers):
         self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Input | None = None
     ) -> tuple[Input, Tensor]:
         """Run the layers; shapes and errors in the class docstring."""
+        if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx, lengths=lengths, reset=reset)) is not None:
+            return proxy  # type: ignore[no-any-return]
         cell = RNN_TANH if self.mode == "RNN_TANH" else RNN_RELU
         out, states, _ = self._run(cell, input, None if hx is None else (hx,), lengths, reset)
         return out, states[0]
@@ -242,6 +208,8 @@ class GRU(_Layers):
         self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Input | None = None
     ) -> tuple[Input, Tensor]:
         """Run the layers; shapes and errors in the class docstring."""
+        if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx, lengths=lengths, reset=reset)) is not None:
+            return proxy  # type: ignore[no-any-return]
         cell = GRU_CELL if self.reset_after else GRU_RESET_BEFORE
         out, states, _ = self._run(cell, input, None if hx is None else (hx,), lengths, reset)
         return out, states[0]
@@ -370,6 +338,10 @@ class LSTM(_Layers):
         return_cell_states: bool = False,
     ) -> Any:
         """Run the layers; shapes and errors in the class docstring."""
+        if symbolic.traced():
+            keywords = {"lengths": lengths, "reset": reset, "return_cell_states": return_cell_states}
+            if (proxy := symbolic.recorded(self, input, hx, **keywords)) is not None:
+                return proxy
         if return_cell_states is not False:
             checks.check_flag("return_cell_states", return_cell_states)
         states = calls.pair(hx, "lstm")

@@ -66,7 +66,7 @@ class _Cpp:
         """It computes every layer whose dtype is one of ``COMPUTE``."""
         return None if call.input.dtype in COMPUTE else f"it does not compute in {call.input.dtype}"
 
-    def forward(self, call: LayerCall, keep: bool) -> LayerResult:
+    def forward(self, call: LayerCall, keep: bool, batch_first: bool = False) -> LayerResult:
         """Compute a layer."""
         cell, _, steps, reverse, cell_states, step = call.layer
         return tuple.__new__(
@@ -85,6 +85,7 @@ class _Cpp:
                 cell_states,
                 step,
                 torch.get_num_threads(),
+                batch_first,
             ),
         )
 

@@ -125,11 +125,12 @@ def walk_backward(
     return d_gates, tuple(d_state.to(input.dtype) for d_state in inner)
 
 
-def forward(call: LayerCall, keep: bool) -> LayerResult:
+def forward(call: LayerCall, keep: bool, batch_first: bool = False) -> LayerResult:
     """Compute a layer; as a backend's forward (``fused_rnn.kernels.protocol``)."""
     (cell, _, steps, reverse, cell_states, step), input, states, weights, reset = plain(call)
     recurrences, output = len(weights), weights[0].hh.shape[1]
-    out = input.new_empty((*call.input.shape[:-1], recurrences * output))
+    leading = call.input.shape[:-1]
+    out = input.new_empty((*leading, recurrences * output))
     # The caller records the graph: here products have an ``out``, which autograd refuses.
     with torch.no_grad():
         keeps = keep or cell_states
@@ -140,10 +141,17 @@ def forward(call: LayerCall, keep: bool) -> LayerResult:
             ends, tape = _one_by_one(call, input, out, keeps)
         cells = None
         if cell_states and cell.cell_state is not None:
-            cells = _block(cell, tape, cell.cell_state).reshape(*call.input.shape[:-1], -1)
+            # A copy, which the caller may change, in its shape from the start.
+            block = _block(cell, tape, cell.cell_state)
+            cells = input.new_empty((*leading, block.shape[1] * block.shape[2]))
+            cells.view(block.shape).copy_(block)
     if step:
-        # h after the step is the output.
-        ends = tuple(end.squeeze(0) for end in ends[1:])
+        # h after the step is the output. In place: a view made in an autograd Function cannot be changed in place.
+        ends = tuple(end.squeeze_(0) for end in ends[1:])
+    if batch_first:
+        for each in (out, cells):
+            if each is not None:
+                each.transpose_(0, 1)
     return LayerResult(out, ends, cells, tape if keep and not cell.tape_is_out else None)
 
 
@@ -185,7 +193,8 @@ def backward(
     d_out, d_after, d_cells = gradients
     if step:
         d_after = (None, *(None if each is None else each.unsqueeze(0) for each in d_after))
-    outs = out.view(rows, recurrences, -1)
+    # A map over gradients gives one forward to all of its members: of a single row these are views without a stride.
+    outs, tape = out.contiguous().view(rows, recurrences, -1), None if tape is None else tape.contiguous()
     with torch.no_grad():
         if reset is None or recurrences == 1:
             mask = None if reset is None else reset[0]
