@@ -57,7 +57,7 @@ def layer_backward(
 ) -> tuple[Tensor | None, ...]: ...
 def loop_gradients(
     cell: str,
-    steps: Sequence[tuple[Tensor, Tensor, Tensor]],
+    steps: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]],
     weights: Sequence[Tensor | None],
     wanted: Sequence[bool],
     threads: int,

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fused_rnn.cells import CELLS, GRU, LSTM, RNN_RELU, RNN_TANH
+from fused_rnn.cells import CELLS, GRU, GRU_RESET_BEFORE, LSTM, RNN_RELU, RNN_TANH
 from fused_rnn.data.cell import Weights
 from fused_rnn.graph.operators import spread
 
@@ -26,6 +26,7 @@ _OPERATORS: dict[str, tuple[str, str, dict[str, Any]]] = {
     LSTM.name: ("LSTM", "iofg", {}),
     # As torch and cuDNN: the reset gate is applied after the product with W_hn.
     GRU.name: ("GRU", "zrn", {"linear_before_reset": 1}),
+    GRU_RESET_BEFORE.name: ("GRU", "zrn", {"linear_before_reset": 0}),
     RNN_TANH.name: ("RNN", "h", {"activations": ["Tanh"]}),
     RNN_RELU.name: ("RNN", "h", {"activations": ["Relu"]}),
 }

@@ -140,7 +140,11 @@ void run_forward(const LayerCall& call, const LayerOutputs& outputs, bool keep) 
   for (Index d = 0; d < D; d += together) {
     const Laid<S, T> weight_ih(call, Product::kInput, false, d, together),
         weight_hh(call, Product::kHidden, false, d, together);
-    std::unique_ptr<Laid<S, T>> weight_hr;
+    std::unique_ptr<Laid<S, T>> weight_hr, later_ih, later_hh;
+    if (call.shape.later) {
+      later_ih.reset(new Laid<S, T>(call, Product::kInput, false, d, together, Stage::kSecond));
+      later_hh.reset(new Laid<S, T>(call, Product::kHidden, false, d, together, Stage::kSecond));
+    }
     if (call.projected()) weight_hr.reset(new Laid<S, T>(call, Product::kProjection, false, d, together));
     const Index stretches = (call.steps.length + stretch - 1) / stretch;
     for (Index i = 0; i < stretches; ++i) {
@@ -161,6 +165,8 @@ void run_forward(const LayerCall& call, const LayerOutputs& outputs, bool keep) 
       args.weight_ih = weight_ih.get();
       args.weight_hh = weight_hh.get();
       args.weight_hr = weight_hr ? weight_hr->get() : nullptr;
+      args.later_ih = later_ih ? later_ih->get() : nullptr;
+      args.later_hh = later_hh ? later_hh->get() : nullptr;
       args.bias = bias.get() ? bias.get() + d * call.shape.bias * H : nullptr;
       const bool single = call.steps.length == 1 && !call.projected();
       (single ? kernels.step : kernels.forward)[call.cell](args);

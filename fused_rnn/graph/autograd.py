@@ -21,7 +21,17 @@ from fused_rnn.graph.gradients import cut, gradients, unwrapped
 from fused_rnn.graph.kept import Kept
 from fused_rnn.graph.loops import Loop, loop_of
 from fused_rnn.kernels import dispatch
-from fused_rnn.kernels.protocol import Backend, GateBackend, Layer, LayerCall, LayerResult, OutputGradients, States
+from fused_rnn.kernels.protocol import (
+    Backend,
+    GateBackend,
+    Layer,
+    LayerCall,
+    LayerResult,
+    OutputGradients,
+    States,
+    StepOperands,
+)
+from fused_rnn.kernels.weight_gradients import operand_of
 
 # out, the states after the walk, and c of every step where it is asked for.
 Outputs = tuple[Tensor, States, Tensor | None]
@@ -235,7 +245,11 @@ class _Step(torch.autograd.Function):
             if not call.layer.step:
                 # Of a layer with T = 1: (1, N, ·).
                 input, h = input.view(-1, input.shape[-1]), h[0]
-            left.of_this_run().add_step(d_gates, input, h)
+            operand = None
+            if call.layer.cell.later:
+                assert tape is not None
+                operand = operand_of(call.layer.cell, tape[:, 0])
+            left.of_this_run().add_step(StepOperands(d_gates, input, h, operand))
         return (None, None, None, None, None, None, *grads)
 
 

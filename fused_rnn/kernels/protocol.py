@@ -176,6 +176,22 @@ class Backend(Protocol):
         """
 
 
+class StepOperands(NamedTuple):
+    """What the gradients of the weights need of a single step.
+
+    Attributes:
+        d_gates: the gradients of its gates, (n, 1, ·).
+        input: (n, I).
+        h: before the step, (n, P).
+        operand: what the product of later gates read, (n, H); None for a cell without such gates.
+    """
+
+    d_gates: Tensor
+    input: Tensor
+    h: Tensor
+    operand: Tensor | None
+
+
 class GateBackend(Backend, Protocol):
     """A backend that gives the gradients of the gates away, so that its caller sums up those of the weights over many steps."""
 
@@ -195,13 +211,13 @@ class GateBackend(Backend, Protocol):
         """
 
     def loop_gradients(
-        self, cell: Cell, steps: Sequence[tuple[Tensor, Tensor, Tensor]], weights: Weights, wanted: Sequence[bool]
+        self, cell: Cell, steps: Sequence[StepOperands], weights: Weights, wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
         """Sum the gradients of the weights over single steps.
 
         Args:
             cell: which cell.
-            steps: of each, the gradients of its gates, its input and h before it, (n, 1, ·), (n, I) and (n, P).
+            steps: what each has left.
             weights: which all of them had.
             wanted: for each of the weights, whether its gradient is.
 

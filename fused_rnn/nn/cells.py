@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn.cells import GRU, LSTM, RNN_RELU, RNN_TANH
+from fused_rnn.cells import GRU, GRU_RESET_BEFORE, LSTM, RNN_RELU, RNN_TANH
 from fused_rnn.data.cell import Cell, Weights
 from fused_rnn.kernels.protocol import States
-from fused_rnn.nn import calls, symbolic
+from fused_rnn.nn import calls, checks, symbolic
 from fused_rnn.nn.initialisation import Initialised
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
@@ -88,6 +88,7 @@ class GRUCell(_Cell, torch.nn.GRUCell):
         bias: whether there are ``bias_ih`` and ``bias_hh``. Default: ``True``
         device, dtype: of the parameters.
         recurrent_init: ``"orthogonal"`` draws each gate's block of ``weight_hh`` so. Default: ``None``, torch's values
+        reset_after: whether the reset gate comes after the product with W_hn; as in ``GRU``. Default: ``True``
 
     Inputs: input (N, I) or (I,); h (N, H) or (H,), default zero.
     Outputs: h after the step, (N, H) or (H,).
@@ -96,11 +97,14 @@ class GRUCell(_Cell, torch.nn.GRUCell):
     from U(−1/√H, 1/√H). The equations are those of ``GRU``.
 
     Raises:
-        ValueError, RuntimeError: with torch.nn.GRUCell's messages.
+        ValueError, RuntimeError: with torch.nn.GRUCell's messages; TypeError if ``reset_after`` is no bool.
 
     >>> GRUCell(10, 20)(torch.randn(3, 10)).shape
     torch.Size([3, 20])
     """
+
+    # For cells that torch.nn's constructor made or an earlier version pickled.
+    reset_after: bool = True
 
     def __init__(
         self,
@@ -111,15 +115,23 @@ class GRUCell(_Cell, torch.nn.GRUCell):
         dtype: Any = None,
         *,
         recurrent_init: str | None = None,
+        reset_after: bool = True,
     ) -> None:
+        checks.check_flag("reset_after", reset_after)
         options = {"device": device, "dtype": dtype, "recurrent_init": recurrent_init}
         super().__init__(input_size, hidden_size, bias, **options)
+        if not reset_after:
+            self.reset_after = False
+
+    def extra_repr(self) -> str:
+        """As torch.nn's, and the options that were given."""
+        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; shapes and errors in the class docstring."""
         if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx)) is not None:
             return proxy  # type: ignore[no-any-return]
-        return self._step(GRU, input, None if hx is None else (hx,))[0]
+        return self._step(GRU if self.reset_after else GRU_RESET_BEFORE, input, None if hx is None else (hx,))[0]
 
 
 class LSTMCell(_Cell, torch.nn.LSTMCell):

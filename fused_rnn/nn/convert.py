@@ -183,6 +183,8 @@ def _swap(
         plain = _plain(before)
         target = target_of(plain)
         reason = target if isinstance(target, str) else _kinship(module, plain) if target is None else _obstacle(module)
+        if reason is None and target is not None and not getattr(module, "reset_after", True):
+            reason = "torch.nn has no GRU with reset_after=False"
         if reason is None:
             if target is None:
                 continue

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn.cells import GRU as GRU_CELL
+from fused_rnn.cells import GRU_RESET_BEFORE, RNN_RELU, RNN_TANH
 from fused_rnn.cells import LSTM as LSTM_CELL
-from fused_rnn.cells import RNN_RELU, RNN_TANH
 from fused_rnn.data.cell import Cell
 from fused_rnn.nn import calls, checks, symbolic
 from fused_rnn.nn.flat_weights import FlatWeights
@@ -129,6 +129,9 @@ class GRU(_Layers):
         h_t = (1 - z_t) \odot n_t + z_t \odot h_{t-1}
         \end{array}
 
+    With ``reset_after=False``, the reset gate comes before the product, which torch.nn has not:
+    :math:`n_t = \tanh(W_{in} x_t + b_{in} + W_{hn} (r_t \odot h_{t-1}) + b_{hn})`.
+
     Args:
         input_size: features of the input, I.
         hidden_size: hidden units, H.
@@ -139,6 +142,9 @@ class GRU(_Layers):
         bidirectional: whether a second recurrence walks from the last step to the first (D = 2). Default: ``False``
         device, dtype: of the parameters.
         recurrent_init: ``"orthogonal"`` draws each gate's block of ``weight_hh`` so. Default: ``None``, torch's values
+        reset_after: whether the reset gate comes after the product with W_hn, as in torch.nn and cuDNN; or before it, as in Cho
+            et al. 2014, ONNX's ``linear_before_reset=0`` and Keras' ``reset_after=False``. The parameters are the same, what
+            they compute is not. Default: ``True``
 
     Inputs: input, h_0
         - **input**: (T, N, I), (N, T, I) with ``batch_first``, (T, I) unbatched, or a PackedSequence.
@@ -155,13 +161,17 @@ class GRU(_Layers):
 
     Raises:
         TypeError, ValueError, RuntimeError: with torch.nn.GRU's messages, in the constructor and in ``forward``; TypeError and
-            ValueError for keywords of a wrong type or shape, or lengths that are not 0 … T.
+            ValueError for keywords of a wrong type or shape, or lengths that are not 0 … T; TypeError if ``reset_after`` is no
+            bool.
 
     >>> rnn = GRU(10, 20, 2)
     >>> output, h_n = rnn(torch.randn(5, 3, 10), torch.randn(2, 3, 20))
     >>> output.shape
     torch.Size([5, 3, 20])
     """
+
+    # For modules that torch.nn's constructor made or an earlier version pickled.
+    reset_after: bool = True
 
     @overload
     def __init__(
@@ -177,14 +187,22 @@ class GRU(_Layers):
         dtype: Any = None,
         *,
         recurrent_init: str | None = None,
+        reset_after: bool = True,
     ) -> None: ...
 
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
         _refuse_proj_size(kwargs)
+        checks.check_flag("reset_after", reset_after)
         super().__init__("GRU", *args, **kwargs)
+        if not reset_after:
+            self.reset_after = False
+
+    def extra_repr(self) -> str:
+        """As torch.nn's, and the options that were given."""
+        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
     def forward(
         self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Input | None = None
@@ -192,7 +210,8 @@ class GRU(_Layers):
         """Run the layers; shapes and errors in the class docstring."""
         if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx, lengths=lengths, reset=reset)) is not None:
             return proxy  # type: ignore[no-any-return]
-        out, states, _ = self._run(GRU_CELL, input, None if hx is None else (hx,), lengths, reset)
+        cell = GRU_CELL if self.reset_after else GRU_RESET_BEFORE
+        out, states, _ = self._run(cell, input, None if hx is None else (hx,), lengths, reset)
         return out, states[0]
 
 

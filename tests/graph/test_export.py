@@ -188,6 +188,8 @@ ONNX = {
     "lstm": ("LSTM", {"num_layers": 2, "bidirectional": True, "dropout": 0.5}, "LSTM", 2),
     "lstm_plain": ("LSTM", {}, "LSTM", 1),
     "gru": ("GRU", {"batch_first": True, "bidirectional": True}, "GRU", 1),
+    "gru_reset_before": ("GRU", {"num_layers": 2, "bidirectional": True, "reset_after": False}, "GRU", 2),
+    "gru_reset_before_plain": ("GRU", {"bias": False, "reset_after": False}, "GRU", 1),
 }
 
 
@@ -199,6 +201,9 @@ def test_onnx(case: str) -> None:
     nodes, run = session(program)
     assert [node.op_type for node in nodes].count(operator) == count
     assert {node.domain for node in nodes} == {""}
+    if name == "GRU":
+        given = [each.i for node in nodes for each in node.attribute if each.name == "linear_before_reset"]
+        assert given == [module.reset_after] * count
     for length, number in ((6, 3), *OTHER_SIZES):
         assert_close_in_onnx(run, module, (batch(module, length, number),))
 

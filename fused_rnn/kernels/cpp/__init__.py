@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn.data.cell import Cell, Weights
-from fused_rnn.kernels.protocol import COMPUTE, LayerCall, LayerResult, OutputGradients
+from fused_rnn.kernels.protocol import COMPUTE, LayerCall, LayerResult, OutputGradients, StepOperands
 from fused_rnn.kernels.weight_gradients import grouped
 
 _missing: str | None = None
@@ -158,7 +158,7 @@ class _Cpp:
         return grads[: len(wanted)], d_gates
 
     def loop_gradients(
-        self, cell: Cell, steps: Sequence[tuple[Tensor, Tensor, Tensor]], weights: Weights, wanted: Sequence[bool]
+        self, cell: Cell, steps: Sequence[StepOperands], weights: Weights, wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
         """Sum the gradients of the weights over single steps."""
         return _C.loop_gradients(cell.name, steps, weights, wanted, torch.get_num_threads())

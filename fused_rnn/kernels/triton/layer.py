@@ -16,7 +16,7 @@ from fused_rnn.data.steps import Steps
 from fused_rnn.kernels.protocol import LayerCall, LayerResult, OutputGradients, States
 from fused_rnn.kernels.triton import products
 from fused_rnn.kernels.triton.recurrence import RECURRENCES, Bias, Packed, Recurrence, compute_dtype
-from fused_rnn.kernels.weight_gradients import WeightGradients, grouped, previous_h
+from fused_rnn.kernels.weight_gradients import WeightGradients, grouped, operand_of, previous_h
 
 
 def _packed(recurrence: Recurrence, steps: Steps, weights: Sequence[Weights], backward: bool) -> Packed:
@@ -220,12 +220,14 @@ def backward(
             return (d_input, *before, *grouped(in_rows, out, tape, d_gates, wanted, groups))
         simple = recurrences == 1 and steps.dense and reset is None and not reverse[0] and weights[0].hr is None
         if simple and asked[0] and asked[1]:
-            d_weights = _weight_gradients(cell, weights[0], asked, input, states, outs[:, 0], d_gates[:, 0], steps.batch)
+            saved = outs if tape is None else tape
+            rows_of_one = (outs[:, 0], saved[:, 0], d_gates[:, 0])
+            d_weights = _weight_gradients(cell, weights[0], asked, input, states, *rows_of_one, steps.batch)
             return (d_input, *before, *d_weights)
         found: list[Tensor | None] = []
         for d, weight in enumerate(weights):
             sums = WeightGradients(cell, weight, asked[5 * d :][:5], input.dtype, products.weight_gradient)
-            kept = None if weight.hr is None or tape is None else tape[:, d]
+            kept = None if tape is None else tape[:, d]
             sums.walk(d_gates[:, d], input, previous_h(in_rows, d, outs[:, d]), 0, steps.length, kept)
             found += sums.result()
         return (d_input, *before, *found)
@@ -282,6 +284,7 @@ def _weight_gradients(
     input: Tensor,
     states: States | None,
     out: Tensor,
+    tape: Tensor,
     d_gates: Tensor,
     batch: int,
 ) -> tuple[Tensor | None, ...]:
@@ -291,10 +294,15 @@ def _weight_gradients(
     d_ih, d_hh = torch.empty_like(weights.ih), torch.empty_like(weights.hh)
     products.multiply(gates.t(), input, out=d_ih)
     # h before each step is the output of the step before; the first step has h_0, or zero.
-    groups, first = [], 0
+    groups: list[tuple[Tensor, Tensor]] = []
+    first = 0
     for names in cell.d_hh_groups:
         begin, rows = cell.d_gates.index(names[0]) * hidden, len(names) * hidden
-        groups.append((d_gates[:, begin : begin + rows], d_hh[first : first + rows]))
+        part, target = d_gates[:, begin : begin + rows], d_hh[first : first + rows]
+        if names == cell.later:
+            products.multiply(part.t(), operand_of(cell, tape), out=target)
+        else:
+            groups.append((part, target))
         first += rows
     for part, target in groups:
         later = part[batch:]
