@@ -57,6 +57,9 @@ def layer(
         # Shapes alone, or no row, no feature, no hidden unit: nothing for a kernel, but a graph that gradients flow through.
         return derivatives.plain(cell, input, steps, states, weights, reverse, reset, cell_states, step)
     backend = dispatch.choose(input.device)
+    if _functionalized():
+        # It has a rule for operators, and none for an autograd Function.
+        return operators.layer(cell, input, steps, states, weights, reverse, reset, cell_states, step)
     if not transformed():
         return eager_layer(backend, cell, input, steps, states, weights, reverse, reset, cell_states, step)
     call = LayerCall(Layer(cell, backend, steps, reverse, cell_states, step), input, states, weights, reset)
@@ -64,6 +67,14 @@ def layer(
     out, *rest, _ = _applied(_Layer, call.layer, reset, *call.operands())
     cells = rest.pop() if cell_states else None
     return out, tuple(rest), cells
+
+
+def _functionalized() -> bool:
+    """Whether torch.func.functionalize is one of the transforms of this call."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    functionalize = torch._C._functorch.TransformType.Functionalize
+    return any(each.key() == functionalize for each in torch._C._functorch.get_interpreter_stack() or ())
 
 
 def eager_backend(input: Tensor, weight: Tensor) -> Backend | None:

@@ -144,9 +144,16 @@ class RNN(_Layers):
         super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
 
     def forward(
-        self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Input | None = None
+        self,
+        input: Input,
+        hx: Tensor | None = None,
+        *positional: None,
+        lengths: Tensor | None = None,
+        reset: Input | None = None,
     ) -> tuple[Input, Tensor]:
         """Run the layers; shapes and errors in the class docstring."""
+        if positional:
+            _refuse_positional(self, positional)
         cell = RNN_TANH if self.mode == "RNN_TANH" else RNN_RELU
         out, states, _ = self._run(cell, input, None if hx is None else (hx,), lengths, reset)
         return out, states[0]
@@ -221,9 +228,16 @@ class GRU(_Layers):
         super().__init__("GRU", *args, **kwargs)
 
     def forward(
-        self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Input | None = None
+        self,
+        input: Input,
+        hx: Tensor | None = None,
+        *positional: None,
+        lengths: Tensor | None = None,
+        reset: Input | None = None,
     ) -> tuple[Input, Tensor]:
         """Run the layers; shapes and errors in the class docstring."""
+        if positional:
+            _refuse_positional(self, positional)
         out, states, _ = self._run(GRU_CELL, input, None if hx is None else (hx,), lengths, reset)
         return out, states[0]
 
@@ -324,7 +338,7 @@ class LSTM(_Layers):
         self,
         input: Input,
         hx: tuple[Tensor, Tensor] | None = None,
-        *,
+        *positional: None,
         lengths: Tensor | None = None,
         reset: Input | None = None,
         return_cell_states: Literal[False] = False,
@@ -335,7 +349,7 @@ class LSTM(_Layers):
         self,
         input: Input,
         hx: tuple[Tensor, Tensor] | None = None,
-        *,
+        *positional: None,
         lengths: Tensor | None = None,
         reset: Input | None = None,
         return_cell_states: Literal[True],
@@ -345,12 +359,14 @@ class LSTM(_Layers):
         self,
         input: Input,
         hx: tuple[Tensor, Tensor] | None = None,
-        *,
+        *positional: None,
         lengths: Tensor | None = None,
         reset: Input | None = None,
         return_cell_states: bool = False,
     ) -> Any:
         """Run the layers; shapes and errors in the class docstring."""
+        if positional:
+            _refuse_positional(self, positional)
         if return_cell_states is not False:
             checks.check_flag("return_cell_states", return_cell_states)
         states = calls.pair(hx, "lstm")
@@ -361,3 +377,16 @@ class LSTM(_Layers):
 def _refuse_proj_size(kwargs: dict[str, Any]) -> None:
     if "proj_size" in kwargs:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+
+
+def _refuse_positional(module: torch.nn.Module, positional: tuple[Any, ...]) -> None:
+    """Raise TypeError for keywords that are given by position.
+
+    torch.onnx.export(dynamo=False) gives the defaults of keywords so: these alone, and there alone, are let pass.
+    """
+    # A flag has become a tensor there.
+    none = all(value is None or value is False or (torch.is_tensor(value) and not value.any()) for value in positional)
+    if none and torch.onnx.is_in_onnx_export():
+        return
+    name = type(module).__name__
+    raise TypeError(f"{name}.forward() takes from 2 to 3 positional arguments but {3 + len(positional)} were given")
