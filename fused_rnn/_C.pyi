@@ -58,7 +58,6 @@ def layer_backward(
 def loop_gradients(
     cell: str,
     steps: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]],
-    weights: Sequence[Tensor | None],
     wanted: Sequence[bool],
     threads: int,
 ) -> tuple[Tensor | None, ...]: ...

@@ -191,6 +191,28 @@ struct LayerCall {
     }
   }
 
+  // What is done for single steps together, without weights and states: input (·, I), and the number of units.
+  LayerCall(const std::string& cell_name, const py::object& input_object, Index units, int thread_count)
+      : kernels(*current().load()),
+        cell(cell_index(cell_name)),
+        shape(kernels.shapes[cell]),
+        like(input_object),
+        hidden(units),
+        output(units),
+        by_rows(true),
+        step(true),
+        threads(thread_count),
+        sharing(Sharing::kAuto) {
+    if (threads < 1) refuse("threads", "1 or more", std::to_string(threads));
+    const Tensor x(input_object);
+    dtype = x.dtype();
+    if (dtype > Dtype::kFloat16) refuse("input", "float32, float64, bfloat16 or float16", dtype_name(dtype));
+    check_dimensions("input", x, 2);
+    steps.length = 1;
+    steps.batch = rows = x.shape(0);
+    inputs = x.shape(1);
+  }
+
   Index recurrences() const { return static_cast<Index>(weights.size()); }
   int state_count() const { return shape.has_c ? 2 : 1; }
   Index state_size(int i) const { return i ? hidden : output; }

@@ -31,17 +31,14 @@ class JoinedRows {
 
 // The gradients of the five weights, None where they are not wanted. Each step gives the gradients of its gates (n, 1, ·), as
 // layer_backward returns them, its input (n, I), h before it (n, P), and what the product of later gates read, (n, H), or None.
-inline py::object loop_gradients(const std::string& cell, const py::sequence& steps, const py::sequence& weights,
-                                 const py::sequence& wanted, int threads) {
+inline py::object loop_gradients(const std::string& cell, const py::sequence& steps, const py::sequence& wanted, int threads) {
   if (steps.size() == 0) refuse("steps", "at least one", "none");
   const py::sequence first = steps[0];
   if (first.size() != 4) refuse("steps", "four operands each", std::to_string(first.size()));
-  const py::object like = first[1];
-  const Index batch = Tensor(like).shape(0);
-  const LayerCall call(cell, like, py::none(), py::make_tuple(weights), 1, batch, py::none(), py::make_tuple(false), py::none(),
-                       true, threads, "auto");
+  // The weights themselves are not read: whoever shards them may have freed them by now.
+  const LayerCall call(cell, first[1], Tensor(py::object(first[2])).shape(1), threads);
   if (wanted.size() != kWeights) refuse("wanted", std::to_string(kWeights) + " flags", std::to_string(wanted.size()));
-  const Index gates = call.gate_columns(), columns = call.gradient_columns();
+  const Index gates = call.gate_columns(), columns = call.shape.gradients * call.hidden;
   const Dtype computed = call.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
   struct Step {
     Operand d_gates, input, h, operand;

@@ -28,8 +28,8 @@ _MOST_ROWS = 4096
 class _Sums:
     """The gradients of one recurrence's weights in one run of the backward."""
 
-    def __init__(self, cell: Cell, weights: Weights, wanted: Sequence[bool], backend: GateBackend) -> None:
-        self.cell, self.weights, self.wanted, self.backend = cell, weights, wanted, backend
+    def __init__(self, cell: Cell, wanted: Sequence[bool], backend: GateBackend) -> None:
+        self.cell, self.wanted, self.backend = cell, wanted, backend
         self.steps: list[StepOperands] = []
         self.rows = 0
         self.total: Sequence[Tensor | None] = ()
@@ -53,7 +53,7 @@ class _Sums:
 
     def _sum_up(self) -> None:
         steps, self.steps, self.rows = self.steps, [], 0
-        self.add(self.backend.loop_gradients(self.cell, steps, self.weights, self.wanted))
+        self.add(self.backend.loop_gradients(self.cell, steps, self.wanted))
 
     def result(self) -> Sequence[Tensor | None]:
         """The sums of all steps, in the places of ``Weights``."""
@@ -96,7 +96,7 @@ class Left:
         run = torch._C._current_graph_task_id()
         sums = self.by_run.get(run)
         if sums is None:
-            sums = self.by_run[run] = _Sums(self.cell, self.weights, self.wanted, self.backend)
+            sums = self.by_run[run] = _Sums(self.cell, self.wanted, self.backend)
         return sums
 
     def take(self) -> _Sums | None:

@@ -210,17 +210,14 @@ class GateBackend(Backend, Protocol):
             weights' follow: (N, 1, blocks of ``Cell.d_gates``·H), in the dtype that the kernels compute in.
         """
 
-    def loop_gradients(
-        self, cell: Cell, steps: Sequence[StepOperands], weights: Weights, wanted: Sequence[bool]
-    ) -> Sequence[Tensor | None]:
+    def loop_gradients(self, cell: Cell, steps: Sequence[StepOperands], wanted: Sequence[bool]) -> Sequence[Tensor | None]:
         """Sum the gradients of the weights over single steps.
 
         Args:
             cell: which cell.
             steps: what each has left.
-            weights: which all of them had.
             wanted: for each of the weights, whether its gradient is.
 
         Returns:
-            the gradients in the places of ``weights``, None where they are not wanted.
+            the gradients in the places of ``Weights``, None where they are not wanted.
         """

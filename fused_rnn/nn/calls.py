@@ -20,6 +20,7 @@ from fused_rnn.graph import autograd, operators
 from fused_rnn.graph.autograd import Outputs
 from fused_rnn.graph.batch_first import transposed
 from fused_rnn.graph.derivatives import transformed
+from fused_rnn.graph.tracing import quietly
 from fused_rnn.kernels.protocol import Backend, States
 from fused_rnn.nn import checks
 
@@ -136,6 +137,7 @@ def sequence(
     return out, after, cells
 
 
+@quietly
 def _check_dense(
     cell: Cell,
     input: Tensor,
@@ -223,7 +225,7 @@ def _packed(
         raise ValueError("lengths: expected None for a packed input, which has its own, got a tensor")
     reset = None if mask is None else checks.check_packed_reset(mask, input)
     if operators.traced(data, weights[0].ih):
-        steps = operators.packed_steps(batch_sizes, data.shape[0], states, sorted_indices)
+        steps = operators.packed_steps(batch_sizes, data, states, sorted_indices)
         if isinstance(mask, PackedSequence):
             reset = operators.packed_reset(mask, input)
     else:
@@ -290,9 +292,8 @@ def _layers(
         if batch_first:
             return run(cell, rows, steps, states, weights, reverse, resets, cell_states, False, True)
         return run(cell, rows, steps, states, weights, reverse, resets, cell_states)
-    for state in states or ():
-        if state.shape[0] != len(weights):
-            raise ValueError(f"states: expected {len(weights)}, one for each layer and direction, got {state.shape[0]}")
+    if states is not None:
+        _check_state_counts(states, len(weights))
     ends: list[States] = []
     cells = None
     for first in range(0, len(weights), directions):
@@ -307,3 +308,10 @@ def _layers(
             rows, end, cells = run(cell, rows, steps, before, weights[part], reverse, resets, cell_states and last)
         ends.append(end)
     return rows, tuple([torch.cat(parts) for parts in zip(*ends, strict=True)]), cells
+
+
+@quietly
+def _check_state_counts(states: States, count: int) -> None:
+    for state in states:
+        if state.shape[0] != count:
+            raise ValueError(f"states: expected {count}, one for each layer and direction, got {state.shape[0]}")

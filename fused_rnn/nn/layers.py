@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeVar, overload
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -108,9 +109,16 @@ class RNN(_Layers):
         super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
 
     def forward(
-        self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Input | None = None
+        self,
+        input: Input,
+        hx: Tensor | None = None,
+        *positional: None,
+        lengths: Tensor | None = None,
+        reset: Input | None = None,
     ) -> tuple[Input, Tensor]:
         """Run the layers; shapes and errors in the class docstring."""
+        if positional:
+            _refuse_positional(self, positional)
         if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx, lengths=lengths, reset=reset)) is not None:
             return proxy  # type: ignore[no-any-return]
         cell = RNN_TANH if self.mode == "RNN_TANH" else RNN_RELU
@@ -205,9 +213,16 @@ class GRU(_Layers):
         return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
     def forward(
-        self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Input | None = None
+        self,
+        input: Input,
+        hx: Tensor | None = None,
+        *positional: None,
+        lengths: Tensor | None = None,
+        reset: Input | None = None,
     ) -> tuple[Input, Tensor]:
         """Run the layers; shapes and errors in the class docstring."""
+        if positional:
+            _refuse_positional(self, positional)
         if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx, lengths=lengths, reset=reset)) is not None:
             return proxy  # type: ignore[no-any-return]
         cell = GRU_CELL if self.reset_after else GRU_RESET_BEFORE
@@ -311,7 +326,7 @@ class LSTM(_Layers):
         self,
         input: Input,
         hx: tuple[Tensor, Tensor] | None = None,
-        *,
+        *positional: None,
         lengths: Tensor | None = None,
         reset: Input | None = None,
         return_cell_states: Literal[False] = False,
@@ -322,7 +337,7 @@ class LSTM(_Layers):
         self,
         input: Input,
         hx: tuple[Tensor, Tensor] | None = None,
-        *,
+        *positional: None,
         lengths: Tensor | None = None,
         reset: Input | None = None,
         return_cell_states: Literal[True],
@@ -332,12 +347,14 @@ class LSTM(_Layers):
         self,
         input: Input,
         hx: tuple[Tensor, Tensor] | None = None,
-        *,
+        *positional: None,
         lengths: Tensor | None = None,
         reset: Input | None = None,
         return_cell_states: bool = False,
     ) -> Any:
         """Run the layers; shapes and errors in the class docstring."""
+        if positional:
+            _refuse_positional(self, positional)
         if symbolic.traced():
             keywords = {"lengths": lengths, "reset": reset, "return_cell_states": return_cell_states}
             if (proxy := symbolic.recorded(self, input, hx, **keywords)) is not None:
@@ -352,3 +369,16 @@ class LSTM(_Layers):
 def _refuse_proj_size(kwargs: dict[str, Any]) -> None:
     if "proj_size" in kwargs:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+
+
+def _refuse_positional(module: torch.nn.Module, positional: tuple[Any, ...]) -> None:
+    """Raise TypeError for keywords that are given by position.
+
+    torch.onnx.export(dynamo=False) gives the defaults of keywords so: these alone, and there alone, are let pass.
+    """
+    # A flag has become a tensor there.
+    none = all(value is None or value is False or (torch.is_tensor(value) and not value.any()) for value in positional)
+    if none and torch.onnx.is_in_onnx_export():
+        return
+    name = type(module).__name__
+    raise TypeError(f"{name}.forward() takes from 2 to 3 positional arguments but {3 + len(positional)} were given")

@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._pytree import tree_leaves
 
 import fused_rnn
+from fused_rnn.graph import onnx_export
 
 IN, H = 5, 8
 T, N = Dim("T"), Dim("N")
@@ -270,15 +271,13 @@ def test_onnx_refuses_what_it_has_no_operator_for(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(NotImplementedError, match="no ONNX operator computes an LSTM with projections"):
         fused_rnn.onnx.export(module, (batch(module),), verbose=False)
     with monkeypatch.context() as patch:
-        patch.delitem(fused_rnn.onnx._OPERATORS, "gru")
+        patch.delitem(onnx_export.OPERATORS, "gru")
         with pytest.raises(NotImplementedError, match="no ONNX operator computes the cell 'gru'"):
             fused_rnn.onnx.export(make("gru"), (batch(module),), verbose=False)
     with pytest.raises(NotImplementedError, match="PackedSequence cannot be exported to ONNX"):
         fused_rnn.onnx.export(_Packed().eval(), (torch.randn(7, IN), torch.tensor([4, 2, 1])), verbose=False)
     with pytest.raises(NotImplementedError, match="lengths cannot be exported to ONNX"):
         fused_rnn.onnx.export(make("lstm"), (batch(module),), kwargs={"lengths": torch.tensor([2, 6, 1])}, verbose=False)
-    with pytest.raises(ValueError, match="dynamo: expected True, got False"):
-        fused_rnn.onnx.export(module, (batch(module),), dynamo=False)
 
 
 def test_onnx_without_onnxscript(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +294,6 @@ def test_jit_trace(case: str) -> None:
     """For every size, stored and loaded, and trained."""
     module = make(case)
     with warnings.catch_warnings():
-        # pytest has dropped the package's filter; the test below sees what users see.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         traced = torch.jit.trace(module, (batch(module),))
     stored = io.BytesIO()

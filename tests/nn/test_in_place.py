@@ -139,11 +139,11 @@ def test_batch_first_takes_the_plain_backward(name: str, monkeypatch: pytest.Mon
     """The results change places in place, which is no change of their values: nothing is computed once more."""
     module, x = getattr(fused_rnn, name)(3, 4, 2, bidirectional=True, batch_first=True), torch.randn(2, 5, 3)
     expected = torch.autograd.grad(module(x)[0].square().sum(), list(module.parameters()))
-    from fused_rnn.graph import autograd
+    from fused_rnn.graph import functions
 
     calls: list[Any] = []
-    general = autograd._back_in_general
-    monkeypatch.setattr(autograd, "_back_in_general", lambda *arguments: calls.append(arguments) or general(*arguments))
+    general = functions._back_in_general
+    monkeypatch.setattr(functions, "_back_in_general", lambda *arguments: calls.append(arguments) or general(*arguments))
     out = module(x)[0]
     torch.testing.assert_close(torch.autograd.grad(out.square().sum(), list(module.parameters())), expected)
     assert not calls

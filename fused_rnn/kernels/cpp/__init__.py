@@ -157,11 +157,9 @@ class _Cpp:
         assert d_gates is not None
         return grads[: len(wanted)], d_gates
 
-    def loop_gradients(
-        self, cell: Cell, steps: Sequence[StepOperands], weights: Weights, wanted: Sequence[bool]
-    ) -> Sequence[Tensor | None]:
+    def loop_gradients(self, cell: Cell, steps: Sequence[StepOperands], wanted: Sequence[bool]) -> Sequence[Tensor | None]:
         """Sum the gradients of the weights over single steps."""
-        return _C.loop_gradients(cell.name, steps, weights, wanted, torch.get_num_threads())
+        return _C.loop_gradients(cell.name, steps, wanted, torch.get_num_threads())
 
 
 def load() -> _Cpp:
