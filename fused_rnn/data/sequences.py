@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fused_rnn.data import torch_private
 from fused_rnn.data.steps import Steps, mapped
 
 # The kernels walk one set of steps.
@@ -73,7 +74,7 @@ class Ragged:
     def scatter(self, rows: Tensor, count: int) -> Tensor:
         """The matrix of ``count`` positions that has these rows, and zero elsewhere."""
         padded = rows.new_zeros(count, rows.shape[1])
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if not torch.compiler.is_compiling() and torch_private.transforms_active():
             # vmap has no rule of its own for index_copy_, and warns of it.
             return padded.index_put_((self.positions,), rows)
         return padded.index_copy_(0, self.positions, rows)

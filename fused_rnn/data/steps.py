@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fused_rnn.data import torch_private
+
 
 def unwrapped(tensor: Tensor) -> Tensor:
     """The tensor inside the wrappers of torch.func: sizes have no derivative, and a wrapper must not outlive its transform."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
+    while torch_private.is_wrapped(tensor):
+        tensor = torch_private.inner(tensor)
     return tensor
 
 
@@ -19,11 +21,11 @@ def mapped(tensor: Tensor) -> bool:
     """Whether torch.func.vmap maps over a tensor, at whatever depth of its wrappers: then it has no one set of values."""
     if torch.compiler.is_compiling():
         # Dynamo knows this question alone.
-        return torch._C._functorch.is_batchedtensor(tensor)
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        if torch._C._functorch.is_batchedtensor(tensor):
+        return torch_private.is_mapped(tensor)
+    while torch_private.is_wrapped(tensor):
+        if torch_private.is_mapped(tensor):
             return True
-        tensor = torch._C._functorch.get_unwrapped(tensor)
+        tensor = torch_private.inner(tensor)
     return False
 
 
@@ -51,7 +53,7 @@ class Steps:
         """The steps of a PackedSequence: rows of all steps one after another, without gaps."""
         batch_sizes = unwrapped(batch_sizes)
         # What torch computes inside torch.func would be wrapped again.
-        with torch._C._DisableFuncTorch():
+        with torch_private.WithoutTransforms():
             offsets = torch.zeros_like(batch_sizes)
             torch.cumsum(batch_sizes[:-1], 0, out=offsets[1:])
             return Steps(len(batch_sizes), int(batch_sizes[0]) if batch is None else batch, batch_sizes, offsets)
@@ -80,14 +82,14 @@ class Steps:
         """The steps of a batch in which every sequence stands ``size`` times, one beside the other."""
         if self.batch_sizes is None or self.offsets is None:
             return Steps(self.length, self.batch * size)
-        with torch._C._DisableFuncTorch():
+        with torch_private.WithoutTransforms():
             return Steps(self.length, self.batch * size, self.batch_sizes * size, self.offsets * size)
 
     def divided(self, size: int) -> Steps:
         """What ``times`` with this size was called on."""
         if self.batch_sizes is None or self.offsets is None:
             return Steps(self.length, self.batch // size)
-        with torch._C._DisableFuncTorch():
+        with torch_private.WithoutTransforms():
             return Steps(self.length, self.batch // size, self.batch_sizes // size, self.offsets // size)
 
 

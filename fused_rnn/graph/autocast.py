@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from fused_rnn.data import torch_private
 from fused_rnn.data.cell import Cell, Weights
 
 P = ParamSpec("P")
@@ -24,7 +25,7 @@ _CONVERTED = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 def _on(device: torch.device) -> bool:
     # torch knows no autocast for meta tensors and raises when asked.
-    return torch._C._is_any_autocast_enabled() and device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch_private.any_autocast() and device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def converts(*tensors: Tensor) -> bool:
@@ -79,7 +80,7 @@ def without(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def outside(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch._C._is_any_autocast_enabled():
+        if not torch_private.any_autocast():
             return function(*args, **kwargs)
         with ExitStack() as stack:
             for device in ("cpu", "cuda"):

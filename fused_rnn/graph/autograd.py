@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from fused_rnn.data import torch_private
 from fused_rnn.data.cell import Cell, Weights
 from fused_rnn.data.steps import Steps
 from fused_rnn.graph import autocast, derivatives, operators
@@ -51,7 +51,7 @@ def layer(
         RuntimeError, NotImplementedError: if no backend can run; see ``fused_rnn.kernels.dispatch.choose``.
     """
     weight = weights[0].hh
-    if forward_ad._current_level >= 0 and torch._C._len_torch_dispatch_stack() > 0:
+    if torch_private.forward_mode() and torch_private.dispatch_modes() > 0:
         # torch.func.linearize traces the tangents: it has to see operations of torch.
         return derivatives.plain(cell, input, steps, states, weights, reverse, reset, cell_states, step)
     if operators.traced(input, weight):
@@ -74,15 +74,15 @@ def layer(
 
 def _functionalized() -> bool:
     """Whether torch.func.functionalize is one of the transforms of this call."""
-    if not torch._C._are_functorch_transforms_active():
+    if not torch_private.transforms_active():
         return False
-    functionalize = torch._C._functorch.TransformType.Functionalize
-    return any(each.key() == functionalize for each in torch._C._functorch.get_interpreter_stack() or ())
+    functionalize = torch_private.Transform.Functionalize
+    return any(each.key() == functionalize for each in torch_private.interpreter_stack() or ())
 
 
 def eager_backend(cell: Cell, input: Tensor, weight: Tensor) -> Backend | None:
     """The backend of a call that nothing but its kernels is to see, and that has work for them; None for any other."""
-    if operators.traced(input, weight) or transformed() or torch._C._is_any_autocast_enabled():
+    if operators.traced(input, weight) or transformed() or torch_private.any_autocast():
         return None
     if input.is_meta or input.numel() == 0 or weight.numel() == 0:
         return None
@@ -143,7 +143,7 @@ def eager_layer(
 def overrides(tensor: Tensor) -> bool:
     """Whether a tensor is of a class that wants to see, or to be the class of, what is computed from it."""
     override = type(tensor).__torch_function__
-    return type(tensor) is not Tensor and override is not torch._C._disabled_torch_function_impl
+    return type(tensor) is not Tensor and override is not torch_private.no_torch_function
 
 
 def layer_in_autocast(

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fused_rnn.data import torch_private
 from fused_rnn.kernels.protocol import Layer
 
 # What a tensor's dimensions are: ROWS (R, ·), STATES (D, N, ·) or (T, N, ·), and WHOLE for what has no batch.
@@ -171,7 +172,7 @@ def backward_rule(
 def mapped_by_autograd(grads: Sequence[Any]) -> bool:
     """Whether ``torch.autograd.grad`` maps a backward, by ``is_grads_batched``: with tensors of an older vmap."""
     for grad in grads:  # noqa: SIM110 — half the time of any()
-        if grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad):
+        if grad is not None and torch_private.is_mapped_by_autograd(grad):
             return True
     return False
 
@@ -184,12 +185,12 @@ def through_vmap(backward: Callable[..., Sequence[Any]], grads: Sequence[Any]) -
     Returns:
         what ``backward`` returns, or None where nothing of the kind is among ``grads``.
     """
-    mapped = [i for i, grad in enumerate(grads) if grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)]
+    mapped = [i for i, grad in enumerate(grads) if grad is not None and torch_private.is_mapped_by_autograd(grad)]
     if not mapped:
         return None
     # A thread of the autograd engine does not know the level; maps of this kind are not nested.
-    level = max(1, torch._C._vmapmode_increment_nesting() - 1)
-    torch._C._vmapmode_decrement_nesting()
+    level = max(1, torch_private.enter_map() - 1)
+    torch_private.leave_map()
     found: list[int] = []
     count: list[int] = []
 
@@ -202,9 +203,9 @@ def through_vmap(backward: Callable[..., Sequence[Any]], grads: Sequence[Any]) -
         count.append(len(results))
         return tuple(results[i] for i in found)
 
-    plain = [torch._remove_batch_dim(grads[i], level, 0, 0) for i in mapped]
+    plain = [torch_private.remove_map(grads[i], level, 0, 0) for i in mapped]
     results = torch.func.vmap(one)(*plain)
     wrapped: list[Any] = [None] * count[0]
     for i, result in zip(found, results, strict=True):
-        wrapped[i] = torch._add_batch_dim(result, 0, level)
+        wrapped[i] = torch_private.add_map(result, 0, level)
     return tuple(wrapped)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fused_rnn.data import torch_private
 from fused_rnn.data.cell import Cell, Weights, initial_states
 from fused_rnn.data.steps import Steps
 from fused_rnn.graph import batching
@@ -25,7 +26,7 @@ from fused_rnn.kernels.protocol import COMPUTE, Layer, LayerCall, States
 
 def transformed() -> bool:
     """Whether a transform of torch.func is active, or a level of forward-mode differentiation."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch_private.transforms_active() or torch_private.forward_mode()
 
 
 def _pull(

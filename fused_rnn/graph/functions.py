@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_rnn.data import torch_private
 from fused_rnn.data.cell import Weights
 from fused_rnn.graph import autocast, batching, derivatives, saved
 from fused_rnn.graph.batch_first import turned_back
@@ -30,8 +31,8 @@ from fused_rnn.kernels.weight_gradients import operand_of
 
 def applied(function: type[torch.autograd.Function], call: Layer | BackwardCall, *operands: Tensor | None) -> tuple[Any, ...]:
     """As ``function.apply``; a tensor may have left a transform that has ended."""
-    if not torch._C._are_functorch_transforms_active():
-        operands = tuple([None if each is None else torch._C._functorch.unwrap_if_dead(each) for each in operands])
+    if not torch_private.transforms_active():
+        operands = tuple([None if each is None else torch_private.inner_if_dead(each) for each in operands])
     results: tuple[Any, ...] = function.apply(call, *operands)  # type: ignore[no-untyped-call]
     return results
 
@@ -197,7 +198,7 @@ def _is_special(ctx: Any, d_outputs: Sequence[Tensor | None]) -> bool:
         or kept.inside_transform
         or kept.output_changed()
         or transformed()
-        or torch._C._is_any_autocast_enabled()
+        or torch_private.any_autocast()
         or batching.mapped_by_autograd(d_outputs)
     )
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_rnn.data import torch_private
 from fused_rnn.data.cell import Cell, Weights
 from fused_rnn.kernels.protocol import GateBackend, LayerCall, StepOperands
 
@@ -93,7 +94,7 @@ class Left:
 
     def of_this_run(self) -> _Sums:
         """The sums of the run of the backward that calls."""
-        run = torch._C._current_graph_task_id()
+        run = torch_private.backward_run()
         sums = self.by_run.get(run)
         if sums is None:
             sums = self.by_run[run] = _Sums(self.cell, self.wanted, self.backend)
@@ -101,7 +102,7 @@ class Left:
 
     def take(self) -> _Sums | None:
         """The same, at its end; None if no step left anything."""
-        return self.by_run.pop(torch._C._current_graph_task_id(), None)
+        return self.by_run.pop(torch_private.backward_run(), None)
 
 
 class Loop:

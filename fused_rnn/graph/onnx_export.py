@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn.cells import GRU, GRU_RESET_BEFORE, LSTM, RNN_RELU, RNN_TANH
+from fused_rnn.data import torch_private
 from fused_rnn.data.cell import Cell, Weights
 from fused_rnn.data.steps import Steps
 from fused_rnn.kernels.protocol import States
@@ -64,7 +65,7 @@ def wanted() -> bool:
     # Before torch 2.8, fused_rnn.onnx translates the operator instead.
     if not torch.onnx.is_in_onnx_export():
         return False
-    return torch._C._is_tracing() or (hasattr(torch.onnx, "ops") and hasattr(torch.onnx.ops, "symbolic_multi_out"))
+    return torch_private.jit_tracing() or (hasattr(torch.onnx, "ops") and hasattr(torch.onnx.ops, "symbolic_multi_out"))
 
 
 def layer(

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn.cells import named
-from fused_rnn.data import sequences
+from fused_rnn.data import sequences, torch_private
 from fused_rnn.data.cell import Cell, Weights, initial_states
 from fused_rnn.data.sequences import Ragged
 from fused_rnn.data.steps import Steps
@@ -58,10 +58,10 @@ def traced(input: Tensor, weight: Tensor) -> bool:
     return (
         # What traces without Dynamo does it by a mode.
         torch.compiler.is_dynamo_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or torch_private.dispatch_modes() > 0
         or type(input).__torch_dispatch__ is not _plain
         or type(weight).__torch_dispatch__ is not _plain
-        or torch._C._is_tracing()
+        or torch_private.jit_tracing()
     )
 
 

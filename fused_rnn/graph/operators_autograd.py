@@ -15,7 +15,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from fused_rnn.cells import named
-from fused_rnn.data import sequences
+from fused_rnn.data import sequences, torch_private
 from fused_rnn.graph import derivatives, saved
 from fused_rnn.graph.batching import BackwardCall
 from fused_rnn.graph.operators import library, spread, steps_of
@@ -34,8 +34,8 @@ class _Forward(torch.autograd.Function):
         cell_name, count, present, reverse, keep, cell_states = call
         input, states, weights = tensors[0], tensors[1 : 1 + count], tensors[1 + count :]
         # A Function runs its forward without gradients, but an outer transform of torch.func records what happens here.
-        outer = torch._C._are_functorch_transforms_active()
-        with torch._C._AutoDispatchBelowAutograd(), torch.set_grad_enabled(outer):
+        outer = torch_private.transforms_active()
+        with torch_private.BelowAutograd(), torch.set_grad_enabled(outer):
             return tuple(_forward(cell_name, input, states, weights, present, batch_sizes, reset, reverse, keep, cell_states))
 
     @staticmethod
@@ -121,12 +121,12 @@ def _forward_recorded(
 ) -> list[Tensor]:
     into = (input, *states, *weights)
     # torch keeps no public count of the levels, and unpack_dual raises outside of one.
-    if forward_ad._current_level >= 0 and any(_tangent(tensor) is not None for tensor in into):
+    if torch_private.forward_mode() and any(_tangent(tensor) is not None for tensor in into):
         raise NotImplementedError("fused_rnn's operators have no forward mode (jvp); call the module outside of torch.compile")
     call = (cell_name, len(states), present, reverse, keep, cell_states)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in into):
         return _apply(_Forward, call, batch_sizes, reset, *into)
-    with torch._C._AutoDispatchBelowAutograd():
+    with torch_private.BelowAutograd():
         outputs: list[Tensor] = _forward(
             cell_name, input, states, weights, present, batch_sizes, reset, reverse, keep, cell_states
         )
@@ -150,9 +150,9 @@ class _Backward(torch.autograd.Function):
 def _backward_recorded(keyset: Any, *arguments: Any) -> list[Tensor]:
     def call() -> list[Tensor]:
         # Not below autograd as the forward: the reference backend differentiates its equations with it.
-        outer = torch._C._are_functorch_transforms_active()
+        outer = torch_private.transforms_active()
         with torch.set_grad_enabled(outer):
-            grads: list[Tensor] = _backward.default.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+            grads: list[Tensor] = _backward.default.redispatch(keyset & torch_private.keys_after_autograd, *arguments)
         return grads
 
     flat = [leaf for argument in arguments for leaf in (argument if isinstance(argument, list) else [argument])]

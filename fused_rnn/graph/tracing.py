@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch.autograd import forward_ad
+
+from fused_rnn.data import torch_private
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -23,10 +24,10 @@ def quietly(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def quiet(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling() or not torch._C._is_tracing():
+        if torch.compiler.is_compiling() or not torch_private.jit_tracing():
             return function(*args, **kwargs)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", torch.jit._trace.TracerWarning)
+            warnings.simplefilter("ignore", torch_private.TracerWarning)
             return function(*args, **kwargs)
 
     return quiet
@@ -42,7 +43,7 @@ def exporting() -> bool:
 
 def refuse_traced_tangents() -> None:
     """Raise under torch.func.linearize: its trace needs operations that have tangents, and those need the values of lengths."""
-    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+    if torch_private.forward_mode() and not torch.compiler.is_compiling():
         raise NotImplementedError(
             "fused_rnn: a trace of tangents (torch.func.linearize) does not know the values of lengths and batch_sizes; "
             "use torch.func.jvp"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn.data import sequences
+from fused_rnn.data import sequences, torch_private
 from fused_rnn.data.cell import Cell, Weights, initial_states
 from fused_rnn.data.steps import Steps
 from fused_rnn.graph import autograd, operators
@@ -52,7 +52,7 @@ def step(cell: Cell, input: Tensor, weights: Weights, states: States | None) -> 
     run: Callable[..., Outputs] = autograd.layer
     if backend is not None:
         run = partial(autograd.eager_layer, backend)
-    elif torch._C._is_any_autocast_enabled():
+    elif torch_private.any_autocast():
         run = partial(autograd.layer_in_autocast, False)
         if states is None:
             states = tuple([state.squeeze(0) for state in initial_states(cell, input, 1, steps.batch, weights)])
@@ -278,7 +278,7 @@ def _layers(
     run: Callable[..., Outputs] = autograd.layer
     if backend is not None:
         run = partial(autograd.eager_layer, backend)
-    elif torch._C._is_any_autocast_enabled():
+    elif torch_private.any_autocast():
         run = partial(autograd.layer_in_autocast, as_dense)
         if states is None:
             # They have the dtype of the module's input, whatever its layers compute in.

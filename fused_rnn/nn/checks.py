@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn.data import sequences
+from fused_rnn.data import sequences, torch_private
 from fused_rnn.data.cell import Cell, Weights
 from fused_rnn.data.steps import mapped
 from fused_rnn.graph import autocast
@@ -64,7 +64,7 @@ def check_input(input: Tensor, weight: Tensor, rank: int) -> None:
         RuntimeError: if the input has another rank or another number of features.
         NotImplementedError: if the dtype is none of DTYPES.
     """
-    if input.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
+    if input.dtype != weight.dtype and not torch_private.any_autocast():
         raise ValueError(
             f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
             f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
