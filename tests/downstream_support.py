@@ -1,0 +1,122 @@
+"""Runs a program of others twice, with torch.nn and converted, from the same seeds, and compares all that came out."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import random
+from collections import Counter
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, TypeVar
+
+import numpy
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.rnn import RNNCellBase
+
+import fused_rnn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# Both runs are in float32, where a right result may differ by a few roundings of 6e-8 in every product. The loops of training
+# add them up, and an optimizer divides small gradients by their own size; some steps of that stay under these bounds. A state,
+# a gate or a gradient that went wrong shows in the second or third digit.
+RTOL, ATOL = 1e-4, 1e-5
+
+
+def package(name: str) -> ModuleType:
+    """Import a package, or skip the file where it is not installed. One that is installed and does not import is an error."""
+    if importlib.util.find_spec(name.partition(".")[0]) is None:
+        pytest.skip(f"{name} is not installed here; make test-downstream installs it", allow_module_level=True)
+    return importlib.import_module(name)
+
+
+def _recurrent(module: nn.Module) -> bool:
+    return isinstance(module, (nn.RNNBase, RNNCellBase))
+
+
+def _fused(module: nn.Module) -> bool:
+    # A parametrized module has a class made at run time, over the one that it had.
+    return any(cls.__module__.startswith("fused_rnn.") for cls in type(module).__mro__)
+
+
+class Swap:
+    """What a program calls with each model that it built, before it runs it; in the first run it changes nothing."""
+
+    def __init__(self, convert: bool) -> None:
+        self.convert = convert
+        self.models: list[nn.Module] = []
+        self.before: list[dict[str, Tensor]] = []
+        self.calls: Counter[bool] = Counter()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Swap:
+        """Itself: libraries copy the arguments of models, and all copies report here."""
+        return self
+
+    def __call__(self, model: Model) -> Model:
+        """Convert ``model``, all of it, or leave it to torch.nn."""
+        assert any(map(_recurrent, model.modules())), "there is nothing to convert"
+        if self.convert:
+            report: list[fused_rnn.Conversion] = []
+            fused_rnn.convert(model, report)
+            assert not [str(one) for one in report if one.reason is not None]
+        self.models.append(model)
+        self.before.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+        return model
+
+    def _count(self, module: nn.Module, _: Any) -> None:
+        if _recurrent(module):
+            self.calls[_fused(module)] += 1
+
+    def run(self, program: Callable[[Swap], dict[str, Any]]) -> dict[str, Any]:
+        """What ``program`` returns, and the parameters of its models as they are after it."""
+        random.seed(0)
+        numpy.random.seed(0)
+        torch.manual_seed(0)
+        hook = nn.modules.module.register_module_forward_pre_hook(self._count)
+        try:
+            results = dict(program(self))
+        finally:
+            hook.remove()
+        assert self.calls[self.convert], "no recurrent module was called"
+        assert not self.calls[not self.convert], "a recurrent module of the other run was called"
+        for place, model in enumerate(self.models):
+            for name, parameter in model.named_parameters():
+                results[f"model {place}: {name}"] = parameter.detach().clone()
+        return results
+
+    def assert_trained(self) -> None:
+        """Every recurrent weight that asks for gradients is another one than when the model was built."""
+        for model, before in zip(self.models, self.before, strict=True):
+            for path, module in model.named_modules():
+                if not _recurrent(module):
+                    continue
+                for name, parameter in module.named_parameters(prefix=path):
+                    assert not parameter.requires_grad or not torch.equal(parameter, before[name]), f"{name} was not trained"
+
+
+def assert_same(program: Callable[[Swap], dict[str, Any]], *, trains: bool = True) -> None:
+    """Run ``program`` with torch.nn and converted, and compare what it returns and its models' parameters after it.
+
+    Args:
+        program: takes a ``Swap``, calls it with every model that it builds, and returns named tensors, arrays and numbers.
+        trains: whether the recurrent weights must be others at the end.
+
+    Raises:
+        AssertionError: if a result differs or is not finite, or if the wrong recurrent modules were called.
+    """
+    plain, fused = Swap(convert=False), Swap(convert=True)
+    expected, actual = plain.run(program), fused.run(program)
+    assert expected.keys() == actual.keys()
+    for name, value in expected.items():
+        tensor = torch.as_tensor(value)
+        assert tensor.isfinite().all(), f"{name}: {tensor}"
+        torch.testing.assert_close(
+            torch.as_tensor(actual[name]), tensor, rtol=RTOL, atol=ATOL, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    if trains:
+        plain.assert_trained()
+        fused.assert_trained()
+    assert fused.calls[True] == plain.calls[False], "the programs took different ways"
