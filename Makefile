@@ -16,13 +16,14 @@ CXX         ?= g++
 VENV  := .venv
 RUN   := $(VENV)/bin/python
 READY := $(VENV)/ready
+DOWNSTREAM := .venv-downstream
 CSRC  := $(wildcard csrc/*.* csrc/*/*.*)
 CPP   := $(filter %.h %.hpp %.inl %.cpp,$(CSRC)) $(wildcard tests/cpp/*.h tests/cpp/*.cpp)
 PY    := fused_rnn tests benchmarks setup.py
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: demo test test-extended bench lint format sanitize setup clean help
+.PHONY: demo test test-extended test-downstream bench lint format sanitize setup clean help
 
 demo: setup ## train the language model with torch.nn and with fused_rnn
 	$(RUN) -m benchmarks.training.language_model $(ARGS)
@@ -35,6 +36,20 @@ test: setup ## run the tests
 test-extended: setup ## draw some thousand mixtures of arguments, some hundred Triton kernels (half an hour)
 	FUSED_RNN_TRITON_DRAWN=100 $(RUN) -m pytest -n $(WORKERS) tests/kernels/test_properties.py tests/kernels/test_triton_sm80.py \
 		tests/kernels/test_triton_sm90.py --hypothesis-profile extended $(TESTS)
+
+test-downstream: $(DOWNSTREAM)/ready ## train programs of others with torch.nn and with fused_rnn
+	$(DOWNSTREAM)/bin/python -m pytest $(or $(TESTS),tests/downstream)
+
+# An environment beside .venv that reads what .venv has, torch above all, and adds what the tests of others' programs need. pip
+# counts what it finds there as installed, fused_rnn too, and leaves it alone; torch is named, so that no other one comes along.
+$(DOWNSTREAM)/ready: pyproject.toml | setup
+	@echo "make: installing the programs of others in $(DOWNSTREAM)" >&2
+	$(RUN) -m venv --clear --without-pip $(DOWNSTREAM)
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	$(RUN) -c "$$site" >"$$($(DOWNSTREAM)/bin/python -c "$$site")/venv.pth"
+	$(RUN) -m pip --python $(DOWNSTREAM)/bin/python install --disable-pip-version-check 'fused_rnn[downstream]' \
+		"torch==$$($(RUN) -c 'import torch; print(torch.__version__)')"
+	@touch $@
 
 bench: setup ## print the benchmark's table
 	$(RUN) -m benchmarks $(ARGS)
@@ -111,7 +126,7 @@ endef
 $(foreach isa,$(ISAS),$(foreach kind,memory threads,$(eval $(call SANITIZE_RULE,$(kind),$(isa)))))
 
 clean: ## remove what was built, .venv included
-	rm -rf $(VENV) build dist *.egg-info fused_rnn/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks benchmarks/out
+	rm -rf $(VENV) $(DOWNSTREAM) build dist *.egg-info fused_rnn/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks benchmarks/out
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "  %-20s %s\n", $$1, $$2 }'
