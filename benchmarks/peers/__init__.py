@@ -27,6 +27,7 @@ def peers(backend: str | None = None) -> dict[str, Peer]:
         fused.peer("reference", "reference"),
         fused.peer("triton", "triton"),
         torch_nn.COMPILED,
+        torch_nn.ALLOWED,
         cell_loop.PEER,
         cell_loop.COMPILED,
         jax_scan.PEER,
