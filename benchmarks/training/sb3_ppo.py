@@ -31,6 +31,7 @@ import torch
 
 import fused_rnn
 from benchmarks.json_file import write_rows
+from benchmarks.results import cpu_model
 from benchmarks.training import job
 from benchmarks.training.command import Parser, add_out, number, size
 from benchmarks.training.report import environment
@@ -132,7 +133,9 @@ def rows_of(options: argparse.Namespace, found: Sequence[dict[str, Agent]], load
     common = {
         "job": NAME,
         "task": "",
-        "title": f"sb3-contrib RecurrentPPO, recall: lstm, hidden {options.hidden}; a step is an update, in CPU time",
+        # The machine is said here, since the others' figures may be of another one.
+        "title": f"sb3-contrib RecurrentPPO, recall: lstm, hidden {options.hidden}; a step is an update, in CPU time on "
+        f"{cpu_model()}, {options.threads} thread{'s' * (options.threads > 1)}",
         "settings": job.settings_of(options),
         **environment(),
         "load_at_start": load[0],
