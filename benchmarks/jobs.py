@@ -17,6 +17,7 @@ JOBS: dict[str, tuple[str, str, str]] = {
     "tagger": ("accuracy", "accuracy", ".1%"),
     "classifier": ("accuracy", "accuracy", ".1%"),
     "adding": ("held_out_loss", "squared error", ".1e"),
+    "sb3_ppo": ("reward", "reward", ".2f"),
 }
 _BASE, _OURS = "torch.nn", "fused_rnn"
 

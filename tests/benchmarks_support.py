@@ -10,7 +10,9 @@ from rich.console import Console
 from benchmarks import report, results, timing
 from benchmarks.cases import CELLS, Case, Shape
 from benchmarks.floors import Floors
-from benchmarks.peers import onnx_runtime, torch_nn
+from benchmarks.gate import Gate
+from benchmarks.peers import onnx_runtime, peers, torch_nn
+from benchmarks.problem import Problem
 from benchmarks.suite import Listener, Plan, Suite
 
 TINY = Shape(2, 3, 4, 5, "test")
@@ -58,3 +60,12 @@ def rendered(found, width=150):
     stream = io.StringIO()
     report.print_results(found, Console(file=stream, width=width))
     return stream.getvalue()
+
+
+def assert_right(name, case):
+    peer, problem = peers()[name], Problem(case)
+    gate = Gate(problem, case.training)
+    provider = peer.prepare(problem, case, 1)
+    with torch.set_grad_enabled(case.training), provider.scope(), problem.seeded():
+        verdict = gate.judge(problem.named(provider.tensors(provider.step())))
+    assert verdict.passed, str(verdict)

@@ -5,16 +5,15 @@ import sys
 
 import pytest
 import torch
-from benchmarks_support import OURS, TINY, no_pause, run, tiny_cases  # noqa: F401, a fixture for every test
+from benchmarks_support import OURS, TINY, assert_right, no_pause, run, tiny_cases  # noqa: F401, a fixture for every test
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from benchmarks import memory
 from benchmarks.cases import CELLS, ITEM_BYTES, Case, Shape, parse_shape
 from benchmarks.floors import Floors
 from benchmarks.fma import fma_rate
-from benchmarks.gate import Gate
 from benchmarks.lengths import WORDS, lengths
-from benchmarks.peers import cell_loop, compiling, peers, torch_nn
+from benchmarks.peers import cell_loop, peers, torch_nn
 from benchmarks.problem import Problem
 from benchmarks.sets import SETS, select
 
@@ -158,15 +157,6 @@ def test_traffic_counts_every_byte_once():
 # Peers
 
 
-def assert_right(name, case):
-    peer, problem = peers()[name], Problem(case)
-    gate = Gate(problem, case.training)
-    provider = peer.prepare(problem, case, 1)
-    with torch.set_grad_enabled(case.training), provider.scope(), problem.seeded():
-        verdict = gate.judge(problem.named(provider.tensors(provider.step())))
-    assert verdict.passed, str(verdict)
-
-
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("name", ["ours", "torch", "loop"])
 @pytest.mark.parametrize("mode", ["training", "inference"])
@@ -254,43 +244,6 @@ def test_a_peer_without_its_library_says_how_to_get_it(monkeypatch):
 def test_the_compiled_loop_refuses_to_unroll_forever():
     case = Case("gru", Shape(2, cell_loop.MOST_UNROLLED + 1, 3, 4, "test"), "training")
     assert "unrolls" in cell_loop.COMPILED.refuses(case)
-
-
-@pytest.mark.skipif(compiling.unavailable() is not None, reason=str(compiling.unavailable()))
-@pytest.mark.parametrize(
-    ("cell", "mode", "options"),
-    [
-        ("lstm", "inference", {}),
-        ("gru", "inference", {"bidirectional": True}),
-        ("lstm", "inference", {"resets": 2}),
-        ("rnn", "training", {}),
-    ],
-)
-def test_layers_allowed_under_torch_compile_are_compiled_and_compute_the_same(cell, mode, options):
-    torch._dynamo.utils.counters.clear()
-    assert_right("torch-allow-rnn", Case(cell, Shape(2, 2, 4, 5, "test"), mode, **options))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert not torch._dynamo.config.allow_rnn
-
-
-@pytest.mark.parametrize(
-    ("options", "steps", "reason"),
-    [
-        ({}, torch_nn.MOST_UNROLLED + 1, "unrolls"),
-        ({"ragged": True}, 3, "PackedSequence"),
-        ({"padded": True}, 3, "PackedSequence"),
-        ({"loop": "cell"}, 3, "cells"),
-        ({"num_layers": 2, "dropout": 0.5}, 3, "dropout"),
-    ],
-    ids=str,
-)
-def test_layers_allowed_under_torch_compile_refuse(options, steps, reason):
-    assert reason in torch_nn.ALLOWED.refuses(Case("gru", Shape(2, steps, 3, 4, "test"), "training", **options))
-
-
-def test_resets_are_compiled_for_one_step():
-    shape = Shape(2, torch_nn.MOST_UNROLLED + 1, 3, 4, "test")
-    assert torch_nn.ALLOWED.refuses(Case("gru", shape, "training", resets=4)) is None
 
 
 def test_what_a_peer_takes_to_compile_is_a_figure_of_its_own():
