@@ -45,6 +45,7 @@ LONGEST = (
     "test_benchmarks_gpu.py",
 )
 CPU_BACKENDS = [name for name, status in fused_rnn.backends().items() if status.available and "cpu" in status.devices]
+KERNELS = [(name, isa) for name in CPU_BACKENDS for isa in (ISAS if name == "cpp" else [""])]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -60,6 +61,19 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.set_isa(request.param)
     yield request.param
     _C.set_isa(before)
+
+
+@pytest.fixture(params=KERNELS, ids=lambda kernels: "-".join(filter(None, kernels)))
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test on every backend that is available on the CPU, and on every instruction set of the extension."""
+    name, isa = request.param
+    before = _C.isa() if isa else ""
+    if isa:
+        _C.set_isa(isa)
+    with fused_rnn.backend(name):
+        yield name
+    if isa:
+        _C.set_isa(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

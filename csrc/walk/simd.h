@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 #if defined(__AVX2__)
@@ -64,8 +65,8 @@ struct Simd<float> {
   static constexpr float kLn2High = 0.693359375f;
   static constexpr float kLn2Low = -2.12194440e-4f;
 #endif
-  // e^-80 and e^80 are normal numbers, and 1 / (1 + e^80) is too; a sigmoid beyond is 0 or 1 to within 2e-35.
-  static constexpr float kLimit = 80.0f;
+  // e^x has a scale up to here; sigmoid(-88) is no normal number any more, and comes out as 0.
+  static constexpr float kLimit = 88.0f;
   // (e^r - 1 - r) / r^2 on |r| <= ln(2) / 2, interpolated at the Chebyshev nodes; relative error of e^r 1.0e-8.
   static constexpr int kDegree = 4;
   static constexpr float kExpm1[kDegree + 1] = {0.5f, 0.16666576845993976f, 0.041666554437685939f, 0.0083632029715758549f,
@@ -83,7 +84,7 @@ struct Simd<double> {
   static constexpr double kLog2e = 1.4426950408889634;
   static constexpr double kLn2High = 6.93145751953125e-1;
   static constexpr double kLn2Low = 1.42860682030941723212e-6;
-  static constexpr double kLimit = 700.0;
+  static constexpr double kLimit = 709.0;  // sigmoid(-709) is 0 in the same way
   // As above; relative error of e^r 2.3e-19.
   static constexpr int kDegree = 10;
   static constexpr double kExpm1[kDegree + 1] = {0.5,
@@ -219,37 +220,80 @@ inline void transpose(Vec<T>* rows) {
 [[gnu::always_inline]] inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 [[gnu::always_inline]] inline void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 2); }
 
-// Limits x to [-limit, limit]. NaN stays: a comparison with it is false.
+// x, but not below (not above) the limit. NaN stays: a comparison with it is false.
 // x86's minimum and maximum give their second operand then; written as a comparison, each would be two instructions.
 template <class T>
-inline Vec<T> clamp(Vec<T> x, T limit) {
-  const Vec<T> high = broadcast<T>(limit), low = broadcast<T>(-limit);
+inline Vec<T> at_least(Vec<T> x, T limit) {
+  const Vec<T> low = broadcast<T>(limit);
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
-    const __m512 raised = _mm512_maskz_max_ps(0xffff, reinterpret_cast<__m512>(low), reinterpret_cast<__m512>(x));
-    return reinterpret_cast<Vec<T>>(_mm512_maskz_min_ps(0xffff, reinterpret_cast<__m512>(high), raised));
+    return reinterpret_cast<Vec<T>>(_mm512_maskz_max_ps(0xffff, reinterpret_cast<__m512>(low), reinterpret_cast<__m512>(x)));
   }
 #elif defined(__AVX2__)
   if constexpr (sizeof(T) == 4) {
-    const __m256 raised = _mm256_max_ps(reinterpret_cast<__m256>(low), reinterpret_cast<__m256>(x));
-    return reinterpret_cast<Vec<T>>(_mm256_min_ps(reinterpret_cast<__m256>(high), raised));
+    return reinterpret_cast<Vec<T>>(_mm256_max_ps(reinterpret_cast<__m256>(low), reinterpret_cast<__m256>(x)));
   }
 #endif
-  x = x < low ? low : x;
+  return x < low ? low : x;
+}
+
+template <class T>
+inline Vec<T> at_most(Vec<T> x, T limit) {
+  const Vec<T> high = broadcast<T>(limit);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return reinterpret_cast<Vec<T>>(_mm512_maskz_min_ps(0xffff, reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(x)));
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    return reinterpret_cast<Vec<T>>(_mm256_min_ps(reinterpret_cast<__m256>(high), reinterpret_cast<__m256>(x)));
+  }
+#endif
   return x > high ? high : x;
 }
 
-// 1 / x for normal x whose reciprocal is normal.
+// The magnitude of `x` with the sign of `signs`, and -|x|. NaN and zeros have signs too.
+template <class T>
+inline Vec<T> with_sign(Vec<T> x, Vec<T> signs) {
+  using Int = typename Simd<T>::Int;
+  const Int sign = reinterpret_cast<Int>(broadcast<T>(T(-0.0)));
+  return reinterpret_cast<Vec<T>>((reinterpret_cast<Int>(x) & ~sign) | (reinterpret_cast<Int>(signs) & sign));
+}
+
+template <class T>
+inline Vec<T> negative(Vec<T> x) {
+  using Int = typename Simd<T>::Int;
+  return reinterpret_cast<Vec<T>>(reinterpret_cast<Int>(x) | reinterpret_cast<Int>(broadcast<T>(T(-0.0))));
+}
+
+// 1 / x for x >= 1, and 0 where that would be no normal number.
 template <class T>
 inline Vec<T> reciprocal(Vec<T> x) {
+  const Vec<T> last = broadcast<T>(1 / std::numeric_limits<T>::min());
 #if defined(__AVX512F__)
   // A 512-bit division keeps its port busy for 16 cycles. The estimate has 14 bits, one Newton step makes it 28.
   if constexpr (sizeof(T) == 4) {
-    const Vec<T> estimate = reinterpret_cast<Vec<T>>(_mm512_maskz_rcp14_ps(0xffff, reinterpret_cast<__m512>(x)));
+    const __m512 of = reinterpret_cast<__m512>(x);
+    const __mmask16 normal = _mm512_cmp_ps_mask(of, reinterpret_cast<__m512>(last), _CMP_NGT_UQ);
+    const Vec<T> estimate = reinterpret_cast<Vec<T>>(_mm512_maskz_rcp14_ps(normal, of));
     return estimate + estimate * (broadcast<T>(1) - x * estimate);
   }
 #endif
-  return broadcast<T>(1) / x;
+  return x > last ? Vec<T>{} : broadcast<T>(1) / x;
+}
+
+// x / y for 1 <= y <= 2 and |x| <= y: 1 and -1 are exact.
+template <class T>
+inline Vec<T> quotient(Vec<T> x, Vec<T> y) {
+#if defined(__AVX512F__)
+  // As above. The step mends the quotient, not the reciprocal: so it is rounded once, and x / x is 1.
+  if constexpr (sizeof(T) == 4) {
+    const Vec<T> estimate = reinterpret_cast<Vec<T>>(_mm512_maskz_rcp14_ps(0xffff, reinterpret_cast<__m512>(y)));
+    const Vec<T> near = x * estimate;
+    return near + estimate * (x - y * near);
+  }
+#endif
+  return x / y;
 }
 
 // e^x = scale * (1 + fraction) with scale a power of two and |fraction| < 0.42, for every x[i] whose scale is normal.
@@ -290,16 +334,22 @@ inline void exp_parts(const Vec<T>* x, Vec<T>* scale, Vec<T>* fraction) {
 
 // In place: 1 / (1 + e^-x) of the first kSigmoids vectors, tanh x of the kTanhs after them.
 //
-// tanh is (e^2x - 1) / (e^2x + 1), with e^2x - 1 formed without cancellation: the relative error stays small near 0, where
-// 2 * sigmoid(2x) - 1 loses all digits.
+// tanh of -|x| is (e^-2|x| - 1) / (e^-2|x| + 1), and takes the sign of x. The numerator is formed without cancellation: the
+// relative error stays small near 0, where 2 * sigmoid(2x) - 1 loses all digits. Far from 0 it is -1 and the denominator 1, so
+// that 1 - tanh(x)^2 is 0: a gradient is that number times an input, which may be large.
 template <class T, int kSigmoids, int kTanhs>
 inline void activate(Vec<T>* x) {
   constexpr int n = kSigmoids + kTanhs;
-  Vec<T> scale[n], fraction[n], low[n];
+  constexpr T kLimit = Simd<T>::kLimit;
+  Vec<T> scale[n], fraction[n], low[n], signs[n];
 #pragma GCC unroll 4
-  for (int i = kSigmoids; i < n; ++i) x[i] += x[i];
+  for (int i = kSigmoids; i < n; ++i) {
+    signs[i] = x[i];
+    x[i] = negative<T>(x[i]);
+    x[i] = at_least<T>(x[i] + x[i], -kLimit);
+  }
 #pragma GCC unroll 4
-  for (int i = 0; i < n; ++i) x[i] = clamp<T>(x[i], Simd<T>::kLimit);
+  for (int i = 0; i < kSigmoids; ++i) x[i] = at_most<T>(at_least<T>(x[i], -kLimit), kLimit);
   // Here, and not before, the sign becomes part of the multiplications that follow.
 #pragma GCC unroll 4
   for (int i = 0; i < kSigmoids; ++i) x[i] = -x[i];
@@ -315,9 +365,9 @@ inline void activate(Vec<T>* x) {
     }
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < n; ++i) x[i] = reciprocal<T>(low[i]);
+  for (int i = 0; i < kSigmoids; ++i) x[i] = reciprocal<T>(low[i]);
 #pragma GCC unroll 4
-  for (int i = kSigmoids; i < n; ++i) x[i] = fraction[i] * x[i];
+  for (int i = kSigmoids; i < n; ++i) x[i] = with_sign<T>(quotient<T>(fraction[i], low[i]), signs[i]);
 }
 
 template <class T>

@@ -295,7 +295,7 @@ def _exp_parts(builder: ir.IRBuilder, x: Any) -> tuple[Any, Any]:
 
 def _largest(x: Any) -> float:
     """An exponent, short of overflow, whose exp is negligible beside 1 when inverted."""
-    return 88.0 if isinstance(x.type.element, ir.FloatType) else 708.0
+    return 88.0 if isinstance(x.type.element, ir.FloatType) else 709.0
 
 
 @intrinsic
@@ -325,14 +325,17 @@ def tanh(typingctx: Any, x: Any) -> Any:
     """-m / (2 + m) with m = exp(-2|x|) - 1, and the sign of x: exact to a few ulp near zero too; -1 and 1 at the infinities."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        zero = splat_of(args[0].type, 0.0)
-        negative = builder.fcmp_ordered("<", args[0], zero)
-        magnitude = builder.select(negative, builder.fsub(splat_of(zero.type, -0.0), args[0]), args[0])
+        kind = args[0].type
+        bits = ir.VectorType(INT32 if isinstance(kind.element, ir.FloatType) else INT64, kind.count)
+        given, sign = (builder.bitcast(vector, bits) for vector in (args[0], splat_of(kind, -0.0)))
+        magnitude = builder.bitcast(builder.and_(given, builder.not_(sign)), kind)
         clamped = _clamp_above(builder, magnitude, _largest(args[0]) / 4.0)
-        p, scale = _exp_parts(builder, builder.fmul(clamped, splat_of(zero.type, -2.0)))
-        minus_one = builder.fsub(scale, splat_of(zero.type, 1.0))
+        p, scale = _exp_parts(builder, builder.fmul(clamped, splat_of(kind, -2.0)))
+        minus_one = builder.fsub(scale, splat_of(kind, 1.0))
         m = builder.fadd(builder.fmul(scale, p, flags=CONTRACT), minus_one, flags=CONTRACT)
-        ratio = builder.fdiv(m, builder.fadd(m, splat_of(zero.type, 2.0)))
-        return builder.select(negative, ratio, builder.fsub(splat_of(zero.type, -0.0), ratio))
+        ratio = builder.fdiv(m, builder.fadd(m, splat_of(kind, 2.0)))
+        # The ratio is not above zero, but for a zero, which has no sign yet.
+        size = builder.and_(builder.bitcast(ratio, bits), builder.not_(sign))
+        return builder.bitcast(builder.or_(size, builder.and_(given, sign)), kind)
 
     return x(x), codegen
