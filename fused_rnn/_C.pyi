@@ -31,6 +31,7 @@ def layer_forward(
     cell_states: bool,
     step: bool,
     threads: int,
+    batch_first: bool = False,
     sharing: str = "auto",
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None]: ...
 def layer_backward(
@@ -56,8 +57,7 @@ def layer_backward(
 ) -> tuple[Tensor | None, ...]: ...
 def loop_gradients(
     cell: str,
-    steps: Sequence[tuple[Tensor, Tensor, Tensor]],
-    weights: Sequence[Tensor | None],
+    steps: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]],
     wanted: Sequence[bool],
     threads: int,
 ) -> tuple[Tensor | None, ...]: ...

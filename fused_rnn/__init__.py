@@ -35,11 +35,11 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-# The operators' gradients are registered by importing them.
+# The operators' gradients, and what they cost, are registered by importing them.
 from fused_rnn import functional, onnx, reference
 from fused_rnn.cells import cell
 from fused_rnn.data.cell import Weights
-from fused_rnn.graph import operators_autograd  # noqa: F401
+from fused_rnn.graph import flops, operators_autograd  # noqa: F401
 from fused_rnn.kernels.dispatch import backend, backends
 from fused_rnn.kernels.memory import empty_cache
 from fused_rnn.nn.cells import GRUCell, LSTMCell, RNNCell

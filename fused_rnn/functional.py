@@ -14,7 +14,7 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from fused_rnn.cells import GRU, LSTM, RNN_RELU, RNN_TANH
+from fused_rnn.cells import GRU, GRU_RESET_BEFORE, LSTM, RNN_RELU, RNN_TANH
 from fused_rnn.data.cell import Weights
 from fused_rnn.nn import checks
 from fused_rnn.nn.calls import Input, pair, sequence, step
@@ -71,6 +71,7 @@ def gru(
     training: bool = False,
     lengths: Tensor | None = None,
     reset: Input | None = None,
+    reset_after: bool = True,
 ) -> tuple[Input, Tensor]:
     """Run a GRU over a sequence.
 
@@ -90,6 +91,8 @@ def gru(
             direction, the steps before a reset and those after it do not see each other: the second direction comes into the
             step before it with zero states. A reset at the first step discards ``hx`` of the first direction; the second
             direction has no step before to come to.
+        reset_after: whether the reset gate comes after the product with W_hn, as in torch.nn; or before it, as in ONNX's
+            ``linear_before_reset=0``.
 
     Returns:
         out (T, N, D·H), (N, T, D·H), (T, D·H) or a PackedSequence, as the input; and h after the last step, in the shape of
@@ -97,13 +100,13 @@ def gru(
         none), and the second direction starts at that step.
 
     Raises:
-        TypeError: if ``lengths`` are no integers or ``reset`` no booleans.
+        TypeError: if ``lengths`` are no integers, ``reset`` no booleans, or ``reset_after`` is no bool.
         ValueError: if the input is neither 2D nor 3D, has another dtype than the weights, weights are missing, ``lengths`` or
             ``reset`` have another shape, a length is not one of 0 .. T, or lengths are given with a packed input.
         RuntimeError: if a size, a device or the dtype of a state does not fit, or T is 0. Types and messages are those of
             torch.nn.GRU.
 
-    Source: torch.nn.GRU.
+    Source: torch.nn.GRU; without ``reset_after`` Cho et al. 2014.
 
     >>> import torch
     >>> H, I = 4, 3
@@ -115,9 +118,11 @@ def gru(
     >>> out[3:, 0].count_nonzero(), torch.equal(h_n[0, 0], out[2, 0])
     (tensor(0), True)
     """
+    checks.check_flag("reset_after", reset_after)
     given = None if hx is None else (hx,)
     dropout = dropout if training else 0.0
-    out, states, _ = sequence(GRU, input, weights, given, bidirectional, batch_first, dropout, lengths, reset)
+    cell = GRU if reset_after else GRU_RESET_BEFORE
+    out, states, _ = sequence(cell, input, weights, given, bidirectional, batch_first, dropout, lengths, reset)
     return out, states[0]
 
 
@@ -203,24 +208,27 @@ def rnn_relu_cell(input: Tensor, weights: Weights, hx: Tensor | None = None) -> 
     return step(RNN_RELU, input, weights, None if hx is None else (hx,))[0]
 
 
-def gru_cell(input: Tensor, weights: Weights, hx: Tensor | None = None) -> Tensor:
+def gru_cell(input: Tensor, weights: Weights, hx: Tensor | None = None, *, reset_after: bool = True) -> Tensor:
     """Take one step of a GRU.
 
     Args:
         input: (N, I), or unbatched (I,).
         weights: the parameters.
         hx: h before the step, (N, H), or unbatched (H,). None for zero.
+        reset_after: as in ``gru``.
 
     Returns:
         h after the step, in the shape of ``hx``.
 
     Raises:
+        TypeError: if ``reset_after`` is no bool.
         ValueError: if the input or the state is neither 1D nor 2D.
         RuntimeError: if a size, a dtype or a device does not fit. Types and messages are those of torch.nn.GRUCell.
 
     Source: torch.nn.GRUCell.
     """
-    return step(GRU, input, weights, None if hx is None else (hx,))[0]
+    checks.check_flag("reset_after", reset_after)
+    return step(GRU if reset_after else GRU_RESET_BEFORE, input, weights, None if hx is None else (hx,))[0]
 
 
 def lstm_cell(input: Tensor, weights: Weights, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,14 @@
 """Export to ONNX: each layer becomes one standard ONNX ``LSTM``, ``GRU`` or ``RNN``, which every runtime knows.
 
-Needs the package ``onnxscript``, which torch.onnx.export itself asks for.
+Plain ``torch.onnx.export`` does so wherever fused_rnn is imported, by both of its exporters (``fused_rnn.graph.onnx_export``).
+What is here serves programs that ``torch.export.export`` has made before, and torch before 2.8.
 
 >>> import fused_rnn
 >>> model, example = fused_rnn.LSTM(3, 4).eval(), (torch.randn(5, 2, 3),)
 >>> sizes = ({0: torch.export.Dim("T"), 1: torch.export.Dim("N")},)
->>> fused_rnn.onnx.export(model, example, "model.onnx", dynamic_shapes=sizes)  # doctest: +SKIP
+>>> torch.onnx.export(model, example, "model.onnx", dynamo=True, dynamic_shapes=sizes)  # doctest: +SKIP
+>>> program = torch.export.export(model, example, dynamic_shapes=sizes)
+>>> fused_rnn.onnx.export(program, f="model.onnx")  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -15,45 +18,37 @@ from typing import Any
 
 import torch
 
-from fused_rnn.cells import CELLS, GRU, LSTM, RNN_RELU, RNN_TANH
+from fused_rnn.cells import CELLS
 from fused_rnn.data.cell import Weights
+from fused_rnn.graph.onnx_export import DIRECTIONS, LENGTHS, OPERATORS, PACKED, refuse
 from fused_rnn.graph.operators import spread
 
 __all__ = ["export", "translation_table"]
 
-# The operator, its order of gates (torch's first letter: ONNX calls g "c", and n "h"), and its attributes.
-_OPERATORS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    LSTM.name: ("LSTM", "iofg", {}),
-    # As torch and cuDNN: the reset gate is applied after the product with W_hn.
-    GRU.name: ("GRU", "zrn", {"linear_before_reset": 1}),
-    RNN_TANH.name: ("RNN", "h", {"activations": ["Tanh"]}),
-    RNN_RELU.name: ("RNN", "h", {"activations": ["Relu"]}),
-}
-_DIRECTIONS = {(0,): "forward", (1,): "reverse", (0, 1): "bidirectional"}
 
-
-def export(model: torch.nn.Module, args: tuple[Any, ...], f: Any = None, **options: Any) -> Any:
-    """Export a model with modules of fused_rnn in it to ONNX.
+def export(model: Any, args: tuple[Any, ...] = (), f: Any = None, **options: Any) -> Any:
+    """Export a model with modules of fused_rnn in it to ONNX: torch.onnx.export with the translations of its operators.
 
     Args:
-        model: as it is to be served; call ``model.eval()`` before, or dropout is exported too.
-        args: example inputs. T and N are fixed to theirs but for what ``dynamic_shapes`` says.
+        model: as it is to be served (call ``model.eval()`` before, or dropout is exported too), or what torch.export.export
+            has made of it.
+        args: example inputs of a module. T and N are fixed to theirs but for what ``dynamic_shapes`` (``dynamic_axes`` with
+            ``dynamo=False``) says.
         f: the path of the file to write, or None to write none.
         options: those of torch.onnx.export. A ``custom_translation_table`` is added to that of fused_rnn.
 
     Returns:
-        The torch.onnx.ONNXProgram.
+        The torch.onnx.ONNXProgram; None with ``dynamo=False``.
 
     Raises:
         NotImplementedError: for what no ONNX operator computes: other cells than torch.nn's, projections (``proj_size``),
-            packed sequences, lengths, resets.
-        ValueError: if ``dynamo=False`` is asked for.
+            lengths, resets; and packed sequences unless ``dynamo=False``.
         ImportError: if ``onnxscript`` is not installed.
 
     Source: torch.onnx.export.
     """
     if not options.pop("dynamo", True):
-        raise ValueError("dynamo: expected True, got False: the older exporter of torch knows nothing of fused_rnn's operators")
+        return torch.onnx.export(model, args, f, dynamo=False, **options)
     table = {**translation_table(), **(options.pop("custom_translation_table", None) or {})}
     try:
         return torch.onnx.export(model, args, f, dynamo=True, custom_translation_table=table, **options)
@@ -67,10 +62,10 @@ def export(model: torch.nn.Module, args: tuple[Any, ...], f: Any = None, **optio
 
 
 def translation_table() -> dict[Any, Callable[..., Any]]:
-    """What torch.onnx.export needs as ``custom_translation_table`` to export modules of fused_rnn.
+    """What torch.onnx.export needs as ``custom_translation_table`` to export a torch.export.ExportedProgram.
 
     >>> table = translation_table()
-    >>> torch.onnx.export(model, args, "model.onnx", dynamo=True, custom_translation_table=table)  # doctest: +SKIP
+    >>> torch.onnx.export(program, f="model.onnx", dynamo=True, custom_translation_table=table)  # doctest: +SKIP
 
     Raises:
         ImportError: if ``onnxscript`` is not installed.
@@ -86,12 +81,12 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     }
 
 
-def _refuse_packed(batch_sizes: Any, rows: Any, batch: Any) -> Any:
-    raise NotImplementedError("a PackedSequence cannot be exported to ONNX: give the model a padded batch")
+def _refuse_packed(batch_sizes: Any, data: Any, order: Any, state: Any) -> Any:
+    raise NotImplementedError(PACKED)
 
 
 def _refuse_lengths(lengths: Any, padded: Any, batch_first: Any) -> Any:
-    raise NotImplementedError("lengths cannot be exported to ONNX: export a model without them")
+    raise NotImplementedError(LENGTHS)
 
 
 def _layer(
@@ -114,19 +109,10 @@ def _layer(
     flat: list[Any] = spread(tensors, present)
     each = len(Weights._fields)
     weights = [Weights(*flat[first : first + each]) for first in range(0, len(flat), each)]
-    if any(weight.hr is not None for weight in weights):
-        raise NotImplementedError("no ONNX operator computes an LSTM with projections: export a model with proj_size=0")
+    refuse(cell, any(weight.hr is not None for weight in weights), reset is not None, cell_states)
     if batch_sizes is not None:
-        _refuse_packed(batch_sizes, None, None)
-    if reset is not None:
-        raise NotImplementedError(
-            "no ONNX operator resets the state in the middle of a sequence: export a model without resets"
-        )
-    if cell_states:
-        raise NotImplementedError("no ONNX operator gives c of every step: export a model without return_cell_states")
-    if cell_name not in _OPERATORS:
-        raise NotImplementedError(f"no ONNX operator computes the cell {cell_name!r}")
-    name, gates, attributes = _OPERATORS[cell_name]
+        raise NotImplementedError(PACKED)
+    name, gates, attributes = OPERATORS[cell_name]
     order = [cell.gates.index(gate) for gate in gates]
     hidden = weights[0].hh.shape[1]
 
@@ -159,7 +145,7 @@ def _layer(
         stacked([biases(weight) for weight in weights]) if has_bias else None,
         None,
         *states,
-        direction=_DIRECTIONS[tuple(reverse)],
+        direction=DIRECTIONS[tuple(reverse)],
         hidden_size=hidden,
         **attributes,
     )

@@ -54,6 +54,18 @@ def listed(states: object) -> tuple[Tensor, ...]:
     return (states,) if isinstance(states, Tensor) else tuple(states)
 
 
+def reset_before(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor:
+    """A step of the GRU as Cho et al. 2014 have it: the reset gate multiplies h before the product."""
+    linear = torch.nn.functional.linear
+    hidden = h.shape[-1]
+    x_r, x_z, x_n = linear(x, w_ih, b_ih).split(hidden, -1)
+    of_h, of_m = (None, None) if b_hh is None else (b_hh[: 2 * hidden], b_hh[2 * hidden :])
+    h_r, h_z = linear(h, w_hh[: 2 * hidden], of_h).split(hidden, -1)
+    r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
+    n = torch.tanh(x_n + linear(r * h, w_hh[2 * hidden :], of_m))
+    return (1 - z) * n + z * h
+
+
 def _step(module: torch.nn.RNNBase, suffix: str, x: Tensor, states: list[Tensor]) -> list[Tensor]:
     parameters = [getattr(module, f"{kind}_{suffix}") for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
     if module.mode == "LSTM":
@@ -64,6 +76,8 @@ def _step(module: torch.nn.RNNBase, suffix: str, x: Tensor, states: list[Tensor]
         c = f.sigmoid() * states[1] + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
         return [h @ getattr(module, f"weight_hr_{suffix}").t() if module.proj_size else h, c]
+    if not getattr(module, "reset_after", True):
+        return [reset_before(x, states[0], *parameters)]
     cell = {"GRU": torch.gru_cell, "RNN_TANH": torch.rnn_tanh_cell, "RNN_RELU": torch.rnn_relu_cell}[module.mode]
     return [cell(x, states[0], *parameters)]
 

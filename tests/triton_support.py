@@ -78,6 +78,7 @@ class _Recorder:
         self.kernel: Any = None
         self.arguments: dict[str, Any] = {}
         self.grids: list[tuple[int, ...]] = []
+        self.launches: list[dict[str, Any]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> _Recorder:
         self.grids.append(grid)
@@ -85,6 +86,7 @@ class _Recorder:
 
     def __call__(self, **arguments: Any) -> None:
         self.arguments = arguments
+        self.launches.append(arguments)
 
 
 def record(call: Call, plan: Plan, everything: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, dict[str, Any]]:
@@ -93,9 +95,21 @@ def record(call: Call, plan: Plan, everything: bool, monkeypatch: pytest.MonkeyP
     return recorder.kernel, recorder.arguments
 
 
+def record_all(call: Call, plan: Plan, everything: bool, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
+    """The same of every launch."""
+    recorder = _launched(call, plan, everything, monkeypatch)
+    return [(recorder.kernel, arguments) for arguments in recorder.launches]
+
+
 def grids(call: Call, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The programs of every launch of a call of one step."""
     return _launched(call, plan, False, monkeypatch).grids
+
+
+def _of_library(call: Call, gates: int) -> torch.Tensor:
+    """Weights of so many gates for the library's product."""
+    sizes = (gates * call.hidden, call.hidden)
+    return torch.zeros(call.directions, *(sizes if call.backward else reversed(sizes)), dtype=call.dtype)
 
 
 def _launched(call: Call, plan: Plan, everything: bool, monkeypatch: pytest.MonkeyPatch) -> _Recorder:
@@ -119,9 +133,11 @@ def _launched(call: Call, plan: Plan, everything: bool, monkeypatch: pytest.Monk
     out = tape if cell.tape_is_out else buffer(h)
     reset = torch.zeros(rows, dtype=torch.bool) if everything else None
     weights = [torch.zeros(1, dtype=call.dtype)] * d
+    later: torch.Tensor | None = None
     if plan.regime == "library":
-        weights = [torch.zeros(d, *((cell.num_gates * h, h) if call.backward else (h, cell.num_gates * h)), dtype=call.dtype)]
-    packed = recurrence.Packed(plan, weights, None)
+        weights = [_of_library(call, len(cell.first))]
+        later = _of_library(call, len(cell.later)) if cell.later else None
+    packed = recurrence.Packed(plan, weights, None, later)
     reverse = (False, True)[:d]
     ours = recurrence.RECURRENCES[cell.name]
     with monkeypatch.context() as patch:

@@ -43,6 +43,8 @@ inline py::list cells() {
     row["d_gates"] = shape.gradients;
     row["weight_blocks"] = weight_blocks;
     row["apart"] = known(shape.apart);
+    row["later"] = shape.later;
+    row["operand"] = known(shape.tape_operand);
     row["cell_state"] = known(shape.tape_c);
     row["reads_before"] = shape.previous == Previous::kNone ? py::object(py::none())
                                                             : py::object(py::str(shape.previous == Previous::kH ? "h" : "c"));

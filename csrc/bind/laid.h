@@ -79,15 +79,17 @@ struct Computed {
   Room<T> room;
 };
 
-// The weights of one product of recurrences d .. d + count - 1, as the kernels read them.
+// The weights of one product of recurrences d .. d + count - 1, as the kernels read them. Of a cell with later gates, the rows
+// of a stage; but all rows of the input's weights in the backward, where they are one matrix.
 template <class S, class T>
 class Laid {
  public:
-  Laid(const LayerCall& call, Product product, bool backward, Index d, Index count) {
+  Laid(const LayerCall& call, Product product, bool backward, Index d, Index count, Stage stage = Stage::kFirst) {
     const auto& kernels = typed<T>(call.kernels);
     PackArgs<T> args;
     args.backward = backward;
     args.product = product;
+    args.stage = stage;
     args.hidden = call.hidden;
     args.output = product == Product::kInput ? call.inputs : call.output;
     args.threads = call.threads;
@@ -102,10 +104,14 @@ class Laid {
       const bool projection = product == Product::kProjection;
       const Index forward_inner = projection ? call.hidden : args.output;
       const Index rows = projection ? call.output : call.gate_columns();
-      const Index backward_inner = product == Product::kHidden ? call.shape.feedback * call.hidden : rows;
-      Matrix<T> matrix = {weight.at, layout, backward ? backward_inner : forward_inner, weight.stride, 0};
+      const Index first = call.shape.gates - call.shape.later;
+      const bool second = stage == Stage::kSecond;
+      const Index recurrent = (second ? call.shape.later : call.shape.feedback) * call.hidden;
+      const Index backward_inner = product == Product::kHidden ? recurrent : rows;
+      const T* from = weight.at + (second ? first * call.hidden * weight.stride : 0);
+      Matrix<T> matrix = {from, layout, backward ? backward_inner : forward_inner, weight.stride, 0};
       if (layout == Layout::kPanels) {
-        args.weight = weight.at;
+        args.weight = from;
         args.row_stride = weight.stride;
         args.panels = panels_.get() + i * elements;
         kernels.pack[call.cell](args);

@@ -54,6 +54,13 @@ inline Operand read(py::handle object, const char* name, Dtype dtype, std::initi
   return operand;
 }
 
+// Smaller tensors are torch's alone.
+constexpr double kKeptBytes = 256 << 10;
+
+[[noreturn]] inline void refuse_new() {
+  throw std::runtime_error("expected a new tensor of torch.empty's kind, got another from a mode or a patched torch");
+}
+
 // A new contiguous tensor on the CPU, written by the kernels; None where it is not wanted. Its dtype is that of `like`, or
 // float32 in place of a narrower one.
 inline Operand new_tensor(bool wanted, py::handle like, Dtype like_dtype, Dtype dtype, std::initializer_list<Index> sizes) {
@@ -69,8 +76,6 @@ inline Operand new_tensor(bool wanted, py::handle like, Dtype like_dtype, Dtype 
   };
   // Never freed: the interpreter may be gone by the time that statics are.
   static const Names* names = new Names();
-  // Smaller ones are torch's alone.
-  constexpr double kKeptBytes = 256 << 10;
   Operand operand;
   if (!wanted) return operand;
   py::tuple shape(sizes.size());
@@ -94,8 +99,33 @@ inline Operand new_tensor(bool wanted, py::handle like, Dtype like_dtype, Dtype 
   // Whoever intercepts torch's functions may have made something else of it.
   bool fits = tensor.dtype() == dtype && tensor.dimensions() == static_cast<int>(sizes.size()) && tensor.contiguous();
   for (int i = 0; fits && i < tensor.dimensions(); ++i) fits = tensor.shape(i) == sizes.begin()[i];
-  if (!fits)
-    throw std::runtime_error("expected a new tensor of torch.empty's kind, got another from a mode or a patched torch");
+  if (!fits) refuse_new();
+  return operand;
+}
+
+// A new tensor (T, N, columns) that Python sees as (N, T, columns), in the dtype of `like`: not as a view, because autograd
+// lets nobody change one that was made below it.
+inline Operand new_turned(py::handle like, Dtype dtype, Index length, Index batch, Index columns) {
+  Operand operand;
+  static const auto* strided = new py::str("new_empty_strided");
+  static const auto* transpose = new py::str("transpose_");
+  if (static_cast<double>(dtype_bytes(dtype) * length) * static_cast<double>(batch * columns) >= kKeptBytes) {
+    operand = new_tensor(true, like, dtype, dtype, {length, batch, columns});
+    operand.owner.attr (*transpose)(0, 1);
+    operand.tensor = Tensor(operand.owner);
+  } else {
+    const py::tuple shape = py::make_tuple(batch, length, columns), strides = py::make_tuple(columns, batch * columns, 1);
+    PyObject* arguments[] = {like.ptr(), shape.ptr(), strides.ptr()};
+    PyObject* made = PyObject_VectorcallMethod(strided->ptr(), arguments, 3, nullptr);
+    if (!made) throw py::error_already_set();
+    operand.owner = py::reinterpret_steal<py::object>(made);
+    operand.tensor = Tensor(operand.owner);
+  }
+  const Tensor& tensor = operand.tensor;
+  const Index shape[] = {batch, length, columns}, strides[] = {columns, batch * columns, 1};
+  bool fits = tensor.dtype() == dtype && tensor.dimensions() == 3;
+  for (int i = 0; fits && i < 3; ++i) fits = tensor.shape(i) == shape[i] && (shape[i] <= 1 || tensor.stride(i) == strides[i]);
+  if (!fits && tensor.size()) refuse_new();
   return operand;
 }
 
@@ -159,6 +189,28 @@ struct LayerCall {
     if (step && (length != 1 || recurrences() != 1 || !by_rows || projected())) {
       throw py::value_error("step: expected one step of one recurrence without a projection, and an input (N, I)");
     }
+  }
+
+  // What is done for single steps together, without weights and states: input (·, I), and the number of units.
+  LayerCall(const std::string& cell_name, const py::object& input_object, Index units, int thread_count)
+      : kernels(*current().load()),
+        cell(cell_index(cell_name)),
+        shape(kernels.shapes[cell]),
+        like(input_object),
+        hidden(units),
+        output(units),
+        by_rows(true),
+        step(true),
+        threads(thread_count),
+        sharing(Sharing::kAuto) {
+    if (threads < 1) refuse("threads", "1 or more", std::to_string(threads));
+    const Tensor x(input_object);
+    dtype = x.dtype();
+    if (dtype > Dtype::kFloat16) refuse("input", "float32, float64, bfloat16 or float16", dtype_name(dtype));
+    check_dimensions("input", x, 2);
+    steps.length = 1;
+    steps.batch = rows = x.shape(0);
+    inputs = x.shape(1);
   }
 
   Index recurrences() const { return static_cast<Index>(weights.size()); }

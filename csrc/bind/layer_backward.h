@@ -249,7 +249,8 @@ class LayerBackward {
   // Recurrences d .. d + count - 1, from the last stretch of their walk to the first.
   void walk(Index d, Index count) {
     const Laid<S, T> weight_hh(call_, Product::kHidden, true, d, count);
-    std::unique_ptr<Laid<S, T>> weight_hr, weight_ih;
+    std::unique_ptr<Laid<S, T>> weight_hr, weight_ih, later_hh;
+    if (call_.shape.later) later_hh.reset(new Laid<S, T>(call_, Product::kHidden, true, d, count, Stage::kSecond));
     if (call_.projected()) weight_hr.reset(new Laid<S, T>(call_, Product::kProjection, true, d, count));
     if (d_input_.at) weight_ih.reset(new Laid<S, T>(call_, Product::kInput, true, d, count));
     const Index stretches = (call_.steps.length + stretch_ - 1) / stretch_;
@@ -281,6 +282,7 @@ class LayerBackward {
       }
       args.weight_hh = weight_hh.get();
       args.weight_hr = weight_hr ? weight_hr->get() : nullptr;
+      args.later_hh = later_hh ? later_hh->get() : nullptr;
       T* const d_input = d_input_.at ? d_input_.at + own.row * call_.inputs : nullptr;
       // A single recurrence makes the input's gradient as it walks.
       if (d_input && count == 1) {
@@ -327,7 +329,12 @@ class LayerBackward {
         kernels_.unprojected[call_.cell](
             {own.rows, call_.hidden, args.tape.at(own.row - near.row, i), args.tape.row_stride, m.get(), call_.threads});
       }
-      sums.add(args.d_gates.at(0, i), args.d_gates.row_stride, own.rows, input, h ? h->parts() : nullptr, m.get());
+      Part<T> operand;
+      if (call_.shape.later) {
+        const T* tape = args.tape.at(own.row - near.row, i);
+        operand = {tape + call_.shape.tape_operand * call_.hidden, own.rows, args.tape.row_stride};
+      }
+      sums.add(args.d_gates.at(0, i), args.d_gates.row_stride, own.rows, input, h ? h->parts() : nullptr, m.get(), operand);
     }
   }
 

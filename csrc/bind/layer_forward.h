@@ -12,10 +12,10 @@ struct LayerOutputs {
   Operand out, cells, tape;
   Operand states[2];
 
-  LayerOutputs(const LayerCall& call, bool keep, bool cell_states) {
+  LayerOutputs(const LayerCall& call, bool keep, bool cell_states, bool batch_first) {
     const Index D = call.recurrences(), H = call.hidden;
-    out = rows_of(true, call, D * call.output);
-    cells = rows_of(cell_states, call, D * H);
+    out = rows_of(true, call, D * call.output, batch_first);
+    cells = rows_of(cell_states, call, D * H, batch_first);
     tape = new_tensor(keep && !call.shape.tape_is_out, call.like, call.dtype, call.dtype, {call.rows, D, call.tape_columns()});
     for (int i = call.step; i < call.state_count(); ++i) states[i] = new_state(true, call, i);
   }
@@ -27,9 +27,11 @@ struct LayerOutputs {
   }
 
   // A tensor with rows as the input has them.
-  static Operand rows_of(bool wanted, const LayerCall& call, Index columns) {
-    return call.by_rows ? new_tensor(wanted, call.like, call.dtype, call.dtype, {call.rows, columns})
-                        : new_tensor(wanted, call.like, call.dtype, call.dtype, {call.steps.length, call.steps.batch, columns});
+  static Operand rows_of(bool wanted, const LayerCall& call, Index columns, bool batch_first) {
+    const Index T = call.steps.length, N = call.steps.batch;
+    if (call.by_rows) return new_tensor(wanted, call.like, call.dtype, call.dtype, {call.rows, columns});
+    if (wanted && batch_first) return new_turned(call.like, call.dtype, T, N, columns);
+    return new_tensor(wanted, call.like, call.dtype, call.dtype, {T, N, columns});
   }
 };
 
@@ -138,7 +140,11 @@ void run_forward(const LayerCall& call, const LayerOutputs& outputs, bool keep) 
   for (Index d = 0; d < D; d += together) {
     const Laid<S, T> weight_ih(call, Product::kInput, false, d, together),
         weight_hh(call, Product::kHidden, false, d, together);
-    std::unique_ptr<Laid<S, T>> weight_hr;
+    std::unique_ptr<Laid<S, T>> weight_hr, later_ih, later_hh;
+    if (call.shape.later) {
+      later_ih.reset(new Laid<S, T>(call, Product::kInput, false, d, together, Stage::kSecond));
+      later_hh.reset(new Laid<S, T>(call, Product::kHidden, false, d, together, Stage::kSecond));
+    }
     if (call.projected()) weight_hr.reset(new Laid<S, T>(call, Product::kProjection, false, d, together));
     const Index stretches = (call.steps.length + stretch - 1) / stretch;
     for (Index i = 0; i < stretches; ++i) {
@@ -159,6 +165,8 @@ void run_forward(const LayerCall& call, const LayerOutputs& outputs, bool keep) 
       args.weight_ih = weight_ih.get();
       args.weight_hh = weight_hh.get();
       args.weight_hr = weight_hr ? weight_hr->get() : nullptr;
+      args.later_ih = later_ih ? later_ih->get() : nullptr;
+      args.later_hh = later_hh ? later_hh->get() : nullptr;
       args.bias = bias.get() ? bias.get() + d * call.shape.bias * H : nullptr;
       const bool single = call.steps.length == 1 && !call.projected();
       (single ? kernels.step : kernels.forward)[call.cell](args);
@@ -178,15 +186,16 @@ void run_forward(const LayerCall& call, const LayerOutputs& outputs, bool keep) 
 // input (R, I), or (T, N, I) of dense steps; states (D, N, ·) each, or None for zero; weights: ih, hh, bias_ih, bias_hh and hr
 // of each recurrence, the last three may be None. Returns out, (R, D·P) or (T, N, D·P); the states after the walk; with
 // cell_states c of every step, else None; and with `keep` the tape (R, D, ·), None where it is the output. With `step`, input
-// (N, I) and states (N, ·) are those of a cell, and h is not among the states after it: out is h. Raises ValueError for what
-// does not fit each other.
+// (N, I) and states (N, ·) are those of a cell, and h is not among the states after it: out is h. With `batch_first`, an out
+// and a c of every step of three dimensions are (N, T, ·), in the same memory. Raises ValueError for what does not fit each
+// other.
 inline py::object layer_forward(const std::string& cell, const py::object& input, const py::object& states,
                                 const py::sequence& weights, Index length, Index batch, const py::object& batch_sizes,
                                 const py::sequence& reverse, const py::object& reset, bool keep, bool cell_states, bool step,
-                                int threads, const std::string& sharing) {
+                                int threads, bool batch_first, const std::string& sharing) {
   const LayerCall call(cell, input, states, weights, length, batch, batch_sizes, reverse, reset, step, threads, sharing);
   if (cell_states && !call.shape.has_c) refuse("cell_states", "False for a cell without c", "True");
-  const LayerOutputs outputs(call, keep, cell_states);
+  const LayerOutputs outputs(call, keep, cell_states, batch_first);
   {
     const py::gil_scoped_release release;
     with_types(call.dtype, [&](auto s, auto t) { run_forward<decltype(s), decltype(t)>(call, outputs, keep); });

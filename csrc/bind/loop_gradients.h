@@ -29,22 +29,19 @@ class JoinedRows {
   T* end_;
 };
 
-// The gradients of the five weights, None where they are not wanted. Each step gives a triple: the gradients of its gates
-// (n, 1, ·), as layer_backward returns them, its input (n, I) and h before it (n, P).
-inline py::object loop_gradients(const std::string& cell, const py::sequence& steps, const py::sequence& weights,
-                                 const py::sequence& wanted, int threads) {
+// The gradients of the five weights, None where they are not wanted. Each step gives the gradients of its gates (n, 1, ·), as
+// layer_backward returns them, its input (n, I), h before it (n, P), and what the product of later gates read, (n, H), or None.
+inline py::object loop_gradients(const std::string& cell, const py::sequence& steps, const py::sequence& wanted, int threads) {
   if (steps.size() == 0) refuse("steps", "at least one", "none");
   const py::sequence first = steps[0];
-  if (first.size() != 3) refuse("steps", "triples", std::to_string(first.size()) + " tensors");
-  const py::object like = first[1];
-  const Index batch = Tensor(like).shape(0);
-  const LayerCall call(cell, like, py::none(), py::make_tuple(weights), 1, batch, py::none(), py::make_tuple(false), py::none(),
-                       true, threads, "auto");
+  if (first.size() != 4) refuse("steps", "four operands each", std::to_string(first.size()));
+  // The weights themselves are not read: whoever shards them may have freed them by now.
+  const LayerCall call(cell, first[1], Tensor(py::object(first[2])).shape(1), threads);
   if (wanted.size() != kWeights) refuse("wanted", std::to_string(kWeights) + " flags", std::to_string(wanted.size()));
-  const Index gates = call.gate_columns(), columns = call.gradient_columns();
+  const Index gates = call.gate_columns(), columns = call.shape.gradients * call.hidden;
   const Dtype computed = call.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
   struct Step {
-    Operand d_gates, input, h;
+    Operand d_gates, input, h, operand;
   };
   std::vector<Step> all;
   Index rows = 0;
@@ -53,7 +50,11 @@ inline py::object loop_gradients(const std::string& cell, const py::sequence& st
     const Index n = Tensor(py::object(step[1])).shape(0);
     all.push_back({read(py::object(step[0]), "d_gates", computed, {n, 1, columns}),
                    read(py::object(step[1]), "input", call.dtype, {n, call.inputs}, true),
-                   read(py::object(step[2]), "h", call.dtype, {n, call.output}, true)});
+                   read(py::object(step[2]), "h", call.dtype, {n, call.output}, true),
+                   read(py::object(step[3]), "operand", call.dtype, {n, call.hidden}, true)});
+    if (static_cast<bool>(all.back().operand) != (call.shape.later > 0)) {
+      refuse("operand", call.shape.later ? "a tensor, as the cell has later gates" : "None for this cell", "another");
+    }
     rows += n;
   }
   const auto is_wanted = [&](std::size_t i) { return static_cast<bool>(py::bool_(py::object(wanted[i]))); };
@@ -68,14 +69,16 @@ inline py::object loop_gradients(const std::string& cell, const py::sequence& st
       using S = decltype(s);
       using T = decltype(t);
       JoinedRows<T> d_gates(rows, columns), input(rows, call.inputs), h(rows, call.output);
+      JoinedRows<T> operand(call.shape.later ? rows : 0, call.hidden);
       for (const Step& step : all) {
         d_gates.template append<T>(call, step.d_gates);
         input.template append<S>(call, step.input);
         h.template append<S>(call, step.h);
+        if (step.operand) operand.template append<S>(call, step.operand);
       }
       WeightGradients<S, T> sums(call, results);
       const Part<T> of_h[2] = {h.all(), {nullptr, 0, call.output}}, of_input = input.all();
-      if (sums.wanted()) sums.add(d_gates.all().data, columns, rows, of_input, of_h, nullptr);
+      if (sums.wanted()) sums.add(d_gates.all().data, columns, rows, of_input, of_h, nullptr, operand.all());
       sums.finish();
     });
   }

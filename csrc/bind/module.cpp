@@ -30,14 +30,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("release_kept", &release_kept, "Give all unused blocks back to the system.");
   m.def("layer_forward", &layer_forward, py::arg("cell"), py::arg("input"), py::arg("states"), py::arg("weights"),
         py::arg("length"), py::arg("batch"), py::arg("batch_sizes"), py::arg("reverse"), py::arg("reset"), py::arg("keep"),
-        py::arg("cell_states"), py::arg("step"), py::arg("threads"), py::arg("sharing") = "auto",
-        "Run a layer: out, the states after it, c of every step or None, and the tape or None.");
+        py::arg("cell_states"), py::arg("step"), py::arg("threads"), py::arg("batch_first") = false,
+        py::arg("sharing") = "auto", "Run a layer: out, the states after it, c of every step or None, and the tape or None.");
   m.def("layer_backward", &layer_backward, py::arg("cell"), py::arg("input"), py::arg("states"), py::arg("weights"),
         py::arg("length"), py::arg("batch"), py::arg("batch_sizes"), py::arg("reverse"), py::arg("reset"), py::arg("out"),
         py::arg("tape"), py::arg("d_out"), py::arg("d_cells"), py::arg("d_states"), py::arg("wanted"), py::arg("gates_wanted"),
         py::arg("step"), py::arg("threads"), py::arg("sharing") = "auto",
         "The gradients of a layer's input, states and weights.");
-  m.def("loop_gradients", &loop_gradients, py::arg("cell"), py::arg("steps"), py::arg("weights"), py::arg("wanted"),
+  m.def("loop_gradients", &loop_gradients, py::arg("cell"), py::arg("steps"), py::arg("wanted"),
         py::arg("threads"), "The gradients of the weights that many single steps share.");
 }
 

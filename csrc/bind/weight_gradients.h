@@ -58,12 +58,20 @@ class WeightGradients {
   bool reads_tape() const { return hr_.at; }
 
   // What `rows` rows contribute. d_gates: their first column, `stride` from row to row; input: rows x I; h: what the recurrence
-  // read in these rows, in one or two parts; m: what the projection multiplied there, rows x H, or null.
-  void add(const T* d_gates, Index stride, Index rows, const Part<T>& input, const Part<T>* h, const T* m) {
+  // read in these rows, in one or two parts; m: what the projection multiplied there, rows x H, or null; operand: what the
+  // product of later gates read there.
+  void add(const T* d_gates, Index stride, Index rows, const Part<T>& input, const Part<T>* h, const T* m,
+           const Part<T>& operand) {
     const Index H = call_.hidden, gates = call_.gate_columns(), columns = call_.shape.gradients * H;
     const T* of_x = d_gates + columns - gates;
     if (ih_.at || bias_) product(of_x, stride, gates, &input, rows, call_.inputs, ih_.at, bias_, &transposed_ih_);
-    if (!apart_) {
+    if (call_.shape.later) {
+      const Index later = call_.shape.later * H, first = gates - later;
+      if (hh_.at) {
+        product(d_gates, stride, first, h, rows, call_.output, hh_.at, nullptr);
+        product(d_gates + first, stride, later, &operand, rows, call_.output, hh_.at + first * call_.output, nullptr);
+      }
+    } else if (!apart_) {
       if (hh_.at) product(d_gates, stride, gates, h, rows, call_.output, hh_.at, nullptr);
     } else if (reads_h()) {
       // All but the last gate; then what stays apart, whose gradient comes first in a row and last in the weight.

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cells/gru.h"
+#include "cells/gru_reset_before.h"
 #include "cells/lstm.h"
 #include "cells/rnn.h"
 #include "walk/product.h"
@@ -24,11 +25,28 @@ constexpr CellShape shape_of(const char* name) {
   static_assert(Cell::kPrevious != Previous::kC || Cell::kHasC, "there is no c to read");
   static_assert(Cell::kPrevious != Previous::kH || Cell::kDirect,
                 "what is read of h in the backward was used beside the product");
+  static_assert(Cell::kLater >= 0 && Cell::kLater < Cell::kGates && kTwoStages<Cell> == (Cell::kTapeOperand >= 0),
+                "the operand of the later gates is a block of the tape, and other gates make it");
+  static_assert(!kTwoStages<Cell> || (Cell::kApart < 0 && !Cell::kProjection && Cell::weight_block(0) == 0),
+                "the later gates add up, and h and the operand have H units");
   static_assert(!Cell::kTapeIsOut || (Cell::kTape == 1 && Cell::kGates == 1),
                 "the tape is the output only where it is h alone");
-  CellShape shape = {name,         Cell::kGates,      Cell::kTape,      Cell::kGradients, kBias<Cell>,
-                     Cell::kHasC,  Cell::kProjection, Cell::kTapeIsOut, kFeedback<Cell>,  {},
-                     Cell::kApart, Cell::kTapeC,      Cell::kPrevious,  Cell::kDirect};
+  CellShape shape = {name,
+                     Cell::kGates,
+                     Cell::kTape,
+                     Cell::kGradients,
+                     kBias<Cell>,
+                     Cell::kHasC,
+                     Cell::kProjection,
+                     Cell::kTapeIsOut,
+                     kFeedback<Cell>,
+                     {},
+                     Cell::kApart,
+                     Cell::kTapeC,
+                     Cell::kPrevious,
+                     Cell::kDirect,
+                     Cell::kLater,
+                     Cell::kTapeOperand};
   for (int b = 0; b < kFeedback<Cell>; ++b) shape.weight_blocks[b] = Cell::weight_block(b);
   return shape;
 }

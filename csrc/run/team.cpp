@@ -62,7 +62,7 @@ Plan make_plan(int threads, const StepCost& cost, Sharing sharing) {
       const double rows = std::ceil(static_cast<double>(cost.rows) / static_cast<double>(parts));
       const double bytes = cost.weight_bytes * share;
       const double rate = bytes < 0.75 * second_level_cache() ? kNearBytesPerCycle : kFarBytesPerCycle;
-      const double barrier = units > 1 ? kBarrierCycles * (1 + std::log2(units)) : 0;
+      const double barrier = units > 1 ? cost.meetings * kBarrierCycles * (1 + std::log2(units)) : 0;
       const double step = rounds * (std::max(rows * share * cost.row_cycles, bytes / rate) + barrier);
       const double cycles = static_cast<double>(cost.steps) * step + (groups * units > 1 ? kRegionCycles : 0);
       if (best_cycles == 0 || cycles < best_cycles) {

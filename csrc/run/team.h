@@ -25,6 +25,7 @@ struct StepCost {
   Index steps;
   double row_cycles;    // multiply-adds and pointwise work of one row, all units
   double weight_bytes;  // of one recurrence
+  int meetings = 1;     // of threads that share units, in each step
 };
 
 // Picks the plan with the shortest step for a team of `threads`.

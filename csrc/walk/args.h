@@ -45,7 +45,12 @@ struct CellShape {
   int tape_c;                     // block, or -1
   Previous previous;
   bool direct;
+  int later;         // gates, the last ones, whose recurrent product is with an operand of the step
+  int tape_operand;  // block, or -1
 };
+
+// A step's two products: with h, and that of the later gates with their operand.
+enum class Stage : int { kFirst, kSecond };
 
 // One weight matrix as a product reads it: element (k, column) of a K x columns matrix.
 enum class Layout : int {
@@ -117,7 +122,10 @@ struct ForwardArgs {
   const Matrix<T>* weight_hh;            // D matrices, K = P
   const Matrix<T>* weight_hr;            // D matrices, K = H, or null
   const Matrix<T>* weight_ih = nullptr;  // D matrices, K = I, or null
-  const T* bias = nullptr;               // (D, bias blocks * H), or null
+  // For a cell with later gates, the rows of these are matrices of their own, and the matrices above have those of the others.
+  const Matrix<T>* later_hh = nullptr;
+  const Matrix<T>* later_ih = nullptr;
+  const T* bias = nullptr;  // (D, bias blocks * H), or null
 };
 
 template <class T>
@@ -133,6 +141,8 @@ struct BackwardArgs {
   const T* states_0[2] = {};
   const Matrix<T>* weight_hh;  // D matrices, transposed use: K = d_gates columns that feed back, P columns
   const Matrix<T>* weight_hr;  // D matrices, K = P, H columns, or null
+  // For a cell with later gates: D matrices, K = their gradients, H columns.
+  const Matrix<T>* later_hh = nullptr;
   // With one recurrence, the input's gradient of the walked steps can be formed on the way.
   const Matrix<T>* weight_ih = nullptr;  // K = gates * H, I columns, or null
   T* d_input = nullptr;                  // rows of the walked steps only, (·, I)
@@ -147,11 +157,13 @@ enum class Product : int {
   kInput        // weight_ih (gates * H, I); `output` stands for I
 };
 
-// Source of a pack: a torch weight, rows x columns, row-major.
+// Source of a pack: rows of a torch weight, row-major.
 template <class T>
 struct PackArgs {
   bool backward = false;
   Product product = Product::kHidden;
+  // Whose gates the rows are. In the backward, all rows of the input's weights are one matrix.
+  Stage stage = Stage::kFirst;
   const T* weight = nullptr;
   Index row_stride = 0;
   Index hidden = 0, output = 0;

@@ -39,7 +39,7 @@ class BackwardWalk {
     room += member.index * room_elements(args);
     if (loose(args.weight_hh)) {
       scratch_.panels = room;
-      room += group_elements(args.weight_hh, output_);
+      room += recurrent_elements(args);
       weight_hh_.first = Cell::weight_block(0) * hidden_;
     }
     if (loose(args.weight_ih)) input_scratch_.panels = room;
@@ -47,7 +47,7 @@ class BackwardWalk {
 
   // Elements that each thread needs for the panels of weights that are laid out as they are needed.
   static Index room_elements(const BackwardArgs<T>& args) {
-    return group_elements(args.weight_hh, args.sizes.output) + group_elements(args.weight_ih, args.inputs);
+    return recurrent_elements(args) + group_elements(args.weight_ih, args.inputs);
   }
 
   void run() {
@@ -59,7 +59,13 @@ class BackwardWalk {
       const Index n = t < 0 ? 0 : clip(steps_.count(t), batch_);
       if (n == 0 && active == 0) continue;
       scratch_.descending = s % 2;
-      if (args_.weight_hr) {
+      if constexpr (kTwoStages<Cell>) {
+        feed_back<Direct>(t, n, walked, active);
+        if (n) {
+          meet();
+          second_stage(t, n);
+        }
+      } else if (args_.weight_hr) {
         feed_back<Projected>(t, n, walked, active);
         meet();
         project(t, n);
@@ -84,6 +90,13 @@ class BackwardWalk {
     if (!loose(w)) return 0;
     const Index panels = kGroup * w->inner, sums = kFewestToLayOut * vectors_of(columns, kLanes<T>);
     return (panels > sums ? panels : sums) * kLanes<T>;
+  }
+
+  // Of both recurrent products, which take turns.
+  static Index recurrent_elements(const BackwardArgs<T>& args) {
+    const Index first = group_elements(args.weight_hh, args.sizes.output);
+    const Index second = group_elements(args.later_hh, args.sizes.hidden);
+    return first > second ? first : second;
   }
 
   struct Direct {};
@@ -170,6 +183,20 @@ class BackwardWalk {
                   });
   }
 
+  // d_operand = the later gates' gradients times their rows of weight_hh, and from it the first gates.
+  void second_stage(Index t, Index n) {
+    const Index first = steps_.offset(t) + batch_.begin;
+    const T** rows = scratch_.rows.get();
+    for (Index j = 0; j < n; ++j) rows[j] = d_gates(first + j) + kFirst<Cell> * hidden_;
+    if (shared_) fetch_few(rows, n, Cell::kLater * hidden_);
+    product<T, 1>(
+        nullptr, {}, args_.later_hh[d_], hidden_, units_, n, n, scratch_, [](Index, Index) {},
+        [&](Index j, Index v, const Vec<T>* sums) {
+          const BackwardPoint<T> p = point_of(t, j, v * kLanes<T>);
+          with_io<T>(hidden_, v, [&](auto io, Index) { Cell::backward_later(io, sums[0], p); });
+        });
+  }
+
   // Fetches what point() will touch and no step before it has.
   [[gnu::always_inline]] void fetch(Index t, Index j, Index unit) const {
     if (!fetches_) return;
@@ -185,6 +212,10 @@ class BackwardWalk {
 
   template <class Io>
   void point(Io io, Vec<T> d_h, Index t, Index j, Index unit) {
+    Cell::backward(io, d_h, point_of(t, j, unit));
+  }
+
+  [[gnu::always_inline]] BackwardPoint<T> point_of(Index t, Index j, Index unit) const {
     const Index row = steps_.offset(t) + batch_.begin + j, sequence = batch_.begin + j;
     BackwardPoint<T> p;
     p.tape = args_.tape.at(row, d_) + unit;
@@ -195,7 +226,7 @@ class BackwardWalk {
     p.d_cell = args_.d_cells ? args_.d_cells.at(row, d_) + unit : nullptr;
     p.reset = resets(row);
     p.d_gates = d_gates(row) + unit;
-    Cell::backward(io, d_h, p);
+    return p;
   }
 
   // The state before step t that the cell's backward reads.
@@ -236,7 +267,7 @@ template <class Cell, class T>
 void backward(const BackwardArgs<T>& args) {
   const Sizes& s = args.sizes;
   if (s.steps.batch == 0 || args.t_begin == args.t_end) return;
-  const Groups groups(s, step_cost<T>(s, kFeedback<Cell>, 20 * Cell::kGates, args.inputs));
+  const Groups groups(s, step_cost<T>(s, Cell::kGates, 20 * Cell::kGates, args.inputs, kTwoStages<Cell> ? 2 : 1));
   const Buffer<T> zeros(kFeedback<Cell> * s.hidden);
   const Index room_of_group = groups.plan().unit_parts * BackwardWalk<Cell, T>::room_elements(args);
   const Memory room(static_cast<std::size_t>(groups.plan().groups * room_of_group) * sizeof(T));

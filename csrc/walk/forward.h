@@ -12,29 +12,37 @@ inline bool in_blocks(Index batch) { return 2 * batch <= kInputRows; }
 
 // Vectors of the workspace for one of so many threads that share the units: those that wait, and room for the panels of a group
 // of weights that are laid out as they are needed.
-template <class Cell, class T>
+template <int kGates, class T>
 inline Index waiting_vectors(const ForwardArgs<T>& args, int members) {
   const Index most = vectors_of(vectors_of(args.sizes.hidden, kLanes<T>), members);
-  return vectors_of(most, kUnitVectors<Cell::kGates>) * kInputRows * kGroup;
+  return vectors_of(most, kUnitVectors<kGates>) * kInputRows * kGroup;
+}
+// Those of both stages.
+template <class Cell, class T>
+inline Index all_waiting_vectors(const ForwardArgs<T>& args, int members) {
+  const Index first = waiting_vectors<kFirst<Cell>>(args, members);
+  return kTwoStages<Cell> ? first + waiting_vectors<Cell::kLater>(args, members) : first;
 }
 template <class Cell, class T>
 inline Index member_vectors(const ForwardArgs<T>& args, int members) {
   const bool panels = args.weight_ih->layout == Layout::kPanels;
-  return waiting_vectors<Cell>(args, members) + (panels ? 0 : kGroup * args.weight_ih->inner);
+  return all_waiting_vectors<Cell>(args, members) + (panels ? 0 : kGroup * args.weight_ih->inner);
 }
 
 // One thread's walk over one part of the batch of one recurrence.
 template <class Cell, class T>
 class ForwardWalk {
  public:
-  ForwardWalk(const ForwardArgs<T>& args, const T* zeros, T* before_projection, Vec<T>* workspace, Index d, Range batch,
+  // `within` is what a step hands to its second product, (D, N, H): what a projection multiplies, or the operand of later
+  // gates.
+  ForwardWalk(const ForwardArgs<T>& args, const T* zeros, T* within, Vec<T>* workspace, Index d, Range batch,
               const Member& member)
       : args_(args),
         steps_(args.sizes.steps),
         hidden_(args.sizes.hidden),
         output_(args.sizes.output),
         zeros_(zeros),
-        m_(before_projection),
+        m_(within),
         d_(d),
         reset_(args.sizes.reset ? args.sizes.reset + d * args.sizes.reset_stride : nullptr),
         batch_(batch),
@@ -52,13 +60,15 @@ class ForwardWalk {
         scratch_(steps_.batch, batch.size(),
                  !args.weight_ih ? 0
                  : in_blocks_    ? kInputRows
-                                 : batch.size()) {
+                                 : batch.size(),
+                 kTwoStages<Cell> ? 2 : 1) {
     if (!in_blocks_) return;
     Vec<T>* const mine = workspace + member.index * member_vectors<Cell>(args, member.count);
     waiting_ = {mine, kInputRows};
+    if constexpr (kTwoStages<Cell>) later_waiting_ = {mine + waiting_vectors<kFirst<Cell>>(args, member.count), kInputRows};
     // All rows are asked, not those of a part: how they are shared must not change the order of the sums.
     if (args.weight_ih->layout != Layout::kPanels && steps_.length * steps_.batch > kFewestToLayOut)
-      room_ = reinterpret_cast<T*>(mine + waiting_vectors<Cell>(args, member.count));
+      room_ = reinterpret_cast<T*>(mine + all_waiting_vectors<Cell>(args, member.count));
   }
 
   void run() {
@@ -70,11 +80,14 @@ class ForwardWalk {
       scratch_.descending = s % 2;
       if (in_blocks_ && s >= inputs_until_) begin_block(s);
       step(t, previous, n);
-      row_of_block_ += n;
-      if (args_.weight_hr) {
+      if constexpr (kTwoStages<Cell>) {
+        meet();
+        second_stage(t, n);
+      } else if (args_.weight_hr) {
         meet();
         project(t, n);
       }
+      row_of_block_ += n;
       meet();
       previous = t;
     }
@@ -100,8 +113,11 @@ class ForwardWalk {
       if (rows + n > kInputRows) break;
       for (Index j = 0; j < n; ++j) scratch_.inputs.get()[rows++] = args_.input + (first + j) * args_.input_stride;
     }
-    input_products<T, Cell::kGates, Cell::kApart>(args_.weight_ih[d_], hidden_, units_, scratch_.inputs.get(), rows, room_,
-                                                  waiting_);
+    const T* const* inputs = scratch_.inputs.get();
+    input_products<T, kFirst<Cell>, Cell::kApart>(args_.weight_ih[d_], hidden_, units_, inputs, rows, room_, waiting_);
+    if constexpr (kTwoStages<Cell>) {
+      input_products<T, Cell::kLater, -1>(args_.later_ih[d_], hidden_, units_, inputs, rows, room_, later_waiting_);
+    }
     inputs_until_ = s;
     row_of_block_ = 0;
   }
@@ -110,48 +126,82 @@ class ForwardWalk {
     const Index first = steps_.offset(t) + batch_.begin;
     const Index going_on = previous < 0 ? 0 : clip(steps_.count(previous), batch_);
     const Index before = previous < 0 ? 0 : steps_.offset(previous) + batch_.begin;
-    const T** h = scratch_.rows.get();
+    const T** h = rows_before();
     for (Index j = 0; j < n; ++j) {
       h[j] = resets(first + j) ? zeros_ : j < going_on ? args_.out.at(before + j, d_) : h_ + (batch_.begin + j) * output_;
     }
+    if constexpr (kTwoStages<Cell>) std::memcpy(scratch_.rows.get(), h, static_cast<std::size_t>(n) * sizeof(*h));
     if (shared_) fetch_few(h, n, output_);
     const Matrix<T>* weight_ih = args_.weight_ih && !in_blocks_ ? args_.weight_ih + d_ : nullptr;
     if (weight_ih) {
       for (Index j = 0; j < n; ++j) scratch_.inputs.get()[j] = args_.input + (first + j) * args_.input_stride;
     }
-    const T* bias = args_.bias ? args_.bias + d_ * kBias<Cell> * hidden_ : nullptr;
     const auto ahead = [&](Index j, Index v) __attribute__((always_inline)) {
       if (!fetches_) return;
       const Index unit = v * kLanes<T>;
       for (int b = 0; b < blocks_; ++b) prefetch_to_write(args_.tape.at(first + j, d_) + b * hidden_ + unit);
-      if (!m_ && Cell::kTape > 1) prefetch_to_write(args_.out.at(first + j, d_) + unit);
+      if ((!m_ || kTwoStages<Cell>) && Cell::kTape > 1) prefetch_to_write(args_.out.at(first + j, d_) + unit);
     };
     const auto point = [&](Index j, Index v, const Vec<T>* sums) {
-      const Index unit = v * kLanes<T>, row = batch_.begin + j;
-      ForwardPoint<T> p;
-      p.tape = args_.tape ? args_.tape.at(first + j, d_) + unit : nullptr;
-      p.gates_x = args_.weight_ih ? nullptr : p.tape;
-      p.hidden = hidden_;
-      p.bias = bias ? bias + unit : nullptr;
-      p.h_previous = h[j] + unit;
-      p.c = c_ + row * hidden_ + unit;
-      p.reset = resets(first + j);
-      p.keep = args_.keep;
-      p.h = (m_ ? m_ + (d_ * steps_.batch + row) * hidden_ : args_.out.at(first + j, d_)) + unit;
+      const ForwardPoint<T> p = point_of(first, j, v);
       with_io<T>(hidden_, v, [&](auto io, Index) {
         Cell::forward(io, sums, p);
-        if (Cell::kHasC && args_.cells) io.store(args_.cells.at(first + j, d_) + unit, io.load(p.c));
+        if (Cell::kHasC && args_.cells) io.store(args_.cells.at(first + j, d_) + v * kLanes<T>, io.load(p.c));
       });
     };
-    product<T, Cell::kGates, Cell::kApart>(weight_ih, waiting_.from(row_of_block_), args_.weight_hh[d_], hidden_, units_, n, n,
+    product<T, kFirst<Cell>, Cell::kApart>(weight_ih, waiting_.from(row_of_block_), args_.weight_hh[d_], hidden_, units_, n, n,
                                            scratch_, ahead, point);
+  }
+
+  // The later gates, whose operand all threads of this part have met at, and h.
+  void second_stage(Index t, Index n) {
+    const Index first = steps_.offset(t) + batch_.begin;
+    const T** operands = scratch_.rows.get();
+    for (Index j = 0; j < n; ++j) operands[j] = within(first, j);
+    if (shared_) fetch_few(operands, n, hidden_);
+    const Matrix<T>* later_ih = args_.later_ih && !in_blocks_ ? args_.later_ih + d_ : nullptr;
+    product<T, Cell::kLater>(
+        later_ih, later_waiting_.from(row_of_block_), args_.later_hh[d_], hidden_, units_, n, n, scratch_, [](Index, Index) {},
+        [&](Index j, Index v, const Vec<T>* sums) {
+          const ForwardPoint<T> p = point_of(first, j, v);
+          with_io<T>(hidden_, v, [&](auto io, Index) { Cell::forward_later(io, sums, p); });
+        });
+  }
+
+  // The rows of h before the step.
+  const T** rows_before() const { return scratch_.rows.get() + (kTwoStages<Cell> ? batch_.size() : 0); }
+
+  // What a step hands to its second product in row j.
+  T* within(Index first, Index j) const {
+    if constexpr (kTwoStages<Cell>) {
+      if (args_.keep) return args_.tape.at(first + j, d_) + Cell::kTapeOperand * hidden_;
+    }
+    return m_ + (d_ * steps_.batch + batch_.begin + j) * hidden_;
+  }
+
+  // Vector v of the units of row j of a step whose first row is `first`.
+  [[gnu::always_inline]] ForwardPoint<T> point_of(Index first, Index j, Index v) const {
+    const Index unit = v * kLanes<T>;
+    const T* bias = args_.bias ? args_.bias + d_ * kBias<Cell> * hidden_ : nullptr;
+    ForwardPoint<T> p;
+    p.tape = args_.tape ? args_.tape.at(first + j, d_) + unit : nullptr;
+    p.gates_x = args_.weight_ih ? nullptr : p.tape;
+    p.hidden = hidden_;
+    p.bias = bias ? bias + unit : nullptr;
+    p.h_previous = rows_before()[j] + unit;
+    p.c = c_ + (batch_.begin + j) * hidden_ + unit;
+    p.reset = resets(first + j);
+    p.keep = args_.keep;
+    p.operand = kTwoStages<Cell> ? within(first, j) + unit : nullptr;
+    p.h = (m_ && !kTwoStages<Cell> ? within(first, j) : args_.out.at(first + j, d_)) + unit;
+    return p;
   }
 
   // h = W_hr m
   void project(Index t, Index n) {
     const Index first = steps_.offset(t) + batch_.begin;
     const T** m = scratch_.rows.get();
-    for (Index j = 0; j < n; ++j) m[j] = m_ + (d_ * steps_.batch + batch_.begin + j) * hidden_;
+    for (Index j = 0; j < n; ++j) m[j] = within(first, j);
     product<T, 1>(
         nullptr, {}, args_.weight_hr[d_], output_, outputs_, n, n, scratch_, [](Index, Index) {},
         [&](Index j, Index v, const Vec<T>* sums) {
@@ -190,7 +240,7 @@ class ForwardWalk {
   // begin at row_of_block_.
   const bool in_blocks_;
   Index inputs_until_ = 0, row_of_block_ = 0;
-  Waiting<T> waiting_;
+  Waiting<T> waiting_, later_waiting_;
   T* room_ = nullptr;
   const int blocks_;  // of the tape that a step touches
   const bool fetches_;
@@ -203,10 +253,12 @@ template <class Cell, class T>
 void forward(const ForwardArgs<T>& args) {
   const Sizes& s = args.sizes;
   if (s.steps.batch == 0 || s.steps.length == 0) return;
-  const Groups groups(s, step_cost<T>(s, Cell::kGates, 40 * Cell::kGates, args.weight_ih ? args.weight_ih->inner : 0));
+  const Groups groups(s, step_cost<T>(s, Cell::kGates, 40 * Cell::kGates, args.weight_ih ? args.weight_ih->inner : 0,
+                                      kTwoStages<Cell> ? 2 : 1));
   const Buffer<T> zeros(s.output);
-  const Buffer<T> before_projection(args.weight_hr ? s.recurrences * s.steps.batch * s.hidden : 0);
-  T* const m = args.weight_hr ? before_projection.get() : nullptr;
+  const bool hands_on = args.weight_hr || (kTwoStages<Cell> && !args.keep);
+  const Buffer<T> within(hands_on ? s.recurrences * s.steps.batch * s.hidden : 0);
+  T* const m = hands_on ? within.get() : nullptr;
   const int members = groups.plan().unit_parts;
   // Of a group. A thread that does all its work alone needs no more.
   const bool blocks = args.weight_ih && in_blocks(groups.smallest_part());

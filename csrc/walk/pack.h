@@ -9,14 +9,15 @@ namespace FUSED_RNN_ISA {
 // The matrix that a pack makes: columns in vectors of `gates` blocks, and K.
 template <class Cell, class T>
 struct PackShape {
-  explicit PackShape(const PackArgs<T>& p) : gates(p.backward || p.product == Product::kProjection ? 1 : Cell::kGates) {
+  explicit PackShape(const PackArgs<T>& p)
+      : gates(p.backward || p.product == Product::kProjection ? 1 : gates_of<Cell>(p.stage)) {
     // Forward: rows become columns. Backward: columns stay columns.
     if (p.product == Product::kProjection) {
       columns = p.backward ? p.hidden : p.output;
       inner = p.backward ? p.output : p.hidden;
     } else {
       columns = p.backward ? p.output : p.hidden;
-      inner = !p.backward ? p.output : (p.product == Product::kInput ? Cell::kGates : kFeedback<Cell>)*p.hidden;
+      inner = !p.backward ? p.output : (p.product == Product::kInput ? Cell::kGates : gates_of<Cell>(p.stage)) * p.hidden;
     }
   }
   int gates;
@@ -35,7 +36,7 @@ template <class Cell, class T>
 void pack_backward(const PackArgs<T>& p, const PackShape<Cell, T>& shape, Range mine) {
   const auto row_of = [&](Index k) {
     // Only what feeds back has blocks in another order than the weight.
-    const bool ordered = p.product != Product::kHidden;
+    const bool ordered = p.product != Product::kHidden || p.stage != Stage::kFirst;
     return ordered ? k : Cell::weight_block(static_cast<int>(k / p.hidden)) * p.hidden + k % p.hidden;
   };
   lay_out_rows<T>(p.weight, p.row_stride, row_of, shape.columns, shape.inner, mine,

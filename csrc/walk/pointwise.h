@@ -33,7 +33,8 @@ struct ForwardPoint {
   T* c;                 // c, updated in place; null for cells without
   bool reset;           // c before this step counts as zero
   bool keep;            // whether the tape is written
-  T* h;                 // where the new h (before a projection) goes
+  T* h;                 // where the new h (before a projection) goes; the first of two stages may leave a vector there
+  T* operand;           // what the later gates' product reads; cells with such gates only
 };
 
 // Block `b` of gates_x, as far as they are apart from the product, and of the bias.
@@ -71,6 +72,10 @@ struct CellDefaults {
   // Whether h itself passes from step to step beside the product.
   static constexpr bool kDirect = false;
   static constexpr Previous kPrevious = Previous::kNone;
+  // How many gates, the last ones, have a recurrent product with an operand that the others make, and the block of the tape
+  // that the operand is, or -1. Such a cell has a second stage: forward_later and backward_later.
+  static constexpr int kLater = 0;
+  static constexpr int kTapeOperand = -1;
   // Whether h may be projected (weight_hr).
   static constexpr bool kProjection = false;
   // Whether the tape is the output, and nothing else is kept.
@@ -81,9 +86,22 @@ struct CellDefaults {
 template <class Cell>
 constexpr int kBias = Cell::kGates + (Cell::kApart >= 0);
 
+// Gates whose recurrent product is with h.
+template <class Cell>
+constexpr int kFirst = Cell::kGates - Cell::kLater;
+
+template <class Cell>
+constexpr int gates_of(Stage stage) {
+  return stage == Stage::kFirst ? kFirst<Cell> : Cell::kLater;
+}
+
+// Whether a step has a second stage.
+template <class Cell>
+constexpr bool kTwoStages = Cell::kLater > 0;
+
 // Blocks of the gradients that weight_hh carries back to h: the first ones.
 template <class Cell>
-constexpr int kFeedback = Cell::kGates;
+constexpr int kFeedback = kFirst<Cell>;
 
 }  // namespace FUSED_RNN_ISA
 }  // namespace fused_rnn

@@ -73,7 +73,8 @@ inline std::vector<Range> batch_parts(const StepRows& steps, int parts) {
 template <class T>
 struct Scratch {
   // For a part of a batch of `all` sequences.
-  Scratch(Index all, Index part, Index input_rows = 0) : few(all <= kFewRows), rows(part), inputs(input_rows) {}
+  Scratch(Index all, Index part, Index input_rows = 0, int tables = 1)
+      : few(all <= kFewRows), rows(tables * part), inputs(input_rows) {}
   // Of the whole batch, and not of a part: how it is shared must not change the order of the sums.
   const bool few;
   // Whether products take their columns from the last to the first. A walk turns round at every step: what the step before read
@@ -81,7 +82,7 @@ struct Scratch {
   // nothing of theirs there.
   bool descending = false;
   alignas(64) Vec<T> products[kChunk * kGroup];
-  Buffer<const T*> rows;
+  Buffer<const T*> rows;  // of the product that is next; behind them there may be another table
   Buffer<const T*> inputs;
   // Room for the panels of one group, where the weight is not in panels; else null.
   T* panels = nullptr;
@@ -270,7 +271,7 @@ inline int threads_for(double bytes, int threads) { return bytes < (256 << 10) ?
 // The work of one step, for the plan. A row's vector takes `gates` fused multiply-adds per step of K, two a cycle, and
 // `pointwise` cycles.
 template <class T>
-inline StepCost step_cost(const Sizes& s, int gates, double pointwise, Index inputs = 0) {
+inline StepCost step_cost(const Sizes& s, int gates, double pointwise, Index inputs = 0, int stages = 1) {
   const double vectors = static_cast<double>(vectors_of(s.hidden, kLanes<T>));
   const double inner = static_cast<double>(s.output + inputs);
   const double multiply_adds = gates * inner / 2;
@@ -279,7 +280,8 @@ inline StepCost step_cost(const Sizes& s, int gates, double pointwise, Index inp
           vectors_of(s.hidden, kLanes<T>),
           s.steps.length,
           vectors * (multiply_adds + pointwise),
-          static_cast<double>(gates) * static_cast<double>(s.hidden) * inner * sizeof(T)};
+          static_cast<double>(gates) * static_cast<double>(s.hidden) * inner * sizeof(T),
+          stages};
 }
 
 // One thread's place among those that share a part of a batch.

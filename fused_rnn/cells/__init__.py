@@ -5,9 +5,10 @@ What the rest of the package knows of a cell comes from here. A fused kernel has
 
 from __future__ import annotations
 
-from fused_rnn.cells import gru, lstm, rnn
+from fused_rnn.cells import gru, gru_reset_before, lstm, rnn
 from fused_rnn.cells.definition import DEFINED, cell
 from fused_rnn.cells.gru import GRU
+from fused_rnn.cells.gru_reset_before import GRU_RESET_BEFORE
 from fused_rnn.cells.language import relu, sigmoid, tanh
 from fused_rnn.cells.lstm import LSTM
 from fused_rnn.cells.rnn import RNN_RELU, RNN_TANH
@@ -18,6 +19,7 @@ __all__ = [
     "CELLS",
     "EQUATIONS",
     "GRU",
+    "GRU_RESET_BEFORE",
     "LSTM",
     "RNN_RELU",
     "RNN_TANH",
@@ -30,7 +32,8 @@ __all__ = [
 ]
 
 EQUATIONS: dict[str, Equations] = {
-    each.cell.name: each for each in (rnn.TANH_EQUATIONS, rnn.RELU_EQUATIONS, lstm.EQUATIONS, gru.EQUATIONS)
+    each.cell.name: each
+    for each in (rnn.TANH_EQUATIONS, rnn.RELU_EQUATIONS, lstm.EQUATIONS, gru.EQUATIONS, gru_reset_before.EQUATIONS)
 }
 CELLS: dict[str, Cell] = {name: equations.cell for name, equations in EQUATIONS.items()}
 

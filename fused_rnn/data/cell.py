@@ -5,17 +5,23 @@ for a cell, or for one of its blocks, by name.
 
 Blocks are ``H`` columns wide. A kernel's row buffers are rows of blocks, in the order given here:
 
-======== =================== ========================== =========================== ======================
-cell     ``gates``           ``tape`` (kept)            ``d_gates`` (emitted)       ``d_hh`` (of weight_hh)
-======== =================== ========================== =========================== ======================
-rnn_*    h                   h (the output itself)      h                           h
-lstm     i, f, g, o          i, f, g, o, c              i, f, g, o                  i, f, g, o
-gru      r, z, n             r, z, n, hn                hn, r, z, n                 r, z, hn
-======== =================== ========================== =========================== ======================
+================ =================== ========================== =========================== ======================
+cell             ``gates``           ``tape`` (kept)            ``d_gates`` (emitted)       ``d_hh`` (of weight_hh)
+================ =================== ========================== =========================== ======================
+rnn_*            h                   h (the output itself)      h                           h
+lstm             i, f, g, o          i, f, g, o, c              i, f, g, o                  i, f, g, o
+gru              r, z, n             r, z, n, hn                hn, r, z, n                 r, z, hn
+gru_reset_before r, z, n             r, z, n, m                 r, z, n                     r, z, n
+================ =================== ========================== =========================== ======================
 
 ``hn`` is the GRU's recurrent part of the candidate gate, ``W_hn h + b_hn``, before the reset gate multiplies it: it stays
 ``apart``. Its gradient differs from that of ``n``, so ``d_gates`` carries both: the first three blocks belong to ``weight_hh``,
 the last three to ``weight_ih``, and both groups are contiguous columns, which makes each weight gradient one matrix product.
+
+A step has one *stage*, a product with h and a pointwise part, or two. In the second, the ``later`` gates have a product with an
+``operand`` that the first one made: ``m``, the r ⊙ h₋ of the GRU whose reset gate comes before the product. All units of m must
+be there before the second stage reads any. It is kept on the tape, because the gradient of the later gates' rows of
+``weight_hh`` reads it.
 """
 
 from __future__ import annotations
@@ -43,6 +49,8 @@ class Cell:
         direct: whether h passes from step to step beside the product too: the pointwise part of the forward reads it.
         apart: the block with the last gate's recurrent part, bias_hh in it, where that does not simply add up with the gate's
             other sums; else None.
+        later: the last gates, if their recurrent product is with ``operand`` and not with h; else none.
+        operand: the block of the tape that the product of the later gates reads; None without such gates.
         tape_is_out: the tape is the output: nothing else is kept.
         forget: the gate that decides how much of the state is kept, whose bias may start with a value of its own; or None.
         projected: what a projection (``weight_hr``) multiplies, from the blocks of the tape. None: h cannot be projected.
@@ -61,6 +69,8 @@ class Cell:
     reads_before: str | None = field(kw_only=True)
     direct: bool = field(kw_only=True)
     apart: str | None = field(default=None, kw_only=True)
+    later: tuple[str, ...] = field(default=(), kw_only=True)
+    operand: str | None = field(default=None, kw_only=True)
     tape_is_out: bool = field(default=False, kw_only=True)
     forget: str | None = field(default=None, kw_only=True)
     projected: Callable[[Sequence[Tensor]], Tensor] | None = field(default=None, kw_only=True)
@@ -80,7 +90,13 @@ class Cell:
             self._refuse("states", "'h' and at most one other", states)
         if tape[: len(gates)] != gates:
             self._refuse("tape", f"the gates {gates} first, where gates_x arrive", tape)
-        for block in (self.cell_state, self.apart):
+        if self.later and (len(self.later) >= len(gates) or gates[-len(self.later) :] != self.later):
+            self._refuse("later", f"the last of {gates}, but not all", self.later)
+        if (self.operand is not None) != bool(self.later):
+            self._refuse("operand", "a block if there are later gates, else None", self.operand)
+        if self.later and self.apart is not None:
+            self._refuse("apart", "None, as the last gate is one of the later ones", self.apart)
+        for block in (self.cell_state, self.apart, self.operand):
             if block is not None and block not in tape[len(gates) :]:
                 self._refuse("tape", f"{block!r} behind the gates", tape)
         expected = gates if self.apart is None else (self.apart, *gates)
@@ -94,7 +110,7 @@ class Cell:
             self._refuse("direct", "True, as the backward reads h before the step, so the forward did", False)
         if self.forget not in (None, *gates):
             self._refuse("forget", f"None or one of the gates {gates}", self.forget)
-        if self.projected is not None and (self.direct or self.tape_is_out):
+        if self.projected is not None and (self.direct or self.tape_is_out or self.later):
             self._refuse("projected", "None: a projected h has no unit for each of the pointwise part's", self.projected)
 
     def _refuse(self, field: str, expected: str, got: object) -> NoReturn:
@@ -104,6 +120,11 @@ class Cell:
     def num_gates(self) -> int:
         """G, the number of gates."""
         return len(self.gates)
+
+    @property
+    def first(self) -> tuple[str, ...]:
+        """The gates of the first stage, whose recurrent product is with h: all of them, where there are no later ones."""
+        return self.gates[: len(self.gates) - len(self.later)]
 
     @property
     def cell_state(self) -> str | None:
@@ -127,7 +148,12 @@ class Cell:
 
     @property
     def d_hh_groups(self) -> tuple[tuple[str, ...], ...]:
-        """The same in groups of neighbours: each is one product with rows of weight_hh that follow one another."""
+        """The same in groups of neighbours: each is one product with rows of weight_hh that follow one another.
+
+        The last group is that of the later gates, where there are some: its other factor is the operand, and not h.
+        """
+        if self.later:
+            return (self.first, self.later)
         if self.apart is None:
             return (self.gates,)
         # Of a single gate, what stays apart is all.
@@ -135,8 +161,8 @@ class Cell:
 
     @property
     def weight_blocks(self) -> tuple[int, ...]:
-        """For each of the first G blocks of d_gates, which carry the gradient back to h, its block of weight_hh's rows."""
-        return tuple(self.d_hh.index(block) for block in self.d_gates[: len(self.gates)])
+        """For each block of d_gates that carries the gradient back to h, the first ones, its block of weight_hh's rows."""
+        return tuple(self.d_hh.index(block) for block in self.d_gates[: len(self.first)])
 
 
 class Weights(NamedTuple):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn.data.cell import Cell, Weights
-from fused_rnn.kernels.protocol import GateBackend, LayerCall
+from fused_rnn.kernels.protocol import GateBackend, LayerCall, StepOperands
 
 # What is left at a node is summed up whenever it has so many rows.
 _MOST_ROWS = 4096
@@ -28,16 +28,16 @@ _MOST_ROWS = 4096
 class _Sums:
     """The gradients of one recurrence's weights in one run of the backward."""
 
-    def __init__(self, cell: Cell, weights: Weights, wanted: Sequence[bool], backend: GateBackend) -> None:
-        self.cell, self.weights, self.wanted, self.backend = cell, weights, wanted, backend
-        self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
+    def __init__(self, cell: Cell, wanted: Sequence[bool], backend: GateBackend) -> None:
+        self.cell, self.wanted, self.backend = cell, wanted, backend
+        self.steps: list[StepOperands] = []
         self.rows = 0
         self.total: Sequence[Tensor | None] = ()
 
-    def add_step(self, d_gates: Tensor, input: Tensor, h: Tensor) -> None:
-        """Add one step's, later: the gradients of its gates, its input and h before it, a row for each sequence."""
-        self.steps.append((d_gates, input, h))
-        self.rows += len(input)
+    def add_step(self, step: StepOperands) -> None:
+        """Add one step's, later."""
+        self.steps.append(step)
+        self.rows += len(step.input)
         if self.rows > _MOST_ROWS:
             self._sum_up()
 
@@ -53,7 +53,7 @@ class _Sums:
 
     def _sum_up(self) -> None:
         steps, self.steps, self.rows = self.steps, [], 0
-        self.add(self.backend.loop_gradients(self.cell, steps, self.weights, self.wanted))
+        self.add(self.backend.loop_gradients(self.cell, steps, self.wanted))
 
     def result(self) -> Sequence[Tensor | None]:
         """The sums of all steps, in the places of ``Weights``."""
@@ -96,7 +96,7 @@ class Left:
         run = torch._C._current_graph_task_id()
         sums = self.by_run.get(run)
         if sums is None:
-            sums = self.by_run[run] = _Sums(self.cell, self.weights, self.wanted, self.backend)
+            sums = self.by_run[run] = _Sums(self.cell, self.wanted, self.backend)
         return sums
 
     def take(self) -> _Sums | None:
@@ -144,7 +144,13 @@ def loop_of(call: LayerCall) -> Loop | None:
     if loop is not None:
         left = loop.left
         first = left.weights
-        same = first.hh is hh and first.ih is ih and first.bias_ih is bias_ih and first.bias_hh is bias_hh
+        same = (
+            left.cell is layer.cell
+            and first.hh is hh
+            and first.ih is ih
+            and first.bias_ih is bias_ih
+            and first.bias_hh is bias_hh
+        )
         if same and left.wanted == wanted and left.backend is layer.backend:
             return loop
     if not any(wanted):

@@ -11,13 +11,11 @@ The backend is chosen when an operator runs, by ``fused_rnn.kernels.dispatch``, 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn.cells import named
@@ -25,7 +23,8 @@ from fused_rnn.data import sequences
 from fused_rnn.data.cell import Cell, Weights, initial_states
 from fused_rnn.data.sequences import Ragged
 from fused_rnn.data.steps import Steps
-from fused_rnn.graph import autocast
+from fused_rnn.graph import autocast, onnx_export
+from fused_rnn.graph.tracing import exporting, quietly, refuse_traced_tangents
 from fused_rnn.kernels import dispatch
 from fused_rnn.kernels.protocol import Backend, Layer, LayerCall, OutputGradients, States
 
@@ -40,17 +39,14 @@ library.define(
     "layer_backward(str cell, Tensor input, Tensor[] states, Tensor[] weights, int[] present, Tensor? batch_sizes, "
     "Tensor? reset, int[] reverse, Tensor out, Tensor tape, Tensor[] d_outputs, int[] given, int[] wanted) -> Tensor[]"
 )
-library.define("check_batch_sizes(Tensor batch_sizes, SymInt rows, SymInt batch) -> Tensor")
+# The tensors that the sizes are those of: torch.jit.trace would keep a number as it was in the trace.
+library.define("check_batch_sizes(Tensor batch_sizes, Tensor data, Tensor? order, Tensor? state) -> Tensor")
 library.define("packed_reset(Tensor reset, Tensor sizes, Tensor? order, Tensor input_sizes, Tensor? input_order) -> Tensor")
 library.define("ragged(Tensor lengths, Tensor padded, bool batch_first) -> (Tensor, Tensor, Tensor, Tensor)")
 library.define("one_step_earlier(Tensor reset, Tensor batch_sizes) -> Tensor")
 
 _T = TypeVar("_T")
 _plain = Tensor.__torch_dispatch__
-
-# torch.jit.trace warns of every comparison of sizes that it cannot record. Those here check arguments; what depends on a size
-# is recorded. torch does the same for its own files.
-warnings.filterwarnings("ignore", category=torch.jit._trace.TracerWarning, module=r"fused_rnn\.(nn|data)\.")
 
 
 def traced(input: Tensor, weight: Tensor) -> bool:
@@ -69,6 +65,7 @@ def traced(input: Tensor, weight: Tensor) -> bool:
     )
 
 
+@quietly
 def layer(
     cell: Cell,
     input: Tensor,
@@ -89,9 +86,15 @@ def layer(
         states = initial_states(cell, input, len(weights), steps.batch, weights[0])
     elif step:
         states = tuple([state.unsqueeze(0) for state in states])
+    if onnx_export.wanted():
+        dense = input.unsqueeze(0) if step else input
+        out, *ends_there = onnx_export.layer(cell, dense, steps, states, weights, reverse, reset, cell_states)
+        if step:
+            out, ends_there = out.squeeze(0), [end.squeeze(0) for end in ends_there[1:]]
+        return out, tuple(ends_there), None
     # What leaves Python is as a rule run without gradients, and should not compute a tape each time. It can be trained all the
     # same: see `_backward`.
-    leaving = _exporting() or torch.jit._trace.is_tracing()  # type: ignore[no-untyped-call]
+    leaving = exporting() or torch.jit._trace.is_tracing()  # type: ignore[no-untyped-call]
     keep = not leaving and torch.is_grad_enabled() and any(t.requires_grad for t in (rows, *states, *tensors))
     outputs = torch.ops.fused_rnn.layer_forward(
         cell.name,
@@ -115,28 +118,13 @@ def layer(
     return out, ends, cells
 
 
-def _exporting() -> bool:
-    if hasattr(torch.compiler, "is_exporting"):
-        return torch.compiler.is_exporting()
-    # torch 2.6 cannot tell the export that runs Dynamo from torch.compile: a program exported so keeps its tape.
-    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-
-
-def _refuse_traced_tangents() -> None:
-    """Raise under torch.func.linearize: its trace needs operations that have tangents, and those need the values of lengths."""
-    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
-        raise NotImplementedError(
-            "fused_rnn: a trace of tangents (torch.func.linearize) does not know the values of lengths and batch_sizes; "
-            "use torch.func.jvp"
-        )
-
-
-def packed_steps(batch_sizes: Tensor, rows: int, states: States | None, sorted_indices: Tensor | None) -> Steps:
+@quietly
+def packed_steps(batch_sizes: Tensor, data: Tensor, states: States | None, sorted_indices: Tensor | None) -> Steps:
     """The steps of a PackedSequence whose values a trace does not have: they are checked when the program runs.
 
     Args:
         batch_sizes: (T,) int64 on the CPU.
-        rows: R.
+        data: (R, I).
         states: the initial states, (·, N, ·), or None.
         sorted_indices: (N,), or None.
 
@@ -144,7 +132,7 @@ def packed_steps(batch_sizes: Tensor, rows: int, states: States | None, sorted_i
         RuntimeError: as ``fused_rnn.data.sequences.check_batch_sizes``; of what only the values tell, when the program runs.
         NotImplementedError: under torch.func.linearize.
     """
-    _refuse_traced_tangents()
+    refuse_traced_tangents()
     sequences.check_batch_sizes_shape(batch_sizes)
     if sorted_indices is not None:
         batch = sorted_indices.shape[0]
@@ -152,13 +140,19 @@ def packed_steps(batch_sizes: Tensor, rows: int, states: States | None, sorted_i
         batch = states[0].shape[1]
     else:
         batch = _first(batch_sizes)
-    checked = torch.ops.fused_rnn.check_batch_sizes(batch_sizes, rows, batch)
+    if onnx_export.wanted():
+        return Steps(batch_sizes.shape[0], batch, batch_sizes)
+    state = None if states is None else states[0].detach()
+    checked = torch.ops.fused_rnn.check_batch_sizes(batch_sizes, data.detach(), sorted_indices, state)
     return Steps(checked.shape[0], batch, checked)
 
 
 def _first(batch_sizes: Tensor) -> int:
     """N, which stands in no shape here but in the first value alone."""
     batch: Any
+    if torch.jit._trace.is_tracing():  # type: ignore[no-untyped-call]
+        # As torch.nn: a tensor, which torch takes for a size and records.
+        return batch_sizes[0]  # type: ignore[return-value]
     if hasattr(torch._dynamo, "patch_dynamo_config"):
         with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
             batch = batch_sizes[0].item()
@@ -170,6 +164,7 @@ def _first(batch_sizes: Tensor) -> int:
     return batch  # type: ignore[no-any-return]
 
 
+@quietly
 def ragged(lengths: Tensor, padded: Tensor, batch_first: bool) -> Ragged:
     """As ``Ragged.of``, of lengths that are checked when the program runs; how many rows and steps they have is known then.
 
@@ -184,11 +179,14 @@ def ragged(lengths: Tensor, padded: Tensor, batch_first: bool) -> Ragged:
         ValueError: if a value is not one of 0 .. T, when the program runs.
         NotImplementedError: under torch.func.linearize.
     """
-    _refuse_traced_tangents()
+    refuse_traced_tangents()
+    if onnx_export.wanted():
+        raise NotImplementedError(onnx_export.LENGTHS)
     batch_sizes, positions, order, places = torch.ops.fused_rnn.ragged(lengths, padded.detach(), batch_first)
     return Ragged(Steps(batch_sizes.shape[0], lengths.shape[0], batch_sizes), positions, order, places)
 
 
+@quietly
 def resets_by_direction(reset: Tensor, steps: Steps, directions: int) -> Tensor:
     """As ``fused_rnn.data.sequences.resets_by_direction``."""
     if steps.batch_sizes is None or directions == 1:
@@ -237,14 +235,16 @@ def _packed_reset_fake(
     return torch.empty_like(reset)
 
 
-def _check_batch_sizes(batch_sizes: Tensor, rows: int, batch: int) -> Tensor:
-    sequences.check_batch_sizes(batch_sizes, rows)
-    if int(batch_sizes[0]) != batch:
-        raise RuntimeError(f"Expected hidden states of {int(batch_sizes[0])} packed sequences, got {batch}")
+def _check_batch_sizes(batch_sizes: Tensor, data: Tensor, order: Tensor | None, state: Tensor | None) -> Tensor:
+    sequences.check_batch_sizes(batch_sizes, data.shape[0])
+    batch = int(batch_sizes[0])
+    for found in (None if order is None else order.shape[0], None if state is None else state.shape[1]):
+        if found is not None and found != batch:
+            raise RuntimeError(f"Expected hidden states of {batch} packed sequences, got {found}")
     return batch_sizes.clone()
 
 
-def _check_batch_sizes_fake(batch_sizes: Tensor, rows: int, batch: int) -> Tensor:
+def _check_batch_sizes_fake(batch_sizes: Tensor, data: Tensor, order: Tensor | None, state: Tensor | None) -> Tensor:
     return torch.empty_like(batch_sizes)
 
 

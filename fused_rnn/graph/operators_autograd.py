@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from fused_rnn.cells import named
 from fused_rnn.data import sequences
-from fused_rnn.graph import derivatives
+from fused_rnn.graph import derivatives, saved
 from fused_rnn.graph.batching import BackwardCall
 from fused_rnn.graph.operators import library, spread, steps_of
 from fused_rnn.kernels import dispatch
@@ -45,12 +45,12 @@ class _Forward(torch.autograd.Function):
         # Absent gradients stay None: a zero tensor the size of the output would be read for nothing.
         ctx.set_materialize_grads(False)
         ctx.call = call
-        ctx.save_for_backward(batch_sizes, reset, output[0], output[-1], *tensors)
+        saved.save(ctx, (batch_sizes, reset, output[0], output[-1], *tensors))
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
         cell_name, count, present, reverse, keep, _ = ctx.call
-        batch_sizes, reset, out, tape, *tensors = ctx.saved_tensors
+        batch_sizes, reset, out, tape, *tensors = saved.tensors(ctx)
         wanted, d_outputs = ctx.needs_input_grad[3:], d_outputs[:-1]
         input, states, weights = tensors[0], tensors[1 : 1 + count], tensors[1 + count :]
         if torch.is_grad_enabled():

@@ -140,12 +140,13 @@ class Backend(Protocol):
     def supports(self, call: LayerCall) -> str | None:
         """Why the backend cannot compute a layer on this machine, or None where it can."""
 
-    def forward(self, call: LayerCall, keep: bool) -> LayerResult:
+    def forward(self, call: LayerCall, keep: bool, batch_first: bool = False) -> LayerResult:
         """Compute a layer without recording a graph.
 
         Args:
             call: the layer.
             keep: whether a backward will follow.
+            batch_first: whether out and cell_states, of an input (T, N, I), are (N, T, ·) over the same memory; no views.
         """
 
     def backward(
@@ -163,8 +164,8 @@ class Backend(Protocol):
 
         Args:
             call: as the forward had it.
-            out: as the forward returned it.
-            tape: as the forward returned it.
+            out: as the forward returned it, in any layout of memory.
+            tape: as the forward returned it, in any layout of memory.
             gradients: of the results.
             wanted: for each of ``call.operands()``, whether its gradient is wanted.
             groups: how many groups the batch consists of, if the gradients of the weights are wanted for each: sequence j is of
@@ -173,6 +174,22 @@ class Backend(Protocol):
         Returns:
             the gradients of ``call.operands()``, None where they are not wanted.
         """
+
+
+class StepOperands(NamedTuple):
+    """What the gradients of the weights need of a single step.
+
+    Attributes:
+        d_gates: the gradients of its gates, (n, 1, ·).
+        input: (n, I).
+        h: before the step, (n, P).
+        operand: what the product of later gates read, (n, H); None for a cell without such gates.
+    """
+
+    d_gates: Tensor
+    input: Tensor
+    h: Tensor
+    operand: Tensor | None
 
 
 class GateBackend(Backend, Protocol):
@@ -193,17 +210,14 @@ class GateBackend(Backend, Protocol):
             weights' follow: (N, 1, blocks of ``Cell.d_gates``·H), in the dtype that the kernels compute in.
         """
 
-    def loop_gradients(
-        self, cell: Cell, steps: Sequence[tuple[Tensor, Tensor, Tensor]], weights: Weights, wanted: Sequence[bool]
-    ) -> Sequence[Tensor | None]:
+    def loop_gradients(self, cell: Cell, steps: Sequence[StepOperands], wanted: Sequence[bool]) -> Sequence[Tensor | None]:
         """Sum the gradients of the weights over single steps.
 
         Args:
             cell: which cell.
-            steps: of each, the gradients of its gates, its input and h before it, (n, 1, ·), (n, I) and (n, P).
-            weights: which all of them had.
+            steps: what each has left.
             wanted: for each of the weights, whether its gradient is.
 
         Returns:
-            the gradients in the places of ``weights``, None where they are not wanted.
+            the gradients in the places of ``Weights``, None where they are not wanted.
         """

@@ -149,6 +149,12 @@ class PreviousH:
         return [previous]
 
 
+def operand_of(cell: Cell, tape: Tensor) -> Tensor:
+    """What the product of the later gates read, (n, H); ``tape`` are the rows of one recurrence, (n, ·)."""
+    assert cell.operand is not None
+    return tape.chunk(len(cell.tape), dim=1)[cell.tape.index(cell.operand)]
+
+
 class WeightGradients:
     """The gradients of one recurrence's parameters, summed over chunks of time."""
 
@@ -186,7 +192,7 @@ class WeightGradients:
         Args:
             d_gates: (n, columns) of these steps.
             input: (n, I) of these steps.
-            tape: (n, columns) of these steps; read for weight_hr alone, None without.
+            tape: (n, columns) of these steps; read for weight_hr and for the operand of later gates.
         """
         add = self.begun
         self.begun = True
@@ -195,12 +201,16 @@ class WeightGradients:
             self.product(d_gates_x, [input], self.ih, self.bias_x, add)
         if self.hh is not None or self.bias_apart is not None:
             inputs = [] if self.hh is None else [in_dtype(part, d_gates.dtype) for part in previous.parts(t_begin, t_end)]
+            groups = self.cell.d_hh_groups
             first = 0
-            for part in self.cell.d_hh_groups:
+            for part in groups:
                 d_weight = self.hh
-                if d_weight is not None and self.apart:
+                if d_weight is not None and len(groups) > 1:
                     d_weight = d_weight.narrow(-2, first, len(part) * self.hidden)
                 d_bias = self.bias_apart if part == (self.cell.apart,) else None
+                if part == self.cell.later and d_weight is not None:
+                    assert tape is not None
+                    inputs = [in_dtype(operand_of(self.cell, tape), d_gates.dtype)]
                 self.product(self.blocks(d_gates, part), inputs, d_weight, d_bias, add)
                 first += len(part) * self.hidden
         if self.hr is not None and tape is not None and self.cell.projected is not None:

@@ -18,6 +18,9 @@ from fused_rnn.data.cell import Cell, Weights, initial_states
 from fused_rnn.data.steps import Steps
 from fused_rnn.graph import autograd, operators
 from fused_rnn.graph.autograd import Outputs
+from fused_rnn.graph.batch_first import transposed
+from fused_rnn.graph.derivatives import transformed
+from fused_rnn.graph.tracing import quietly
 from fused_rnn.kernels.protocol import Backend, States
 from fused_rnn.nn import checks
 
@@ -111,16 +114,19 @@ def sequence(
             run = partial(_layers, cell, weights, directions, dropout, cell_states, backend)
             out, after, cells = _padded(run, input, steps, states, reset, lengths, batched, batch_first, weights[0].hh)
         else:
+            turned = False
             if batch_first:
-                rows = input.transpose(0, 1).contiguous()
+                # The kernels can write results with N before T.
+                rows, turned = input.transpose(0, 1).contiguous(), backend is not None
             mask = None
             if reset is not None:
                 mask = (reset.t() if batch_first else reset).reshape(-1)
             out, after, cells = _layers(
-                cell, weights, directions, dropout, cell_states, backend, rows, steps, states, mask, True
+                cell, weights, directions, dropout, cell_states, backend, rows, steps, states, mask, True, turned
             )
-            if batch_first:
-                out, cells = out.transpose(0, 1), None if cells is None else cells.transpose(0, 1)
+            if batch_first and not turned:
+                plain = not (operators.traced(input, weights[0].hh) or transformed())
+                out, cells = _batch_first(out, cells, plain)
     except Exception:
         # What does not fit each other has the errors of torch.
         _check_dense(cell, input, weights, directions, states, length, batch)
@@ -131,6 +137,7 @@ def sequence(
     return out, after, cells
 
 
+@quietly
 def _check_dense(
     cell: Cell,
     input: Tensor,
@@ -160,20 +167,31 @@ def _padded(
 ) -> Outputs:
     """Run the layers over the rows that the sequences of a padded batch have."""
     ragged = _ragged(lengths, steps, batched, batch_first, input, weight)
+    # What torch alone sees gets results that are no views.
+    plain = not (operators.traced(input, weight) or transformed())
     if ragged is None:
         if batch_first:
             input, reset = input.transpose(0, 1).contiguous(), None if reset is None else reset.t()
         out, after, cells = run(input, steps, states, None if reset is None else reset.reshape(-1), False)
         if batch_first:
-            out, cells = out.transpose(0, 1), None if cells is None else cells.transpose(0, 1)
+            out, cells = _batch_first(out, cells, plain)
         return out, after, cells
     leading, count = input.shape[:2], steps.length * steps.batch
     rows = ragged.gather(input.reshape(count, input.shape[2]))
     mask = None if reset is None else ragged.gather(reset.reshape(-1))
     out, after, cells = run(rows, ragged.steps, None if states is None else ragged.sort(states), mask, False)
-    out = ragged.scatter(out, count).view(*leading, out.shape[1])
-    cells = None if cells is None else ragged.scatter(cells, count).view(*leading, cells.shape[1])
+    # As `view`, but not a view in the eyes of autograd, since nobody else has the matrix.
+    shaped: Callable[..., Tensor] = torch.ops.aten._unsafe_view.default if plain else Tensor.view
+    out = shaped(ragged.scatter(out, count), (*leading, out.shape[1]))
+    cells = None if cells is None else shaped(ragged.scatter(cells, count), (*leading, cells.shape[1]))
     return out, ragged.unsort(after), cells
+
+
+def _batch_first(out: Tensor, cells: Tensor | None, plain: bool) -> tuple[Tensor, Tensor | None]:
+    """The results with N before T; where the call is plain no views, which autograd would not let be detached in place."""
+    if plain:
+        return transposed(out), None if cells is None else transposed(cells)
+    return out.transpose(0, 1), None if cells is None else cells.transpose(0, 1)
 
 
 def _ragged(
@@ -207,7 +225,7 @@ def _packed(
         raise ValueError("lengths: expected None for a packed input, which has its own, got a tensor")
     reset = None if mask is None else checks.check_packed_reset(mask, input)
     if operators.traced(data, weights[0].ih):
-        steps = operators.packed_steps(batch_sizes, data.shape[0], states, sorted_indices)
+        steps = operators.packed_steps(batch_sizes, data, states, sorted_indices)
         if isinstance(mask, PackedSequence):
             reset = operators.packed_reset(mask, input)
     else:
@@ -242,6 +260,7 @@ def _layers(
     states: States | None,
     reset: Tensor | None,
     as_dense: bool,
+    batch_first: bool = False,
 ) -> Outputs:
     """Run layer after layer.
 
@@ -251,6 +270,7 @@ def _layers(
         states: (L·D, N, ·) each, or None for zero.
         reset: (R,) bool, or None.
         as_dense: as of ``autograd.layer_in_autocast``.
+        batch_first: as of ``autograd.eager_layer``, for the last layer.
 
     Returns:
         out, the states after the walk, (L·D, N, ·) each, and with ``cell_states`` c of the last layer at every step.
@@ -269,10 +289,11 @@ def _layers(
         resets = by_direction.resets_by_direction(reset, steps, directions)
     reverse = (False,) if directions == 1 else (False, True)
     if len(weights) == directions:
+        if batch_first:
+            return run(cell, rows, steps, states, weights, reverse, resets, cell_states, False, True)
         return run(cell, rows, steps, states, weights, reverse, resets, cell_states)
-    for state in states or ():
-        if state.shape[0] != len(weights):
-            raise ValueError(f"states: expected {len(weights)}, one for each layer and direction, got {state.shape[0]}")
+    if states is not None:
+        _check_state_counts(states, len(weights))
     ends: list[States] = []
     cells = None
     for first in range(0, len(weights), directions):
@@ -280,7 +301,17 @@ def _layers(
             rows = torch.dropout(rows, dropout, True)
         part = slice(first, first + directions)
         before = None if states is None else tuple([state[part] for state in states])
-        wanted = cell_states and part.stop == len(weights)
-        rows, end, cells = run(cell, rows, steps, before, weights[part], reverse, resets, wanted)
+        last = part.stop == len(weights)
+        if last and batch_first:
+            rows, end, cells = run(cell, rows, steps, before, weights[part], reverse, resets, cell_states, False, True)
+        else:
+            rows, end, cells = run(cell, rows, steps, before, weights[part], reverse, resets, cell_states and last)
         ends.append(end)
     return rows, tuple([torch.cat(parts) for parts in zip(*ends, strict=True)]), cells
+
+
+@quietly
+def _check_state_counts(states: States, count: int) -> None:
+    for state in states:
+        if state.shape[0] != count:
+            raise ValueError(f"states: expected {count}, one for each layer and direction, got {state.shape[0]}")

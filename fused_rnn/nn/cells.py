@@ -1,4 +1,4 @@
-"""The modules of one step: torch.nn's contract over ``fused_rnn.nn.calls``; as ``fused_rnn.nn.layers``, from RNNCellBase."""
+"""The modules of one step: torch.nn's contract over ``fused_rnn.nn.calls``; instances of torch.nn's cells too."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn.cells import GRU, LSTM, RNN_RELU, RNN_TANH
+from fused_rnn.cells import GRU, GRU_RESET_BEFORE, LSTM, RNN_RELU, RNN_TANH
 from fused_rnn.data.cell import Cell, Weights
 from fused_rnn.kernels.protocol import States
-from fused_rnn.nn import calls
+from fused_rnn.nn import calls, checks, symbolic
 from fused_rnn.nn.initialisation import Initialised
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
@@ -28,7 +28,7 @@ class _Cell(Initialised, torch.nn.modules.rnn.RNNCellBase):
         return calls.step(cell, input, Weights(*weights), states)
 
 
-class RNNCell(_Cell):
+class RNNCell(_Cell, torch.nn.RNNCell):
     r"""One step of a simple (Elman) recurrence: the fused replacement of torch.nn.RNNCell.
 
     Args:
@@ -66,11 +66,12 @@ class RNNCell(_Cell):
         recurrent_init: str | None = None,
     ) -> None:
         options = {"device": device, "dtype": dtype, "recurrent_init": recurrent_init}
-        super().__init__(input_size, hidden_size, bias, num_chunks=1, **options)
-        self.nonlinearity = nonlinearity
+        super().__init__(input_size, hidden_size, bias, nonlinearity, **options)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; shapes and errors in the class docstring."""
+        if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx)) is not None:
+            return proxy  # type: ignore[no-any-return]
         if self.nonlinearity == "tanh":
             return self._step(RNN_TANH, input, None if hx is None else (hx,))[0]
         if self.nonlinearity == "relu":
@@ -78,7 +79,7 @@ class RNNCell(_Cell):
         raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
 
 
-class GRUCell(_Cell):
+class GRUCell(_Cell, torch.nn.GRUCell):
     r"""One step of a gated recurrent unit: the fused replacement of torch.nn.GRUCell.
 
     Args:
@@ -87,6 +88,7 @@ class GRUCell(_Cell):
         bias: whether there are ``bias_ih`` and ``bias_hh``. Default: ``True``
         device, dtype: of the parameters.
         recurrent_init: ``"orthogonal"`` draws each gate's block of ``weight_hh`` so. Default: ``None``, torch's values
+        reset_after: whether the reset gate comes after the product with W_hn; as in ``GRU``. Default: ``True``
 
     Inputs: input (N, I) or (I,); h (N, H) or (H,), default zero.
     Outputs: h after the step, (N, H) or (H,).
@@ -95,11 +97,14 @@ class GRUCell(_Cell):
     from U(−1/√H, 1/√H). The equations are those of ``GRU``.
 
     Raises:
-        ValueError, RuntimeError: with torch.nn.GRUCell's messages.
+        ValueError, RuntimeError: with torch.nn.GRUCell's messages; TypeError if ``reset_after`` is no bool.
 
     >>> GRUCell(10, 20)(torch.randn(3, 10)).shape
     torch.Size([3, 20])
     """
+
+    # For cells that torch.nn's constructor made or an earlier version pickled.
+    reset_after: bool = True
 
     def __init__(
         self,
@@ -110,16 +115,26 @@ class GRUCell(_Cell):
         dtype: Any = None,
         *,
         recurrent_init: str | None = None,
+        reset_after: bool = True,
     ) -> None:
+        checks.check_flag("reset_after", reset_after)
         options = {"device": device, "dtype": dtype, "recurrent_init": recurrent_init}
-        super().__init__(input_size, hidden_size, bias, num_chunks=3, **options)
+        super().__init__(input_size, hidden_size, bias, **options)
+        if not reset_after:
+            self.reset_after = False
+
+    def extra_repr(self) -> str:
+        """As torch.nn's, and the options that were given."""
+        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; shapes and errors in the class docstring."""
-        return self._step(GRU, input, None if hx is None else (hx,))[0]
+        if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx)) is not None:
+            return proxy  # type: ignore[no-any-return]
+        return self._step(GRU if self.reset_after else GRU_RESET_BEFORE, input, None if hx is None else (hx,))[0]
 
 
-class LSTMCell(_Cell):
+class LSTMCell(_Cell, torch.nn.LSTMCell):
     r"""One step of a long short-term memory: the fused replacement of torch.nn.LSTMCell.
 
     Args:
@@ -156,9 +171,11 @@ class LSTMCell(_Cell):
         recurrent_init: str | None = None,
     ) -> None:
         options = {"device": device, "dtype": dtype, "forget_bias": forget_bias, "recurrent_init": recurrent_init}
-        super().__init__(input_size, hidden_size, bias, num_chunks=4, **options)
+        super().__init__(input_size, hidden_size, bias, **options)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Take one step; shapes and errors in the class docstring."""
+        if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx)) is not None:
+            return proxy  # type: ignore[no-any-return]
         h, c = self._step(LSTM, input, calls.pair(hx, "lstm_cell"))
         return h, c

@@ -12,6 +12,7 @@ from fused_rnn.data import sequences
 from fused_rnn.data.cell import Cell, Weights
 from fused_rnn.data.steps import mapped
 from fused_rnn.graph import autocast
+from fused_rnn.graph.tracing import quietly
 
 DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
@@ -54,6 +55,7 @@ def check_state_ranks(states: Sequence[Tensor], batched: bool) -> None:
     raise RuntimeError(f"{what} and cx should also be {rank}-D but got ({ranks}) tensors")
 
 
+@quietly
 def check_input(input: Tensor, weight: Tensor, rank: int) -> None:
     """Check dtype, rank and features of a sequence against ``weight_ih`` of the first layer.
 
@@ -82,6 +84,7 @@ def check_dtype(input: Tensor) -> None:
         )
 
 
+@quietly
 def check_state_sizes(states: Sequence[Tensor], expected: Sequence[tuple[int, ...]]) -> None:
     """Raise RuntimeError unless each state of a sequence has its shape."""
     for index, (state, shape) in enumerate(zip(states, expected, strict=True)):
@@ -117,6 +120,7 @@ def check_count(weights: Sequence[Weights], directions: int) -> None:
         raise ValueError(f"weights: expected {directions} for each layer, one or more layers, got {len(weights)}")
 
 
+@quietly
 def check_weights(cell: Cell, weights: Sequence[Weights], directions: int) -> None:
     """Raise unless the weights of all layers fit together.
 
@@ -160,6 +164,7 @@ def _raise_weight_shape(weight: Weights, expected: tuple[tuple[int, ...] | None,
             raise RuntimeError(f"{name} of layer {layer}, direction {direction}: expected shape {shape}, got {got}")
 
 
+@quietly
 def check_layers(
     cell: Cell, rows: Tensor, weights: Sequence[Weights], directions: int, states: Sequence[Tensor] | None, batch: int
 ) -> None:
@@ -189,6 +194,7 @@ def check_cell_rank(cell: Cell, input: Tensor, states: Sequence[Tensor] | None) 
             raise ValueError(f"{name}: Expected {which} to be 1D or 2D, got {state.dim()}D instead")
 
 
+@quietly
 def check_cell(cell: Cell, input: Tensor, states: Sequence[Tensor], weights: Weights) -> None:
     """Check one step: input (N, I) and states (N, H), against each other and against the weights.
 
@@ -218,6 +224,7 @@ def check_cell(cell: Cell, input: Tensor, states: Sequence[Tensor], weights: Wei
     check_weights(cell, (weights,), 1)
 
 
+@quietly
 def check_lengths(lengths: object, batch: int, batched: bool, input: Tensor) -> Tensor:
     """Check what ``lengths`` are without a look at their values.
 
@@ -244,6 +251,7 @@ def check_lengths(lengths: object, batch: int, batched: bool, input: Tensor) -> 
     return lengths.reshape(-1)
 
 
+@quietly
 def check_reset(reset: object, shape: tuple[int, ...], input: Tensor) -> Tensor:
     """Check a mask of resets.
 
@@ -269,6 +277,7 @@ def check_reset(reset: object, shape: tuple[int, ...], input: Tensor) -> Tensor:
     return reset
 
 
+@quietly
 def check_packed_reset(reset: object, input: PackedSequence) -> Tensor:
     """Check a mask of resets for a packed input; return its rows, (R,).
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.modules.rnn import RNNCellBase
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_rnn.nn import cells as cell_modules
+from fused_rnn.nn import kept_classes
 from fused_rnn.nn import layers as modules
-from fused_rnn.nn.checks import DTYPES
+from fused_rnn.nn.checks import DTYPES, check_flag
+from fused_rnn.nn.flat_weights import FlatWeights
 from fused_rnn.nn.initialisation import OPTIONS, Initialised
 
 __all__ = ["Conversion", "convert", "revert"]
@@ -27,22 +32,12 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTMCell: cell_modules.LSTMCell,
     nn.GRUCell: cell_modules.GRUCell,
 }
-_PLAIN = {fused: plain for plain, fused in _FUSED.items()}
+_PLAIN = {fused: plain for plain, fused in _FUSED.items()} | kept_classes.PLAIN
 _NAMES = frozenset(plain.__name__ for plain in _FUSED)
 
 
 # Classes that torch makes at run time for a module that it has parametrized or sharded; the last base is the one it had.
 _WRAPPED_IN = ("torch.nn.utils.parametrize", "torch.distributed.")
-# What torch.nn's forward calls, so that a replacement on the instance takes part in it. flatten_parameters computes nothing.
-_METHODS = (
-    "forward",
-    "check_input",
-    "check_forward_args",
-    "check_hidden_size",
-    "get_expected_hidden_size",
-    "get_expected_cell_size",
-    "permute_hidden",
-)
 
 
 @dataclass(frozen=True)
@@ -71,39 +66,69 @@ class Conversion:
         return f"{path}: {before} -> {self.after.__module__}.{self.after.__qualname__}"
 
 
-def convert(model: Model, report: list[Conversion] | None = None) -> Model:
+def convert(model: Model, report: list[Conversion] | None = None, *, keep_class: bool = False) -> Model:
     """Replace every torch.nn RNN, LSTM, GRU, RNNCell, LSTMCell and GRUCell in ``model`` by the fused module of the same name.
 
     The module objects stay the same and change their class. So parameters, buffers, hooks, the training flag, attributes and
     every reference to them (an optimizer's, a second parent's, that of DistributedDataParallel or torch.compile around the
     model) hold as before, and ``model`` may itself be one of the six. Weights under ``torch.nn.utils.parametrize``,
-    ``weight_norm``, ``spectral_norm`` or ``prune`` stay so; modules under ``fully_shard`` stay sharded. Afterwards
-    ``isinstance(module, torch.nn.LSTM)`` is false; ``isinstance(module, torch.nn.RNNBase)`` still holds.
+    ``weight_norm``, ``spectral_norm`` or ``prune`` stay so; modules under ``fully_shard`` stay sharded.
 
-    Left alone, each with its reason in the report: subclasses and other modules derived from ``torch.nn.RNNBase`` or
+    Cells are instances of torch.nn's classes afterwards. Of a layer, ``isinstance(module, torch.nn.LSTM)`` is false, because
+    torch.compile breaks the graph at such an instance; ``isinstance(module, torch.nn.RNNBase)`` holds. With ``keep_class`` both
+    hold, for code that asks: loops that initialise, wrappers, summaries. The price is that Dynamo is told to trace these
+    modules through a function that torch does not document. Where a version of torch lacks it (before 2.7), a compiled model
+    breaks its graph at them.
+
+    A subclass that only adds to torch.nn's class, and replaces nothing that its results come from, is swapped as well, for a
+    class of its own: its instances are those of the subclass, as with ``keep_class``.
+
+    Left alone, each with its reason in the report: other subclasses and modules derived from ``torch.nn.RNNBase`` or
     ``RNNCellBase``, which may compute anything; modules of which ``forward``, or a method that it calls, was replaced on the
     instance; scripted and traced modules; modules quantized or prepared for it; parameters of a dtype that the kernels do not
     compute in, or of a tensor subclass.
 
-    torch.jit.script compiles no kernel of this package: revert before it. torch.fx.symbolic_trace takes modules of torch.nn
-    whole, but not others: use a Tracer whose ``is_leaf_module`` names these.
+    torch.jit.script compiles no kernel of this package: revert before it. torch.fx.symbolic_trace takes the modules whole, as
+    those of torch.nn.
 
     Args:
         model: the model, changed in place.
         report: a list to which one ``Conversion`` is appended for every recurrent module that was swapped or left alone.
+        keep_class: whether layers stay instances of torch.nn's classes.
 
     Returns:
-        ``model``.
+        ``model``. Warns if most of its recurrent modules were left alone, unless a report is asked for.
 
     Raises:
-        TypeError: if ``model`` is no module, or ``report`` no list.
+        TypeError: if ``model`` is no module, ``report`` no list, or ``keep_class`` no bool.
 
     >>> model = nn.Sequential(nn.Embedding(9, 4), nn.LSTM(4, 8))
     >>> report = []
     >>> print(convert(model, report)[1], *report)
     LSTM(4, 8) 1: torch.nn.modules.rnn.LSTM -> fused_rnn.nn.layers.LSTM
     """
-    return _swap(model, _FUSED, report, "fused_rnn.convert")
+    check_flag("keep_class", keep_class)
+
+    def target(cls: type[nn.Module]) -> type[nn.Module] | str | None:
+        if cls in _FUSED:
+            return (kept_classes.kept(cls) if keep_class else None) or _FUSED[cls]
+        known = next((base for base in cls.__mro__ if base in _FUSED), None)
+        if known is None or cls in _PLAIN or issubclass(cls, Initialised):
+            return None
+        replaced = kept_classes.replaced(cls, known, _FUSED[known])
+        if replaced is None:
+            return kept_classes.made_of(cls, _FUSED[known])
+        return f"a subclass of {known.__module__}.{known.__qualname__} that replaces {replaced} may have changed anything"
+
+    rows: list[Conversion] = []
+    _swap(model, target, rows if report is None else report, "fused_rnn.convert")
+    left = [row for row in rows if row.reason is not None]
+    if report is None and 2 * len(left) > len(rows):
+        warnings.warn(
+            f"fused_rnn.convert left {len(left)} of {len(rows)} recurrent modules as they were, first of all {left[0]}",
+            stacklevel=2,
+        )
+    return model
 
 
 def revert(model: Model, report: list[Conversion] | None = None) -> Model:
@@ -119,12 +144,29 @@ def revert(model: Model, report: list[Conversion] | None = None) -> Model:
     Raises:
         TypeError: if ``model`` is no module, or ``report`` no list.
     """
-    return _swap(model, _PLAIN, report, "fused_rnn.revert")
+
+    def target(cls: type[nn.Module]) -> type[nn.Module] | str | None:
+        plain = _PLAIN.get(cls) or vars(cls).get("_converted_from")
+        if plain is None:
+            for known in _PLAIN:
+                if issubclass(cls, known):
+                    return f"a subclass of {known.__module__}.{known.__qualname__} may have changed anything"
+        return plain
+
+    return _swap(model, target, report, "fused_rnn.revert")
 
 
 def _swap(
-    model: Model, classes: dict[type[nn.Module], type[nn.Module]], report: list[Conversion] | None, function: str
+    model: Model,
+    target_of: Callable[[type[nn.Module]], type[nn.Module] | str | None],
+    report: list[Conversion] | None,
+    function: str,
 ) -> Model:
+    """Swap modules.
+
+    Args:
+        target_of: what the modules of a class become: a class, or why they stay, or None for nothing of the kind.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: expected a torch.nn.Module, got {type(model).__name__}")
     if report is not None and not isinstance(report, list):
@@ -139,14 +181,14 @@ def _swap(
     for name, module in found:
         before = type(module)
         plain = _plain(before)
-        if plain in classes:
-            reason = _obstacle(module)
-            if reason is None:
-                _change_class(module, classes[plain])
-        else:
-            reason = _kinship(module, plain, classes)
-            if reason is None:
+        target = target_of(plain)
+        reason = target if isinstance(target, str) else _kinship(module, plain) if target is None else _obstacle(module)
+        if reason is None and target is not None and not getattr(module, "reset_after", True):
+            reason = "torch.nn has no GRU with reset_after=False"
+        if reason is None:
+            if target is None:
                 continue
+            _change_class(module, target)  # type: ignore[arg-type]
         if report is not None:
             also = tuple(path for path in paths.get(id(module), ()) if path != name)
             report.append(Conversion(name, before, type(module), reason, also))
@@ -171,7 +213,7 @@ def _wrapped(cls: type[nn.Module], plain: type[nn.Module], target: type[nn.Modul
 
 def _obstacle(module: nn.Module) -> str | None:
     """Why a module of a class that can be swapped should not be."""
-    for name in _METHODS:
+    for name in kept_classes.METHODS:
         if name in vars(module):
             return f"its {name} was replaced on the instance"
     if getattr(module, "qconfig", None) is not None:
@@ -186,29 +228,30 @@ def _obstacle(module: nn.Module) -> str | None:
     return None
 
 
-def _kinship(module: nn.Module, plain: type[nn.Module], classes: dict[type[nn.Module], type[nn.Module]]) -> str | None:
-    """Why a module that looks like one of ``classes`` is none of them; None where it does not look so."""
-    for known in classes:
-        if isinstance(module, known):
-            return f"a subclass of {known.__module__}.{known.__qualname__} may have changed anything"
+def _kinship(module: nn.Module, plain: type[nn.Module]) -> str | None:
+    """Why a module that looks like a recurrent one of torch.nn is none; None where it does not look so."""
     if isinstance(module, torch.jit.ScriptModule) and module.original_name in _NAMES:
         return "it is scripted or traced"
     if plain.__name__ in _NAMES and plain.__module__.startswith(("torch.ao.", "torch.nn.quantized")):
         return "it is quantized or prepared for quantization"
-    if isinstance(module, (nn.RNNBase, RNNCellBase)) and plain not in _FUSED and not plain.__module__.startswith("fused_rnn."):
+    if isinstance(module, (nn.RNNBase, RNNCellBase)) and plain not in _FUSED and not issubclass(plain, Initialised):
         return "a recurrent module of its own, none of torch.nn's six"
     return None
 
 
 def _change_class(module: nn.Module, target: type[nn.Module]) -> None:
-    # torch.nn keeps this list, the fused modules compute it.
+    given = _given_weights(module)
     state: dict[str, Any] = vars(module)
-    state.pop("_flat_weights", None)
+    if isinstance(module, FlatWeights):
+        module._forget_given()
+    else:
+        # torch.nn keeps this list, the fused modules do not.
+        state.pop("_flat_weights", None)
     if not issubclass(target, Initialised):
         for option in OPTIONS:
             state.pop(option, None)
     module.__class__ = _wrapped(type(module), _plain(type(module)), target)
-    if target in _FUSED and isinstance(module, nn.RNNBase):
+    if not issubclass(target, Initialised) and isinstance(module, nn.RNNBase):
         # It reads the weights. Reading a parametrized one in training may change it: a power iteration, a dropout mask.
         parametrizations = getattr(module, "parametrizations", None)
         training = [part for part in parametrizations.modules() if part.training] if parametrizations is not None else []
@@ -217,3 +260,18 @@ def _change_class(module: nn.Module, target: type[nn.Module]) -> None:
         module._init_flat_weights()
         for part in training:
             part.training = True
+    if given is not None:
+        setattr(module, "_flat_weights", given)  # noqa: B010
+
+
+def _given_weights(module: nn.Module) -> list[Any] | None:
+    """The list ``_flat_weights`` where the module computes with other tensors than its attributes; else None."""
+    if not isinstance(module, nn.RNNBase) or parametrize.is_parametrized(module):
+        return None
+    if isinstance(module, FlatWeights):
+        return module.overriding()
+    given, refs = vars(module).get("_flat_weights"), getattr(module, "_flat_weight_refs", ())
+    names = module._flat_weights_names
+    if given is None or not len(given) == len(refs) == len(names) or module._weights_have_changed():  # type: ignore[no-untyped-call]
+        return None
+    return None if all(one is getattr(module, name, None) for one, name in zip(given, names, strict=True)) else given

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn.cells import GRU as GRU_CELL
+from fused_rnn.cells import GRU_RESET_BEFORE, RNN_RELU, RNN_TANH
 from fused_rnn.cells import LSTM as LSTM_CELL
-from fused_rnn.cells import RNN_RELU, RNN_TANH
-from fused_rnn.data.cell import Cell, Weights
-from fused_rnn.nn import calls, checks
+from fused_rnn.data.cell import Cell
+from fused_rnn.nn import calls, checks, symbolic
+from fused_rnn.nn.flat_weights import FlatWeights
 from fused_rnn.nn.initialisation import Initialised
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -24,44 +25,8 @@ __all__ = ["GRU", "LSTM", "RNN"]
 Input = TypeVar("Input", Tensor, PackedSequence)
 
 
-class _Layers(Initialised, torch.nn.RNNBase):
-    """What RNN, LSTM and GRU share: where the weights are found at each call."""
-
-    def flatten_parameters(self) -> None:
-        """Do nothing: no kernel needs the parameters next to each other. Here so that callers of torch.nn's keep working."""
-
-    @property
-    def _flat_weights(self) -> list[Any]:
-        # torch.nn keeps this list, and with it tensors that a parametrization or a reassignment has long replaced.
-        return [getattr(self, name, None) for name in self._flat_weights_names]
-
-    @_flat_weights.setter
-    def _flat_weights(self, value: Any) -> None:
-        # RNNBase assigns what the property gives anyway.
-        pass
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state = {key: value for key, value in state.items() if key != "_flat_weights"}
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-
-    def _weights(self) -> list[Weights]:
-        parameters, names = self._parameters, self._flat_weights_names
-        # A parametrized, pruned or reassigned weight is an attribute, not a parameter.
-        tensors: list[Any] = [parameters.get(name) for name in names]
-        for tensor in tensors:
-            if tensor is None:
-                tensors = [getattr(self, name) for name in names]
-                break
-        if len(tensors) == 4 and self.bias and not self.proj_size:
-            return [Weights(*tensors)]
-        each = 2 + 2 * self.bias + (self.proj_size > 0)
-        weights = []
-        for first in range(0, len(tensors), each):
-            one = tensors[first : first + each]
-            if not self.bias:
-                one[2:2] = (None, None)
-            weights.append(Weights(*one))
-        return weights
+class _Layers(Initialised, FlatWeights):
+    """What RNN, LSTM and GRU share."""
 
     def _run(
         self, cell: Cell, input: Any, states: Any, lengths: Any, reset: Any, cell_states: bool = False
@@ -144,9 +109,18 @@ class RNN(_Layers):
         super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
 
     def forward(
-        self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Input | None = None
+        self,
+        input: Input,
+        hx: Tensor | None = None,
+        *positional: None,
+        lengths: Tensor | None = None,
+        reset: Input | None = None,
     ) -> tuple[Input, Tensor]:
         """Run the layers; shapes and errors in the class docstring."""
+        if positional:
+            _refuse_positional(self, positional)
+        if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx, lengths=lengths, reset=reset)) is not None:
+            return proxy  # type: ignore[no-any-return]
         cell = RNN_TANH if self.mode == "RNN_TANH" else RNN_RELU
         out, states, _ = self._run(cell, input, None if hx is None else (hx,), lengths, reset)
         return out, states[0]
@@ -163,6 +137,9 @@ class GRU(_Layers):
         h_t = (1 - z_t) \odot n_t + z_t \odot h_{t-1}
         \end{array}
 
+    With ``reset_after=False``, the reset gate comes before the product, which torch.nn has not:
+    :math:`n_t = \tanh(W_{in} x_t + b_{in} + W_{hn} (r_t \odot h_{t-1}) + b_{hn})`.
+
     Args:
         input_size: features of the input, I.
         hidden_size: hidden units, H.
@@ -173,6 +150,9 @@ class GRU(_Layers):
         bidirectional: whether a second recurrence walks from the last step to the first (D = 2). Default: ``False``
         device, dtype: of the parameters.
         recurrent_init: ``"orthogonal"`` draws each gate's block of ``weight_hh`` so. Default: ``None``, torch's values
+        reset_after: whether the reset gate comes after the product with W_hn, as in torch.nn and cuDNN; or before it, as in Cho
+            et al. 2014, ONNX's ``linear_before_reset=0`` and Keras' ``reset_after=False``. The parameters are the same, what
+            they compute is not. Default: ``True``
 
     Inputs: input, h_0
         - **input**: (T, N, I), (N, T, I) with ``batch_first``, (T, I) unbatched, or a PackedSequence.
@@ -189,13 +169,17 @@ class GRU(_Layers):
 
     Raises:
         TypeError, ValueError, RuntimeError: with torch.nn.GRU's messages, in the constructor and in ``forward``; TypeError and
-            ValueError for keywords of a wrong type or shape, or lengths that are not 0 … T.
+            ValueError for keywords of a wrong type or shape, or lengths that are not 0 … T; TypeError if ``reset_after`` is no
+            bool.
 
     >>> rnn = GRU(10, 20, 2)
     >>> output, h_n = rnn(torch.randn(5, 3, 10), torch.randn(2, 3, 20))
     >>> output.shape
     torch.Size([5, 3, 20])
     """
+
+    # For modules that torch.nn's constructor made or an earlier version pickled.
+    reset_after: bool = True
 
     @overload
     def __init__(
@@ -211,20 +195,38 @@ class GRU(_Layers):
         dtype: Any = None,
         *,
         recurrent_init: str | None = None,
+        reset_after: bool = True,
     ) -> None: ...
 
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
         _refuse_proj_size(kwargs)
+        checks.check_flag("reset_after", reset_after)
         super().__init__("GRU", *args, **kwargs)
+        if not reset_after:
+            self.reset_after = False
+
+    def extra_repr(self) -> str:
+        """As torch.nn's, and the options that were given."""
+        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
     def forward(
-        self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Input | None = None
+        self,
+        input: Input,
+        hx: Tensor | None = None,
+        *positional: None,
+        lengths: Tensor | None = None,
+        reset: Input | None = None,
     ) -> tuple[Input, Tensor]:
         """Run the layers; shapes and errors in the class docstring."""
-        out, states, _ = self._run(GRU_CELL, input, None if hx is None else (hx,), lengths, reset)
+        if positional:
+            _refuse_positional(self, positional)
+        if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx, lengths=lengths, reset=reset)) is not None:
+            return proxy  # type: ignore[no-any-return]
+        cell = GRU_CELL if self.reset_after else GRU_RESET_BEFORE
+        out, states, _ = self._run(cell, input, None if hx is None else (hx,), lengths, reset)
         return out, states[0]
 
 
@@ -324,7 +326,7 @@ class LSTM(_Layers):
         self,
         input: Input,
         hx: tuple[Tensor, Tensor] | None = None,
-        *,
+        *positional: None,
         lengths: Tensor | None = None,
         reset: Input | None = None,
         return_cell_states: Literal[False] = False,
@@ -335,7 +337,7 @@ class LSTM(_Layers):
         self,
         input: Input,
         hx: tuple[Tensor, Tensor] | None = None,
-        *,
+        *positional: None,
         lengths: Tensor | None = None,
         reset: Input | None = None,
         return_cell_states: Literal[True],
@@ -345,12 +347,18 @@ class LSTM(_Layers):
         self,
         input: Input,
         hx: tuple[Tensor, Tensor] | None = None,
-        *,
+        *positional: None,
         lengths: Tensor | None = None,
         reset: Input | None = None,
         return_cell_states: bool = False,
     ) -> Any:
         """Run the layers; shapes and errors in the class docstring."""
+        if positional:
+            _refuse_positional(self, positional)
+        if symbolic.traced():
+            keywords = {"lengths": lengths, "reset": reset, "return_cell_states": return_cell_states}
+            if (proxy := symbolic.recorded(self, input, hx, **keywords)) is not None:
+                return proxy
         if return_cell_states is not False:
             checks.check_flag("return_cell_states", return_cell_states)
         states = calls.pair(hx, "lstm")
@@ -361,3 +369,16 @@ class LSTM(_Layers):
 def _refuse_proj_size(kwargs: dict[str, Any]) -> None:
     if "proj_size" in kwargs:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+
+
+def _refuse_positional(module: torch.nn.Module, positional: tuple[Any, ...]) -> None:
+    """Raise TypeError for keywords that are given by position.
+
+    torch.onnx.export(dynamo=False) gives the defaults of keywords so: these alone, and there alone, are let pass.
+    """
+    # A flag has become a tensor there.
+    none = all(value is None or value is False or (torch.is_tensor(value) and not value.any()) for value in positional)
+    if none and torch.onnx.is_in_onnx_export():
+        return
+    name = type(module).__name__
+    raise TypeError(f"{name}.forward() takes from 2 to 3 positional arguments but {3 + len(positional)} were given")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fused_rnn.cells import CELLS, GRU, LSTM, RNN_TANH
+from fused_rnn.cells import CELLS, GRU, GRU_RESET_BEFORE, LSTM, RNN_TANH
 from fused_rnn.data.cell import Cell
 
 
@@ -34,6 +34,14 @@ def test_a_row_must_say_what_passes_beside_the_product() -> None:
         (GRU, {"tape_is_out": True}, "tape_is_out: expected False, as the tape or the state is not h alone"),
         (GRU, {"reads_before": "c"}, r"reads_before: expected None or one of the states \('h',\), got 'c'"),
         (GRU, {"direct": False}, "direct: expected True, as the backward reads h before the step"),
+        (GRU_RESET_BEFORE, {"later": ("z",)}, r"later: expected the last of \('r', 'z', 'n'\), but not all, got \('z',\)"),
+        (GRU_RESET_BEFORE, {"later": ("r", "z", "n")}, "later: expected the last of"),
+        (GRU_RESET_BEFORE, {"later": ()}, "operand: expected a block if there are later gates, else None, got 'm'"),
+        (GRU_RESET_BEFORE, {"operand": None}, "operand: expected a block if there are later gates, else None, got None"),
+        (GRU_RESET_BEFORE, {"operand": "q"}, r"tape: expected 'q' behind the gates, got \('r', 'z', 'n', 'm'\)"),
+        (GRU_RESET_BEFORE, {"operand": "n"}, "tape: expected 'n' behind the gates"),
+        (GRU_RESET_BEFORE, {"apart": "m"}, "apart: expected None, as the last gate is one of the later ones"),
+        (GRU_RESET_BEFORE, {"projected": sum}, "projected: expected None"),
         (RNN_TANH, {"forget": "f"}, r"forget: expected None or one of the gates \('h',\), got 'f'"),
         (GRU, {"projected": sum}, "projected: expected None"),
     ],
@@ -53,7 +61,8 @@ def test_blocks_of_both_weights(cell: Cell) -> None:
     for group in cell.d_hh_groups:
         first = cell.d_gates.index(group[0])
         assert cell.d_gates[first : first + len(group)] == group
-    assert [cell.d_hh[block] for block in cell.weight_blocks] == list(cell.d_gates[: cell.num_gates])
+    assert [cell.d_hh[block] for block in cell.weight_blocks] == list(cell.d_gates[: len(cell.first)])
+    assert cell.first + cell.later == cell.gates
 
 
 def test_the_kernels_know_the_same_cells() -> None:
@@ -72,6 +81,8 @@ def test_the_kernels_know_the_same_cells() -> None:
             "d_gates": len(cell.d_gates),
             "weight_blocks": list(cell.weight_blocks),
             "apart": place(cell.d_hh, cell.apart),
+            "later": len(cell.later),
+            "operand": place(cell.tape, cell.operand),
             "cell_state": place(cell.tape, cell.cell_state),
             "reads_before": cell.reads_before if cell.reads_before in (None, "h") else "c",
             "direct": cell.direct,

@@ -18,7 +18,7 @@
 #include "walk/step.h"
 #include "walk/weight_gradient.h"
 // And the table.
-#include "kernels.cpp"
+#include "kernels/table.cpp"
 
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
@@ -109,24 +109,31 @@ struct Panels {
 
 template <class T>
 struct Weights {
-  Weights(const Problem<T>& problem, const TypedKernels<T>& kernels, bool backward, Product product, int threads) {
+  // Of the later gates in the second stage, for a cell that has none no matrices.
+  Weights(const Problem<T>& problem, const TypedKernels<T>& kernels, bool backward, Product product, int threads,
+          Stage stage = Stage::kFirst) {
+    const bool second = stage == Stage::kSecond;
+    const Index first = problem.cell.gates - problem.cell.later;
+    if (second && !problem.cell.later) return;
     const bool projection = product == Product::kProjection, of_input = product == Product::kInput;
     const auto& source = projection ? problem.weight_hr : of_input ? problem.weight_ih : problem.weight_hh;
     PackArgs<T> args;
     args.backward = backward;
     args.product = product;
+    args.stage = stage;
     args.hidden = problem.shape.hidden;
     args.output = of_input ? problem.inputs : problem.shape.output;
     args.row_stride = projection ? args.hidden : args.output;
     args.threads = threads;
     const int kind = number(problem.cell);
     for (Index d = 0; d < problem.shape.recurrences; ++d) {
-      args.weight = source.data() + d * static_cast<Index>(source.size()) / problem.shape.recurrences;
+      args.weight = source.data() + d * static_cast<Index>(source.size()) / problem.shape.recurrences +
+                    (second ? first * args.hidden * args.row_stride : 0);
       panels.emplace_back(new Panels<T>(kernels.panel_elements[kind](args)));
       args.panels = panels.back()->data;
       kernels.pack[kind](args);
       const Index forward_inner = projection ? args.hidden : args.output;
-      const Index blocks = of_input ? problem.cell.gates : problem.cell.feedback;
+      const Index blocks = of_input ? problem.cell.gates : second ? problem.cell.later : problem.cell.feedback;
       const Index backward_inner = projection ? args.output : blocks * args.hidden;
       matrices.push_back({args.panels, Layout::kPanels, backward ? backward_inner : forward_inner, 0});
     }
@@ -137,14 +144,15 @@ struct Weights {
 
 // The weights of one product as torch stores them, for the forward (kColumns) or the backward (kRows).
 template <class T>
-std::vector<Matrix<T>> as_stored(const Problem<T>& p, Product product, bool backward) {
+std::vector<Matrix<T>> as_stored(const Problem<T>& p, Product product, bool backward, Stage stage = Stage::kFirst) {
   const bool of_input = product == Product::kInput;
   const Index H = p.shape.hidden, columns = of_input ? p.inputs : p.shape.output;
   const std::vector<T>& source = of_input ? p.weight_ih : p.weight_hh;
-  const Index blocks = of_input ? p.cell.gates : p.cell.feedback;
+  const bool second = stage == Stage::kSecond;
+  const Index blocks = of_input ? p.cell.gates : second ? p.cell.later : p.cell.feedback;
   std::vector<Matrix<T>> matrices;
   for (Index d = 0; d < p.shape.recurrences; ++d) {
-    const T* weight = source.data() + d * p.cell.gates * H * columns;
+    const T* weight = source.data() + (d * p.cell.gates + (second ? p.cell.gates - p.cell.later : 0)) * H * columns;
     if (backward) {
       matrices.push_back({weight, Layout::kRows, blocks * H, columns});
     } else {

@@ -21,6 +21,7 @@ std::vector<std::vector<T>> run(const Problem<T>& p, const TypedKernels<T>& kern
   const bool tape_is_out = p.cell.tape_is_out;
   {
     const Weights<T> hh(p, kernels, false, Product::kHidden, threads), hr(p, kernels, false, Product::kProjection, threads);
+    const Weights<T> later(p, kernels, false, Product::kHidden, threads, Stage::kSecond);
     ForwardArgs<T> args;
     args.sizes = p.sizes(threads, sharing);
     args.tape = {tape.data(), D * p.cell.tape * H, p.cell.tape * H};
@@ -30,6 +31,7 @@ std::vector<std::vector<T>> run(const Problem<T>& p, const TypedKernels<T>& kern
     args.bias = p.bias.data();
     args.weight_hh = hh.matrices.data();
     args.weight_hr = projected ? hr.matrices.data() : nullptr;
+    args.later_hh = later.matrices.data();
     kernels.forward[kind](args);
   }
   // The same with the input's products on the walk, and c of every step beside the tape.
@@ -38,6 +40,8 @@ std::vector<std::vector<T>> run(const Problem<T>& p, const TypedKernels<T>& kern
   {
     const Weights<T> ih(p, kernels, false, Product::kInput, threads), hh(p, kernels, false, Product::kHidden, threads);
     const Weights<T> hr(p, kernels, false, Product::kProjection, threads);
+    const Weights<T> later_ih(p, kernels, false, Product::kInput, threads, Stage::kSecond);
+    const Weights<T> later_hh(p, kernels, false, Product::kHidden, threads, Stage::kSecond);
     ForwardArgs<T> args;
     args.sizes = p.sizes(threads, sharing);
     args.tape = {tape_x.data(), D * p.cell.tape * H, p.cell.tape * H};
@@ -50,6 +54,8 @@ std::vector<std::vector<T>> run(const Problem<T>& p, const TypedKernels<T>& kern
     args.weight_ih = ih.matrices.data();
     args.weight_hh = hh.matrices.data();
     args.weight_hr = projected ? hr.matrices.data() : nullptr;
+    args.later_ih = later_ih.matrices.data();
+    args.later_hh = later_hh.matrices.data();
     if (p.cell.has_c) args.cells = {cells.data(), D * H, H};
     kernels.forward[kind](args);
     const std::vector<T> out_walked = tape_is_out ? tape_x : out_x, tape_walked = tape_x, c_walked = c_x, cells_walked = cells;
@@ -62,15 +68,20 @@ std::vector<std::vector<T>> run(const Problem<T>& p, const TypedKernels<T>& kern
     if (p.shape.batch <= kMostLooseBatch) {
       const std::vector<Matrix<T>> ih_in_columns = as_stored(p, Product::kInput, false);
       const std::vector<Matrix<T>> hh_in_columns = as_stored(p, Product::kHidden, false);
+      const std::vector<Matrix<T>> later_ih_in_columns = as_stored(p, Product::kInput, false, Stage::kSecond);
+      const std::vector<Matrix<T>> later_hh_in_columns = as_stored(p, Product::kHidden, false, Stage::kSecond);
       h_x = p.h_0, c_x = p.c_0;
       args.weight_ih = ih_in_columns.data();
-      if (p.shape.batch <= 2) args.weight_hh = hh_in_columns.data();
+      args.later_ih = later_ih_in_columns.data();
+      if (p.shape.batch <= 2) args.weight_hh = hh_in_columns.data(), args.later_hh = later_hh_in_columns.data();
       kernels.forward[kind](args);
     }
     // A single step has a kernel of its own.
     if (p.shape.length == 1 && !projected) {
       const std::vector<Matrix<T>> ih_as_stored = as_stored(p, Product::kInput, false);
       const std::vector<Matrix<T>> hh_as_stored = as_stored(p, Product::kHidden, false);
+      const std::vector<Matrix<T>> later_ih_as_stored = as_stored(p, Product::kInput, false, Stage::kSecond);
+      const std::vector<Matrix<T>> later_hh_as_stored = as_stored(p, Product::kHidden, false, Stage::kSecond);
       std::vector<T> cells_s(cells.size());
       for (const bool keep : {true, false}) {
         out_s.assign(out_x.size(), T(0));
@@ -84,6 +95,8 @@ std::vector<std::vector<T>> run(const Problem<T>& p, const TypedKernels<T>& kern
         args.states[1] = p.cell.has_c ? c_s.data() : nullptr;
         args.weight_ih = ih_as_stored.data();
         args.weight_hh = hh_as_stored.data();
+        args.later_ih = later_ih_as_stored.data();
+        args.later_hh = later_hh_as_stored.data();
         kernels.step[kind](args);
         expect_close(p, "a step is not a walk of one", out_s, out_walked);
         expect_close(p, "c after a step", c_s, c_walked);
@@ -100,6 +113,7 @@ std::vector<std::vector<T>> run(const Problem<T>& p, const TypedKernels<T>& kern
   {
     const Weights<T> ih(p, kernels, true, Product::kInput, threads), hh(p, kernels, true, Product::kHidden, threads);
     const Weights<T> hr(p, kernels, true, Product::kProjection, threads);
+    const Weights<T> later(p, kernels, true, Product::kHidden, threads, Stage::kSecond);
     BackwardArgs<T> args;
     args.sizes = p.sizes(threads, sharing);
     args.t_end = p.shape.length;
@@ -115,6 +129,7 @@ std::vector<std::vector<T>> run(const Problem<T>& p, const TypedKernels<T>& kern
     args.states_0[1] = p.cell.has_c ? p.c_0.data() : nullptr;
     args.weight_hh = hh.matrices.data();
     args.weight_hr = projected ? hr.matrices.data() : nullptr;
+    args.later_hh = later.matrices.data();
     if (D == 1) {
       args.weight_ih = ih.matrices.data();
       args.inputs = args.d_input_stride = p.inputs;
@@ -141,10 +156,14 @@ std::vector<std::vector<T>> run(const Problem<T>& p, const TypedKernels<T>& kern
     // The recurrence's weights as torch stores them serve a single step.
     if (p.shape.length == 1 && !projected) {
       const std::vector<T> in_panels = d_h;
+      const std::vector<Matrix<T>> later_in_rows = as_stored(p, Product::kHidden, true, Stage::kSecond);
       d_h = p.h_0, d_c = p.c_0;
       args.weight_hh = hh_in_rows.data();
+      args.later_hh = later_in_rows.data();
       kernels.backward[kind](args);
       expect_close(p, "d_h differs with the layout of the weights", d_h, in_panels);
+      args.weight_hh = hh.matrices.data();
+      args.later_hh = later.matrices.data();
     }
     // The input's gradient after the walk, of all recurrences together.
     std::vector<T> in_one_product = product, of_panels;

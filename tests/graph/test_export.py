@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._pytree import tree_leaves
 
 import fused_rnn
+from fused_rnn.graph import onnx_export
 
 IN, H = 5, 8
 T, N = Dim("T"), Dim("N")
@@ -188,6 +189,8 @@ ONNX = {
     "lstm": ("LSTM", {"num_layers": 2, "bidirectional": True, "dropout": 0.5}, "LSTM", 2),
     "lstm_plain": ("LSTM", {}, "LSTM", 1),
     "gru": ("GRU", {"batch_first": True, "bidirectional": True}, "GRU", 1),
+    "gru_reset_before": ("GRU", {"num_layers": 2, "bidirectional": True, "reset_after": False}, "GRU", 2),
+    "gru_reset_before_plain": ("GRU", {"bias": False, "reset_after": False}, "GRU", 1),
 }
 
 
@@ -199,6 +202,9 @@ def test_onnx(case: str) -> None:
     nodes, run = session(program)
     assert [node.op_type for node in nodes].count(operator) == count
     assert {node.domain for node in nodes} == {""}
+    if name == "GRU":
+        given = [each.i for node in nodes for each in node.attribute if each.name == "linear_before_reset"]
+        assert given == [module.reset_after] * count
     for length, number in ((6, 3), *OTHER_SIZES):
         assert_close_in_onnx(run, module, (batch(module, length, number),))
 
@@ -265,15 +271,13 @@ def test_onnx_refuses_what_it_has_no_operator_for(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(NotImplementedError, match="no ONNX operator computes an LSTM with projections"):
         fused_rnn.onnx.export(module, (batch(module),), verbose=False)
     with monkeypatch.context() as patch:
-        patch.delitem(fused_rnn.onnx._OPERATORS, "gru")
+        patch.delitem(onnx_export.OPERATORS, "gru")
         with pytest.raises(NotImplementedError, match="no ONNX operator computes the cell 'gru'"):
             fused_rnn.onnx.export(make("gru"), (batch(module),), verbose=False)
     with pytest.raises(NotImplementedError, match="PackedSequence cannot be exported to ONNX"):
         fused_rnn.onnx.export(_Packed().eval(), (torch.randn(7, IN), torch.tensor([4, 2, 1])), verbose=False)
     with pytest.raises(NotImplementedError, match="lengths cannot be exported to ONNX"):
         fused_rnn.onnx.export(make("lstm"), (batch(module),), kwargs={"lengths": torch.tensor([2, 6, 1])}, verbose=False)
-    with pytest.raises(ValueError, match="dynamo: expected True, got False"):
-        fused_rnn.onnx.export(module, (batch(module),), dynamo=False)
 
 
 def test_onnx_without_onnxscript(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +294,6 @@ def test_jit_trace(case: str) -> None:
     """For every size, stored and loaded, and trained."""
     module = make(case)
     with warnings.catch_warnings():
-        # pytest has dropped the package's filter; the test below sees what users see.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         traced = torch.jit.trace(module, (batch(module),))
     stored = io.BytesIO()

@@ -91,7 +91,8 @@ def test_opcheck_of_packed_resets() -> None:
 
 
 def test_opcheck_of_steps() -> None:
-    opcheck(torch.ops.fused_rnn.check_batch_sizes, (torch.tensor([3, 1]), 4, 3))
+    opcheck(torch.ops.fused_rnn.check_batch_sizes, (torch.tensor([3, 1]), torch.randn(4, 2), torch.tensor([0, 2, 1]), None))
+    opcheck(torch.ops.fused_rnn.check_batch_sizes, (torch.tensor([3, 1]), torch.randn(4, 2), None, torch.randn(1, 3, 2)))
     opcheck(torch.ops.fused_rnn.one_step_earlier, (torch.tensor([True, False, False, True]), torch.tensor([3, 1])))
 
 

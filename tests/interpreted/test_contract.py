@@ -13,6 +13,7 @@ from walks_support import Case, check
 
 import fused_rnn
 from fused_rnn.cells import CELLS
+from fused_rnn.kernels import triton
 from fused_rnn.kernels.triton import launch, plan
 from fused_rnn.kernels.triton.plan import Device
 
@@ -31,8 +32,9 @@ def regime_of(regime: str, monkeypatch: pytest.MonkeyPatch, **fields: int) -> It
         yield
 
 
-every_regime = pytest.mark.parametrize("regime", REGIMES)
 every_cell = pytest.mark.parametrize("cell", CELLS)
+# The kernels' own product serves a step with one.
+TWO_STAGES = [name for name, cell in CELLS.items() if cell.later]
 
 # Several programs along the units (in the stepwise regime) and along the batch, and sizes that are no power of two.
 WIDE = Case(steps=3, batch=19, hidden=33, reverse=(False, True))
@@ -40,11 +42,21 @@ RAGGED = Case(steps=5, batch=5, hidden=6, ragged="packed", reverse=(False, True)
 
 
 @pytest.mark.parametrize("case", [WIDE, RAGGED], ids=str)
-@every_regime
-@every_cell
+@pytest.mark.parametrize(("cell", "regime"), [(c, r) for c in CELLS for r in REGIMES if r == "library" or c not in TWO_STAGES])
 def test_every_cell_in_every_regime(cell: str, regime: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     with regime_of(regime, monkeypatch):
         check("triton", cell, case, torch.float32)
+
+
+@pytest.mark.parametrize("regime", [name for name in REGIMES if name != "library"])
+@pytest.mark.parametrize("cell", TWO_STAGES)
+def test_a_step_of_two_products_is_the_librarys(cell: str, regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        regime_of(regime, monkeypatch),
+        pytest.raises(ValueError, match=rf"force\(regime='{regime}'\): the product of n is a second one in each step"),
+    ):
+        check("triton", cell, WIDE, torch.float32)
+    assert "torch.matmul and one pointwise launch a step" in triton.explain(cell, 64, 8, device=CHIP)
 
 
 @pytest.mark.parametrize(
@@ -61,8 +73,9 @@ def test_every_cell_in_every_regime(cell: str, regime: str, case: Case, monkeypa
     ],
     ids=str,
 )
-@every_regime
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize(
+    ("cell", "regime"), [*((c, r) for c in ("lstm", "gru") for r in REGIMES), ("gru_reset_before", "library")]
+)
 def test_sizes_and_options(cell: str, regime: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """One unit, one step, no bias, no row, ragged rows in two tiles, walks cut into parts, rows of any stride."""
     with regime_of(regime, monkeypatch):
@@ -138,7 +151,7 @@ def test_gradient_of_the_cell_states() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("each", [2, 3])
-@every_cell
+@pytest.mark.parametrize("cell", [name for name in CELLS if name not in TWO_STAGES])
 def test_several_tiles_of_a_program(cell: str, each: int, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program walks several batch tiles side by side; the last one may have fewer."""
     choose = launch.choose

@@ -62,8 +62,8 @@ def test_sizes_across_vectors(isa: str, cell: str, hidden: int, inputs: int) -> 
             check("cpp", cell, Case(steps, 5, inputs, hidden, reverse), torch.float32)
 
 
-# Weights beyond the second-level cache: from 2 MiB on, and whether their rows begin with whole vectors.
-LARGE = {"lstm": (300, 256, 250), "gru": (460, 256, 250), "rnn_tanh": (300, 640, 630), "rnn_relu": (300, 640, 630)}
+# Weights beyond the second-level cache: from 2 MiB on, and whether their rows begin with whole vectors. By the number of gates.
+LARGE = {4: (300, 256, 250), 3: (460, 256, 250), 1: (300, 640, 630)}
 
 
 @every_cell
@@ -71,14 +71,14 @@ LARGE = {"lstm": (300, 256, 250), "gru": (460, 256, 250), "rnn_tanh": (300, 640,
 @pytest.mark.parametrize(("length", "whole"), [(15, False), (16, False), (63, True), (64, True)])
 def test_few_sequences_of_large_weights(cell: str, batch: int, length: int, whole: bool) -> None:
     """As torch stores them for so many steps, in panels for more."""
-    inputs, *hidden = LARGE[cell]
+    inputs, *hidden = LARGE[CELLS[cell].num_gates]
     check("cpp", cell, Case(length, batch, inputs, hidden[not whole]), torch.float32)
 
 
 @every_cell
 @pytest.mark.parametrize("batch", [1, 2, 4, 5, 8])
 def test_few_rows_of_large_weights(isa: str, cell: str, batch: int) -> None:
-    inputs, *hidden = LARGE[cell]
+    inputs, *hidden = LARGE[CELLS[cell].num_gates]
     check("cpp", cell, Case(1, batch, inputs, hidden[batch % 2], (False, True)), torch.float32)
     check("cpp", cell, Case(1, batch, inputs, hidden[0], form="step"), torch.float32)
 
@@ -96,7 +96,7 @@ def test_weights_of_the_input_as_torch_stores_them(cell: str, dtype: torch.dtype
 @pytest.mark.parametrize(("length", "batch"), [(3, 48), (3, 49), (24, 8), (25, 8)])
 def test_large_weights_of_the_input_as_torch_stores_them(isa: str, cell: str, length: int, batch: int) -> None:
     """Up to 192 rows of these."""
-    inputs, *hidden = LARGE[cell]
+    inputs, *hidden = LARGE[CELLS[cell].num_gates]
     check("cpp", cell, Case(length, batch, inputs, hidden[1]), torch.float32)
 
 

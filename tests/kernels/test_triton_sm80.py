@@ -12,11 +12,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 from triton.backends.compiler import GPUTarget
 from triton_choices import BFLOAT16, FLOAT64, FORMS, TWO_PLANES, drawn, representative
-from triton_support import A100, L40S, Configuration, check_resources, record
+from triton_support import A100, L40S, Configuration, build, check_resources, record, record_all
 
 from benchmarks.gpu.barrier import meet
 from benchmarks.gpu.floors import BARRIER_OPTIONS
-from fused_rnn.cells import GRU, LSTM, RNN_RELU
+from fused_rnn.cells import GRU, GRU_RESET_BEFORE, LSTM, RNN_RELU
 from fused_rnn.kernels.triton.heuristic import choose
 from fused_rnn.kernels.triton.plan import Call
 
@@ -78,6 +78,23 @@ def test_a_launch_as_at_run_time(call: Call, monkeypatch: pytest.MonkeyPatch) ->
     made: Any = kernel.warmup(grid=(1, 1, 1), **arguments)
     assert made.metadata.num_warps == plan.warps
     assert made.metadata.launch_cooperative_grid == plan.meets
+
+
+@pytest.mark.parametrize("everything", [True, False])
+@pytest.mark.parametrize("backward", [False, True])
+def test_both_launches_of_two_stages(backward: bool, everything: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step with a second product has a launch for each; both fit the chip, and hold nothing on the stack."""
+    call = Call(GRU_RESET_BEFORE, backward, 320, 33, 2, torch.bfloat16)
+    plan = choose(call, A100)
+    assert plan.regime == "library"
+    launches = record_all(call, plan, everything, monkeypatch)
+    stages = [arguments["STAGE"] for _, arguments in launches]
+    # The backward has one turn more than steps, for the product of the last d_gates.
+    assert stages == ([1, 2, 1] if backward else [1, 2])
+    for kernel, arguments in launches[:2]:
+        found = build(kernel, arguments, 80)
+        assert found.spills == 0
+        assert found.shared <= L40S.shared_bytes
 
 
 @pytest.mark.usefixtures("_absent_chip")

@@ -51,14 +51,18 @@ class WalkBackend:
             return f"it has no kernels of {cell.name}"
         return None if call.input.dtype in COMPUTE else f"it does not compute in {call.input.dtype}"
 
-    def forward(self, call: LayerCall, keep: bool) -> LayerResult:
+    def forward(self, call: LayerCall, keep: bool, batch_first: bool = False) -> LayerResult:
         """Compute a layer."""
         with torch.no_grad():
             plain = _plain(call)
             out, states, cells, tape = forward.forward(self.walk(call.layer.cell), plain, keep, call.input.shape[:-1])
         if call.layer.step:
-            # h after the step is the output.
-            states = tuple(state.squeeze(0) for state in states[1:])
+            # h after the step is the output. In place: see `forward` of views.
+            states = tuple(state.squeeze_(0) for state in states[1:])
+        if batch_first:
+            for each in (out, cells):
+                if each is not None:
+                    each.transpose_(0, 1)
         return LayerResult(out, states, cells, tape)
 
     def backward(
@@ -78,13 +82,13 @@ class WalkBackend:
             if call.layer.step:
                 # h after the step is the output.
                 d_states = (None, *d_states)
+            # A map over gradients gives one forward to all of its members: of a single row these are views without a stride.
+            kept = out.reshape(rows, out.shape[-1]).contiguous(), None if tape is None else tape.contiguous()
             d_rows = [None if each is None else _values(each).reshape(rows, each.shape[-1]) for each in (d_out, d_cells)]
             shape = (len(call.weights), plain.layer.steps.batch)
             d_ends = [None if each is None else _values(each).reshape(*shape, each.shape[-1]) for each in d_states]
             in_rows = OutputGradients(d_rows[0], d_ends, d_rows[1])
-            found = backward.backward(
-                self.walk(call.layer.cell), plain, out.reshape(rows, out.shape[-1]), tape, in_rows, wanted, groups
-            )
+            found = backward.backward(self.walk(call.layer.cell), plain, kept[0], kept[1], in_rows, wanted, groups)
         d_input, *rest = found
         count = len(call.layer.cell.states)
         if call.layer.step:
@@ -101,6 +105,13 @@ def _plain(call: LayerCall) -> LayerCall:
     """The same layer with an input (R, I), with states, (D, N, ·) each, and with tensors whose memory holds the numbers."""
     layer, input, states, weights, reset = call
     batch, recurrences = layer.steps.batch, len(weights)
+    for each in call.operands():
+        # torch reads such memory without a question.
+        if each is not None and each.device.type == "cpu" and each.numel() and not each.untyped_storage().nbytes():
+            raise RuntimeError(
+                f"expected a tensor with memory of its own, got a {type(each).__name__} of shape {tuple(each.shape)} without: "
+                "it is freed or sharded. A model under fully_shard has its weights only while it is called as a whole."
+            )
     weights = [Weights(*(None if each is None else each.resolve_neg() for each in one)) for one in weights]  # type: ignore[arg-type]
     before = initial_states(layer.cell, input, recurrences, batch, weights[0])
     if states is not None:

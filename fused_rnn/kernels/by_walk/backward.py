@@ -74,7 +74,7 @@ def backward(
     d_input = empty(input.shape, compute, device) if input_wanted else None
     sums = [collect(cell, weight, wanted[1 + len(states) + 5 * d :][:5], storage) for d, weight in enumerate(weights)]
 
-    def finish(d: int, d_gates: Tensor, t_begin: int, t_end: int, h: PreviousH, tape: Tensor | None) -> None:
+    def finish(d: int, d_gates: Tensor, t_begin: int, t_end: int, h: PreviousH, tape: Tensor) -> None:
         """The products of recurrence d after steps t_begin .. t_end - 1; d_gates and tape hold these steps' rows alone."""
         x, d_x = input, d_input
         if t_end - t_begin < steps.length:
@@ -95,7 +95,7 @@ def backward(
         mask = None if reset is None else reset[0]
         walk.backward(whole, d_states, d_out, d_cells, tape, out, states_0, packed, steps, 0, steps.length, reverse, mask)
         for d, h in enumerate(previous):
-            finish(d, whole[:, d], 0, steps.length, h, None if weights[d].hr is None else tape[:, d])
+            finish(d, whole[:, d], 0, steps.length, h, tape[:, d])
     else:
         workspace: Tensor | None = None
         for d, (h, backwards) in enumerate(zip(previous, reverse, strict=True)):

@@ -16,8 +16,8 @@ Legend: as in ``fused_rnn.kernels.protocol``; G gates. *Blocks* are H columns; `
     out: (R, D, P), written.
     states: tuple of (D, N, ·), one per state of the cell. In: the states before the walk. Out, in place: after it.
         A row without a step in ``steps`` keeps its state.
-    bias: (D, blocks of ``Cell.bias``·H), or None for zero. RNN and LSTM: bias_ih + bias_hh. GRU: their sums for r and z, then
-        b_in, then b_hn. The kernel adds it, because a matrix product that does costs one more pass over its result.
+    bias: (D, blocks of ``Cell.bias``·H), or None for zero: bias_ih + bias_hh. GRU, whose hn stays apart: their sums for r and
+        z, then b_in, then b_hn. The kernel adds it, because a matrix product that does costs one more pass over its result.
     reverse: D booleans: walk the steps from the last to the first.
     keep: whether a backward follows. Without it the tape's contents are undefined afterwards.
     reset: (R,) bool, contiguous, or None. Where set, that row's states before that step of the walk are zero, and no gradient

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn.data.cell import Cell, Weights
-from fused_rnn.kernels.protocol import COMPUTE, LayerCall, LayerResult, OutputGradients
+from fused_rnn.kernels.protocol import COMPUTE, LayerCall, LayerResult, OutputGradients, StepOperands
 from fused_rnn.kernels.weight_gradients import grouped
 
 _missing: str | None = None
@@ -66,7 +66,7 @@ class _Cpp:
         """It computes every layer whose dtype is one of ``COMPUTE``."""
         return None if call.input.dtype in COMPUTE else f"it does not compute in {call.input.dtype}"
 
-    def forward(self, call: LayerCall, keep: bool) -> LayerResult:
+    def forward(self, call: LayerCall, keep: bool, batch_first: bool = False) -> LayerResult:
         """Compute a layer."""
         cell, _, steps, reverse, cell_states, step = call.layer
         return tuple.__new__(
@@ -85,6 +85,7 @@ class _Cpp:
                 cell_states,
                 step,
                 torch.get_num_threads(),
+                batch_first,
             ),
         )
 
@@ -156,11 +157,9 @@ class _Cpp:
         assert d_gates is not None
         return grads[: len(wanted)], d_gates
 
-    def loop_gradients(
-        self, cell: Cell, steps: Sequence[tuple[Tensor, Tensor, Tensor]], weights: Weights, wanted: Sequence[bool]
-    ) -> Sequence[Tensor | None]:
+    def loop_gradients(self, cell: Cell, steps: Sequence[StepOperands], wanted: Sequence[bool]) -> Sequence[Tensor | None]:
         """Sum the gradients of the weights over single steps."""
-        return _C.loop_gradients(cell.name, steps, weights, wanted, torch.get_num_threads())
+        return _C.loop_gradients(cell.name, steps, wanted, torch.get_num_threads())
 
 
 def load() -> _Cpp:

@@ -5,7 +5,9 @@ Addresses and strides are int64, in bytes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum, auto
+from typing import Any
 
 from numba import njit
 
@@ -47,15 +49,15 @@ class Arg(IntEnum):
     STATE_C = auto()  # (D, N, H), or 0
     WEIGHTS = auto()  # panels of the recurrent product
     WEIGHTS_DIRECTION = auto()
+    LATER = auto()  # panels of the later gates' product, or 0
+    LATER_DIRECTION = auto()
     STORED = auto()  # (D,) addresses of weights (G·H, P) as torch stores them, in place of panels; or 0
-    PANEL_UNITS = auto()  # vectors of units in a panel
     PROJECTION = auto()  # panels of weight_hr, or 0
     PROJECTION_DIRECTION = auto()
     BIAS = auto()  # (D, blocks of the cell's bias·H)
     BIAS_DIRECTION = auto()
     ZEROS = auto()  # max(bias blocks·H, P) zeros
     HIDDEN = auto()  # (D, N, H): o·tanh(c) before its projection
-    TILE_ROWS = auto()  # most rows of a product
     PLAIN_VECTORS = auto()  # vectors of columns in a panel of a product that no cell follows
     PLAIN_ROWS = auto()  # most rows of such a product
     SCRATCH = auto()
@@ -80,6 +82,20 @@ class Arg(IntEnum):
 
 _A = Arg
 compiled_helper = njit(error_model="numpy")
+
+
+def compiled_as(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Compile under a name of its own.
+
+    Numba derives the linker's symbol from the name, and a number that starts anew in every process. Functions that share a
+    name and come from the cache of different processes would be taken for each other.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        function.__name__ = function.__qualname__ = name
+        return compiled_helper(function)
+
+    return decorate
 
 
 @compiled_helper

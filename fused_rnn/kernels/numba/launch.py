@@ -38,11 +38,14 @@ class Packed:
     """The weights of a call: panels, or for a call too short to pay for packing the tensors as they are.
 
     Attributes:
+        weights: those that meet h; as they are, with the rows of later gates behind them.
+        later: those of the second stage.
         shape: D, H and P.
         backward: for which of the two walks.
     """
 
     weights: Panels | list[Tensor]
+    later: Panels | None
     projection: Panels | None
     shape: tuple[int, int, int]
     dtype: torch.dtype
@@ -200,26 +203,33 @@ def make_functions(cell: Cell, forward_kernel: Any, backward_kernel: Any) -> tup
         forward_kernel: (like, version) -> the function to compile for the forward.
         backward_kernel: the same for the backward.
     """
-    gates, forward_vectors, vectors = cell.num_gates, panel_vectors(cell), PLAIN_VECTORS
+    gates, first, vectors = cell.num_gates, len(cell.first), PLAIN_VECTORS
+    later_blocks = range(first, gates)
 
     def pack(weight_hh: list[Tensor], weight_hr: list[Tensor] | None, steps: Steps, backward: bool) -> Packed:
         shape = (len(weight_hh), weight_hh[0].shape[0] // gates, weight_hh[0].shape[1])
         _check_weights(weight_hh, weight_hr, gates, shape)
         if not backward and weight_hr is None and steps.batch <= _MAX_STORED_BATCH and steps.length <= _MAX_STORED_STEPS:
-            return Packed([weight.contiguous() for weight in weight_hh], None, shape, weight_hh[0].dtype, backward)
+            return Packed([weight.contiguous() for weight in weight_hh], None, None, shape, weight_hh[0].dtype, backward)
         split = [weight.reshape(gates, -1, weight.shape[1]).unbind() for weight in weight_hh]
+        later = None
         if backward:
             weights = pack_panels(
                 [[blocks[index].T for index in cell.weight_blocks] for blocks in split], vectors, stacked=True
             )
+            if cell.later:
+                later = pack_panels([[blocks[index].T for index in later_blocks] for blocks in split], vectors, stacked=True)
         else:
-            weights = pack_panels(split, forward_vectors, stacked=False)
+            weights = pack_panels([blocks[:first] for blocks in split], panel_vectors(first), stacked=False)
+            if cell.later:
+                vectors_of_later = panel_vectors(len(cell.later))
+                later = pack_panels([blocks[first:] for blocks in split], vectors_of_later, stacked=False)
         projection = None
         if weight_hr is not None:
             projection = pack_panels([[weight.T if backward else weight] for weight in weight_hr], vectors, stacked=False)
-        return Packed(weights, projection, shape, weight_hh[0].dtype, backward)
+        return Packed(weights, later, projection, shape, weight_hh[0].dtype, backward)
 
-    def set_weights(arguments: _Arguments, packed: Packed, panel_vectors: int, columns: int, backward: bool) -> None:
+    def set_weights(arguments: _Arguments, packed: Packed, backward: bool) -> None:
         shape = (int(arguments.values[Arg.DIRECTIONS]), arguments.units, arguments.size)
         if packed.shape != shape:
             raise ValueError(f"packed: expected weights of (D, H, P) = {shape}, got {packed.shape}")
@@ -233,11 +243,12 @@ def make_functions(cell: Cell, forward_kernel: Any, backward_kernel: Any) -> tup
         else:
             addresses = np.array([weight.data_ptr() for weight in packed.weights], np.int64)
             arguments.set(Arg.STORED, arguments.keep(addresses))
+        if packed.later is not None:
+            arguments.set(Arg.LATER, packed.later.address)
+            arguments.set(Arg.LATER_DIRECTION, packed.later.stride)
         if packed.projection is not None:
             arguments.set(Arg.PROJECTION, packed.projection.address)
             arguments.set(Arg.PROJECTION_DIRECTION, packed.projection.stride)
-        arguments.set(Arg.PANEL_UNITS, panel_vectors)
-        arguments.set(Arg.TILE_ROWS, max_rows(columns))
         arguments.set(Arg.PLAIN_VECTORS, vectors)
         arguments.set(Arg.PLAIN_ROWS, max_rows(vectors))
 
@@ -259,7 +270,7 @@ def make_functions(cell: Cell, forward_kernel: Any, backward_kernel: Any) -> tup
         arguments.rows(Arg.TAPE, tape, len(cell.tape) * units)
         arguments.rows(Arg.OUT, out, size)
         arguments.states(Arg.STATE_H, Arg.STATE_C, states)
-        set_weights(arguments, packed, forward_vectors, forward_vectors * gates, backward=False)
+        set_weights(arguments, packed, backward=False)
         if bias is None:
             arguments.set(Arg.BIAS, int(arguments.values[Arg.ZEROS]))
         else:
@@ -313,7 +324,7 @@ def make_functions(cell: Cell, forward_kernel: Any, backward_kernel: Any) -> tup
         arguments.states(Arg.FIRST_H, Arg.FIRST_C, states_0)
         arguments.set(Arg.BEGIN, t_begin)
         arguments.set(Arg.END, t_end)
-        set_weights(arguments, packed, vectors, vectors, backward=True)
+        set_weights(arguments, packed, backward=True)
         threads = _threads(steps, t_end - t_begin, len(reverse) * gates * units * size)
         arguments.run(compiled(backward_kernel, tape.dtype), threads)
 

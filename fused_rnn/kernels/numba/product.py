@@ -8,7 +8,6 @@ from llvmlite import ir
 from numba.core import types
 from numba.core.extending import intrinsic
 
-from fused_rnn.data.cell import Cell
 from fused_rnn.kernels.numba.vector import ACCUMULATORS, CONTRACT, INT64, broadcast, llvm_vector, pointer, splat_of
 
 # A multiply-add takes 4 cycles and two start in every one: so many must be under way.
@@ -125,18 +124,18 @@ PRODUCTS = {columns: _make_product(columns) for columns in (2, 3, 4)}
 PLAIN_VECTORS = 2
 
 
-def panel_vectors(cell: Cell) -> int:
-    """Vectors of units in a panel of a cell's forward product; each has a vector for every gate."""
-    return PLAIN_VECTORS if cell.num_gates == 1 else 1
+def panel_vectors(gates: int) -> int:
+    """Vectors of units in a panel of a forward product of so many gates; each has a vector for every gate."""
+    return PLAIN_VECTORS if gates == 1 else 1
 
 
-def product_of(cell: Cell) -> Any:
-    """The microkernel of a cell's forward product.
+def product_of(name: str, gates: int) -> Any:
+    """The microkernel of a forward product of so many gates of the cell ``name``.
 
     Raises:
         ValueError: if a panel would hold more vectors than a tile has registers for.
     """
-    columns = panel_vectors(cell) * cell.num_gates
+    columns = panel_vectors(gates) * gates
     if columns not in PRODUCTS:
-        raise ValueError(f"cell {cell.name}: gates: expected at most {max(PRODUCTS)} for Numba's kernels, got {cell.num_gates}")
+        raise ValueError(f"cell {name}: gates: expected at most {max(PRODUCTS)} for Numba's kernels, got {gates}")
     return PRODUCTS[columns]

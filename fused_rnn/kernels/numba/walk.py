@@ -11,13 +11,13 @@ addresses that a product reads its rows from. Addresses and strides are int64, i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from fused_rnn.data.cell import Cell
 from fused_rnn.kernels.numba.arguments import (
     Arg,
     before,
+    compiled_as,
     compiled_helper,
     first_at,
     get,
@@ -27,25 +27,12 @@ from fused_rnn.kernels.numba.arguments import (
     rows_at,
 )
 from fused_rnn.kernels.numba.memory import read_byte, read_int64, write_int64
-from fused_rnn.kernels.numba.product import PLAIN_VECTORS, PRODUCTS, product_of
+from fused_rnn.kernels.numba.product import PLAIN_VECTORS, PRODUCTS, max_rows, panel_vectors
 from fused_rnn.kernels.numba.share import arrive, meet, panels_of, part, share
-from fused_rnn.kernels.numba.vector import load, splat, store, store_total
+from fused_rnn.kernels.numba.stage import forward_stage, later_backward_stage
+from fused_rnn.kernels.numba.vector import load, splat, store
 
 _A = Arg
-
-
-def _compiled_as(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Compile under a name of its own.
-
-    Numba derives the linker's symbol from the name, and a number that starts anew in every process. Functions that share a
-    name and come from the cache of different processes would be taken for each other.
-    """
-
-    def decorate(function: Callable[..., Any]) -> Any:
-        function.__name__ = function.__qualname__ = name
-        return compiled_helper(function)
-
-    return decorate
 
 
 @compiled_helper
@@ -60,56 +47,10 @@ def _store_sum(like: Any, target: int, sums: int, first: int, second: int, count
     store(target, load(like, sums, None) + load(like, first, count) + load(like, second, count), count)
 
 
-@compiled_helper
-def _dots(p: int, like: Any, weights: int, rows: int, number: int, panel: int, sums: int) -> None:
-    """The sums of one panel for a few rows, with weights as torch stores them: a dot product for each gate and unit.
-
-    rows: address of the rows' addresses. number: how many.
-    """
-    lanes, item, units, size = get(p, _A.LANES), get(p, _A.ITEM), get(p, _A.UNITS), get(p, _A.STATE_SIZE)
-    gates, vectors = get(p, _A.GATES), get(p, _A.PANEL_UNITS)
-    stride, whole = size * item, size // lanes * lanes
-    for i in range(number):
-        a = read_int64(rows + 8 * i)
-        for u in range(vectors):
-            unit = (panel * vectors + u) * lanes
-            count = min(lanes, units - unit)
-            for gate in range(gates):
-                target = sums + ((i * vectors + u) * gates + gate) * lanes * item
-                first = weights + (gate * units + unit) * stride
-                # Four at a time: that many sums hide most of the latency, and share their loads of h.
-                for lane in range(0, count, 4):
-                    w0 = first + lane * stride
-                    w1 = first + min(lane + 1, count - 1) * stride
-                    w2 = first + min(lane + 2, count - 1) * stride
-                    w3 = first + min(lane + 3, count - 1) * stride
-                    s0, s1, s2, s3 = splat(like), splat(like), splat(like), splat(like)
-                    for k in range(0, whole * item, lanes * item):
-                        x = load(like, a + k, None)
-                        s0 = s0 + x * load(like, w0 + k, None)
-                        s1 = s1 + x * load(like, w1 + k, None)
-                        s2 = s2 + x * load(like, w2 + k, None)
-                        s3 = s3 + x * load(like, w3 + k, None)
-                    if whole < size:
-                        k = whole * item
-                        x = load(like, a + k, size - whole)
-                        s0 = s0 + x * load(like, w0 + k, size - whole)
-                        s1 = s1 + x * load(like, w1 + k, size - whole)
-                        s2 = s2 + x * load(like, w2 + k, size - whole)
-                        s3 = s3 + x * load(like, w3 + k, size - whole)
-                    store_total(target + lane * item, s0)
-                    if lane + 1 < count:
-                        store_total(target + (lane + 1) * item, s1)
-                    if lane + 2 < count:
-                        store_total(target + (lane + 2) * item, s2)
-                    if lane + 3 < count:
-                        store_total(target + (lane + 3) * item, s3)
-
-
 def _make_multiply(name: str) -> Any:
     product = PRODUCTS[PLAIN_VECTORS]
 
-    @_compiled_as(f"{name}_multiply")
+    @compiled_as(f"{name}_multiply")
     def multiply(p: int, like: Any, tables: tuple[int, int, int, int], rows: int, weights: int, length: int,
                   width: int, panels: tuple[int, int], sums: int) -> None:  # fmt: skip
         """A product that no cell follows: target = A · weights + first + second.
@@ -145,7 +86,12 @@ def _make_multiply(name: str) -> Any:
     return multiply
 
 
-def forward(row: Cell, cell: Any) -> Any:
+@compiled_helper
+def no_stage(*_: Any) -> None:
+    """In the place of a second stage, for a cell that has one alone."""
+
+
+def forward(row: Cell, cell: Any, later: Any = None) -> Any:
     """Make the forward walk of a cell, ``walk(p, like, version)``, which every thread of a team calls.
 
     Args:
@@ -154,16 +100,23 @@ def forward(row: Cell, cell: Any) -> Any:
         like: zero, float32 or float64: the type of all buffers.
         cell: the pointwise part, ``cell(like, sums, tape, out, h, c, bias, block, count)``. sums: address of G vectors,
             the recurrent product. block: bytes from one block of the tape to the next. count: lanes to use, None for all.
+        later: for a cell with later gates, the pointwise part of the second stage, called in the same way: sums are of these
+            gates alone. ``cell`` then has those of the others, and writes the operand to the tape.
         version: not used; as a constant of the caller it makes Numba's cache forget kernels of other versions.
     """
     name = f"{row.name}_forward_walk"
-    product, multiply = product_of(row), _make_multiply(name)
+    multiply = _make_multiply(name)
+    first_gates, later_gates = len(row.first), len(row.later)
+    first_stage = forward_stage(f"{name}_stage", row.name, first_gates, cell)
+    two_stages = later_gates > 0
+    second_stage = forward_stage(f"{name}_second", row.name, later_gates, later) if two_stages else no_stage
+    vectors, later_vectors = panel_vectors(first_gates), panel_vectors(later_gates)
+    operand_block = 0 if row.operand is None else row.tape.index(row.operand)
 
-    @_compiled_as(name)
+    @compiled_as(name)
     def walk(p: int, like: Any, version: int) -> None:
         lanes, item, units, size = get(p, _A.LANES), get(p, _A.ITEM), get(p, _A.UNITS), get(p, _A.STATE_SIZE)
-        length, batch, gates = get(p, _A.LENGTH), get(p, _A.BATCH), get(p, _A.GATES)
-        vectors, tile, vector, block = get(p, _A.PANEL_UNITS), get(p, _A.TILE_ROWS), lanes * item, units * item
+        length, batch, block = get(p, _A.LENGTH), get(p, _A.BATCH), units * item
         projected = get(p, _A.PROJECTION) != 0
         thread, threads = arrive(p)
         all_panels = panels_of(units, lanes, vectors)
@@ -175,11 +128,12 @@ def forward(row: Cell, cell: Any) -> Any:
         table = sums + get(p, _A.SCRATCH_ROWS)
         hs, cs, hiddens, outs, zeros = table, table + 8 * batch, table + 16 * batch, table + 24 * batch, table + 32 * batch
         state_h, state_c = get(p, _A.STATE_H), get(p, _A.STATE_C)
-        panel_bytes, stored = size * vectors * gates * vector, get(p, _A.STORED)
+        later_panels = part(panels_of(units, lanes, later_vectors), unit_share, unit_shares)
 
         for d in range(d_share, get(p, _A.DIRECTIONS), d_shares):
             reverse = read_byte(get(p, _A.REVERSE) + d) != 0
             weights = get(p, _A.WEIGHTS) + d * get(p, _A.WEIGHTS_DIRECTION)
+            stored = 0 if get(p, _A.STORED) == 0 else read_int64(get(p, _A.STORED) + 8 * d)
             bias = get(p, _A.BIAS) + d * get(p, _A.BIAS_DIRECTION)
             tape_d, tape_row = get(p, _A.TAPE) + d * get(p, _A.TAPE_DIRECTION), get(p, _A.TAPE_ROW)
             out_d, out_row = get(p, _A.OUT) + d * get(p, _A.OUT_DIRECTION), get(p, _A.OUT_ROW)
@@ -192,32 +146,22 @@ def forward(row: Cell, cell: Any) -> Any:
                     row = row_share + i * row_shares
                     previous(p, d, t, row, earlier, (state_h, state_c), hs + 8 * i, cs + 8 * i)
                     write_int64(outs + 8 * i, out_d + (first + row) * out_row)
-                    write_int64(hiddens + 8 * i, get(p, _A.HIDDEN) + (d * batch + row) * block)
+                    if two_stages:
+                        write_int64(hiddens + 8 * i, tape_d + (first + row) * tape_row + operand_block * block)
+                    else:
+                        write_int64(hiddens + 8 * i, get(p, _A.HIDDEN) + (d * batch + row) * block)
                     write_int64(zeros + 8 * i, get(p, _A.ZEROS))
-                tiles = (rows + tile - 1) // tile
-                for panel in range(panels[0], panels[1]):
-                    for number in range(tiles):
-                        begin, end = rows * number // tiles, rows * (number + 1) // tiles
-                        if stored != 0:
-                            _dots(p, like, read_int64(stored + 8 * d), hs + 8 * begin, end - begin, panel, sums)
-                        else:
-                            product(like, hs + 8 * begin, end - begin, weights + panel * panel_bytes, size, sums)
-                        for i in range(begin, end):
-                            tape = tape_d + (first + row_share + i * row_shares) * tape_row
-                            target = read_int64(hiddens + 8 * i) if projected else read_int64(outs + 8 * i)
-                            h, c = read_int64(hs + 8 * i), read_int64(cs + 8 * i)
-                            for u in range(vectors):
-                                unit = (panel * vectors + u) * lanes
-                                if unit >= units:
-                                    break
-                                total = sums + ((i - begin) * vectors + u) * gates * vector
-                                at = unit * item
-                                if unit + lanes <= units:
-                                    cell(like, total, tape + at, target + at, h + at, c + at, bias + at, block, None)
-                                else:
-                                    cell(like, total, tape + at, target + at, h + at, c + at, bias + at, block, units - unit)
+                tape = (tape_d + (first + row_share) * tape_row, row_shares * tape_row)
+                targets = hiddens if projected else outs
+                first_stage(p, like, (hs, hs, cs, targets), tape, rows, weights, stored, panels, bias, sums)
                 meeting += 1
                 meet(p, group, meeting, unit_shares)
+                if two_stages:
+                    w = get(p, _A.LATER) + d * get(p, _A.LATER_DIRECTION)
+                    later_stored = 0 if stored == 0 else stored + first_gates * units * size * item
+                    second_stage(p, like, (hiddens, hs, cs, outs), tape, rows, w, later_stored, later_panels, bias, sums)
+                    meeting += 1
+                    meet(p, group, meeting, unit_shares)
                 if projected:
                     w = get(p, _A.PROJECTION) + d * get(p, _A.PROJECTION_DIRECTION)
                     multiply(p, like, (hiddens, outs, zeros, zeros), rows, w, units, size, h_panels, sums)
@@ -236,7 +180,7 @@ def forward(row: Cell, cell: Any) -> Any:
     return walk
 
 
-def backward(row: Cell, cell: Any) -> Any:
+def backward(row: Cell, cell: Any, later: Any = None) -> Any:
     """Make the backward walk of a cell, ``walk(p, like, version)``, which every thread of a team calls.
 
     Args:
@@ -247,12 +191,18 @@ def backward(row: Cell, cell: Any) -> Any:
             d_h: vector, the gradient of h. d_c: address, in place, zero after a reset. d_cell: address, what c of this step
             receives as an output. direct: vector, the part of the gradient of the h before that the recurrent product does
             not bring.
+        later: for a cell with later gates, the pointwise part of the second stage,
+            ``later(like, d_operand, tape, h, d_gates, block, count) -> direct``. d_operand: vector, the gradient of the
+            operand. direct: vector, what the h before receives of it beside the product.
         version: not used; as a constant of the caller it makes Numba's cache forget kernels of other versions.
     """
     name = f"{row.name}_backward_walk"
     product, multiply = PRODUCTS[PLAIN_VECTORS], _make_multiply(name)
+    first_gates, two_stages = len(row.first), len(row.later) > 0
+    second_stage = later_backward_stage(f"{name}_second", len(row.later), later) if two_stages else no_stage
+    vectors, tile = PLAIN_VECTORS, max_rows(PLAIN_VECTORS)
 
-    @_compiled_as(f"{name}_step")
+    @compiled_as(f"{name}_step")
     def step(like: Any, has_product: bool, projected: bool, reset: bool, sums: int, d_out: int, state_h: int, d_c: int,
               d_cell: int, tape: int, out: int, h: int, c: int, d_gates: int, block: int, count: Any) -> None:  # fmt: skip
         """Backward of one vector of one row."""
@@ -263,12 +213,11 @@ def backward(row: Cell, cell: Any) -> Any:
         if not projected:
             store(state_h, splat(like) if reset else direct, count)
 
-    @_compiled_as(name)
+    @compiled_as(name)
     def walk(p: int, like: Any, version: int) -> None:
         lanes, item, units, size = get(p, _A.LANES), get(p, _A.ITEM), get(p, _A.UNITS), get(p, _A.STATE_SIZE)
-        batch, gates = get(p, _A.BATCH), get(p, _A.GATES)
+        batch, vector, block = get(p, _A.BATCH), lanes * item, units * item
         t_begin, t_end = get(p, _A.BEGIN), get(p, _A.END)
-        vectors, tile, vector, block = get(p, _A.PANEL_UNITS), get(p, _A.TILE_ROWS), lanes * item, units * item
         projected = get(p, _A.PROJECTION) != 0
         thread, threads = arrive(p)
         all_panels = panels_of(units, lanes, vectors)
@@ -283,7 +232,7 @@ def backward(row: Cell, cell: Any) -> Any:
         )  # fmt: skip
         states = (get(p, _A.FIRST_H), get(p, _A.FIRST_C))
         zeros, base = get(p, _A.ZEROS), first_at(p, t_begin)
-        depth = gates * units
+        depth = first_gates * units
 
         for d in range(d_share, get(p, _A.DIRECTIONS), d_shares):
             reverse = read_byte(get(p, _A.REVERSE) + d) != 0
@@ -355,6 +304,16 @@ def backward(row: Cell, cell: Any) -> Any:
                                 else:
                                     step(like, length > 0, projected, reset, total, d_o, d_s, d_c + at, d_cell + at,
                                           tape + at, out + at, h + at, c + at, d_gates + at, block, units - unit)  # fmt: skip
+                if two_stages:
+                    meeting += 1
+                    meet(p, group, meeting, unit_shares)
+                    for i in range(rows):
+                        write_int64(sources + 8 * i, read_int64(d_rows + 8 * i) + depth * item)
+                    w = get(p, _A.LATER) + d * get(p, _A.LATER_DIRECTION)
+                    row = first + row_share
+                    tapes = (tape_d + row * tape_row, row_shares * tape_row)
+                    carries = (state_h + row_share * block, row_shares * block)
+                    second_stage(p, like, (sources, d_rows, hs), tapes, carries, rows, (row, row_shares), w, panels, sums)
                 meeting += 1
                 meet(p, group, meeting, unit_shares)
 

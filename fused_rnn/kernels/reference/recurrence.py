@@ -56,7 +56,7 @@ def _walk(
         if reset is not None:
             fresh = reset[begin : begin + n, None]
             before = tuple(torch.where(fresh, torch.zeros_like(state), state) for state in before)
-        gates_h = linear(before[0], weight_hh, bias_hh)
+        gates_h = _recurrent(equations, gates_x[begin : begin + n], before, weight_hh, bias_hh)
         after, tape = equations.step(gates_x[begin : begin + n], gates_h, before)
         if weight_hr is not None:
             after = (linear(after[0], weight_hr), *after[1:])
@@ -66,6 +66,22 @@ def _walk(
             new if n == steps.batch else torch.cat((new, state[n:])) for new, state in zip(after, states, strict=True)
         )
     return done, states
+
+
+def _first_rows(equations: Equations, weight_hh: Tensor) -> int:
+    """How many rows of weight_hh multiply h; those behind them the operand of the later gates."""
+    return weight_hh.shape[0] // equations.cell.num_gates * len(equations.cell.first)
+
+
+def _recurrent(equations: Equations, gates_x: Tensor, states: States, weight_hh: Tensor, bias_hh: Tensor | None) -> Tensor:
+    """gates_h of one step, (n, G·H): the product with h, and that of the later gates with their operand."""
+    if equations.operand is None:
+        return linear(states[0], weight_hh, bias_hh)
+    first = _first_rows(equations, weight_hh)
+    biases = (None, None) if bias_hh is None else (bias_hh[:first], bias_hh[first:])
+    gates_h = linear(states[0], weight_hh[:first], biases[0])
+    operand = equations.operand(gates_x, gates_h, states)
+    return torch.cat((gates_h, linear(operand, weight_hh[first:], biases[1])), dim=-1)
 
 
 def _in_rows(values: Sequence[Tensor], steps: Steps, rows: int) -> Tensor:
@@ -159,8 +175,16 @@ def _backward_step(
         d_gates_x, d_gates_h, *d_before = torch.autograd.grad(
             after, leaves, (d_h, *d_states[1:]), allow_unused=True, materialize_grads=True
         )
+        first = _first_rows(equations, weight_hh)
+        if equations.operand is not None:
+            # The operand is made of the same leaves, and reaches the step through the later gates alone.
+            operand = equations.operand(leaves[0], leaves[1][:, :first], leaves[2:])
+            d_operand = d_gates_h[:, first:] @ weight_hh[first:]
+            more = torch.autograd.grad(operand, leaves, d_operand, allow_unused=True, materialize_grads=True)
+            d_gates_x, d_gates_h = d_gates_x + more[0], d_gates_h + more[1]
+            d_before = [before + other for before, other in zip(d_before, more[2:], strict=True)]
     # The product W_hh h reaches the step through gates_h, the rest of h directly.
-    d_through = d_gates_h @ weight_hh
+    d_through = d_gates_h[:, :first] @ weight_hh[:first]
     # A block of both products is the same gradient twice: that of a sum.
     blocks = dict(zip(cell.d_hh, d_gates_h.chunk(cell.num_gates, dim=-1), strict=True))
     blocks |= dict(zip(cell.d_ih, d_gates_x.chunk(cell.num_gates, dim=-1), strict=True))

@@ -143,11 +143,11 @@ class _Triton:
             return f"it has no kernels of {cell}"
         return None if input.dtype in COMPUTE else f"it does not compute in {input.dtype}"
 
-    def forward(self, call: LayerCall, keep: bool) -> LayerResult:
+    def forward(self, call: LayerCall, keep: bool, batch_first: bool = False) -> LayerResult:
         """Compute a layer."""
         from fused_rnn.kernels.triton import layer
 
-        return layer.forward(call, keep)
+        return layer.forward(call, keep, batch_first)
 
     def backward(
         self,

@@ -130,6 +130,8 @@ def _own_product(call: Call) -> str | None:
     """Why the kernels' own product does not serve, or None where it does."""
     if call.projected:
         return "the projection of h is a second product in each step"
+    if call.cell.later:
+        return f"the product of {', '.join(call.cell.later)} is a second one in each step"
     if call.dtype == torch.float64:
         return "float64 is left to the library's product"
     return None

@@ -16,7 +16,7 @@ from fused_rnn.data.steps import Steps
 from fused_rnn.kernels.protocol import LayerCall, LayerResult, OutputGradients, States
 from fused_rnn.kernels.triton import products
 from fused_rnn.kernels.triton.recurrence import RECURRENCES, Bias, Packed, Recurrence, compute_dtype
-from fused_rnn.kernels.weight_gradients import WeightGradients, grouped, previous_h
+from fused_rnn.kernels.weight_gradients import WeightGradients, grouped, operand_of, previous_h
 
 
 def _packed(recurrence: Recurrence, steps: Steps, weights: Sequence[Weights], backward: bool) -> Packed:
@@ -125,11 +125,12 @@ def walk_backward(
     return d_gates, tuple(d_state.to(input.dtype) for d_state in inner)
 
 
-def forward(call: LayerCall, keep: bool) -> LayerResult:
+def forward(call: LayerCall, keep: bool, batch_first: bool = False) -> LayerResult:
     """Compute a layer; as a backend's forward (``fused_rnn.kernels.protocol``)."""
     (cell, _, steps, reverse, cell_states, step), input, states, weights, reset = plain(call)
     recurrences, output = len(weights), weights[0].hh.shape[1]
-    out = input.new_empty((*call.input.shape[:-1], recurrences * output))
+    leading = call.input.shape[:-1]
+    out = input.new_empty((*leading, recurrences * output))
     # The caller records the graph: here products have an ``out``, which autograd refuses.
     with torch.no_grad():
         keeps = keep or cell_states
@@ -140,10 +141,17 @@ def forward(call: LayerCall, keep: bool) -> LayerResult:
             ends, tape = _one_by_one(call, input, out, keeps)
         cells = None
         if cell_states and cell.cell_state is not None:
-            cells = _block(cell, tape, cell.cell_state).reshape(*call.input.shape[:-1], -1)
+            # A copy, which the caller may change, in its shape from the start.
+            block = _block(cell, tape, cell.cell_state)
+            cells = input.new_empty((*leading, block.shape[1] * block.shape[2]))
+            cells.view(block.shape).copy_(block)
     if step:
-        # h after the step is the output.
-        ends = tuple(end.squeeze(0) for end in ends[1:])
+        # h after the step is the output. In place: a view made in an autograd Function cannot be changed in place.
+        ends = tuple(end.squeeze_(0) for end in ends[1:])
+    if batch_first:
+        for each in (out, cells):
+            if each is not None:
+                each.transpose_(0, 1)
     return LayerResult(out, ends, cells, tape if keep and not cell.tape_is_out else None)
 
 
@@ -185,7 +193,8 @@ def backward(
     d_out, d_after, d_cells = gradients
     if step:
         d_after = (None, *(None if each is None else each.unsqueeze(0) for each in d_after))
-    outs = out.view(rows, recurrences, -1)
+    # A map over gradients gives one forward to all of its members: of a single row these are views without a stride.
+    outs, tape = out.contiguous().view(rows, recurrences, -1), None if tape is None else tape.contiguous()
     with torch.no_grad():
         if reset is None or recurrences == 1:
             mask = None if reset is None else reset[0]
@@ -211,12 +220,14 @@ def backward(
             return (d_input, *before, *grouped(in_rows, out, tape, d_gates, wanted, groups))
         simple = recurrences == 1 and steps.dense and reset is None and not reverse[0] and weights[0].hr is None
         if simple and asked[0] and asked[1]:
-            d_weights = _weight_gradients(cell, weights[0], asked, input, states, outs[:, 0], d_gates[:, 0], steps.batch)
+            saved = outs if tape is None else tape
+            rows_of_one = (outs[:, 0], saved[:, 0], d_gates[:, 0])
+            d_weights = _weight_gradients(cell, weights[0], asked, input, states, *rows_of_one, steps.batch)
             return (d_input, *before, *d_weights)
         found: list[Tensor | None] = []
         for d, weight in enumerate(weights):
             sums = WeightGradients(cell, weight, asked[5 * d :][:5], input.dtype, products.weight_gradient)
-            kept = None if weight.hr is None or tape is None else tape[:, d]
+            kept = None if tape is None else tape[:, d]
             sums.walk(d_gates[:, d], input, previous_h(in_rows, d, outs[:, d]), 0, steps.length, kept)
             found += sums.result()
         return (d_input, *before, *found)
@@ -273,6 +284,7 @@ def _weight_gradients(
     input: Tensor,
     states: States | None,
     out: Tensor,
+    tape: Tensor,
     d_gates: Tensor,
     batch: int,
 ) -> tuple[Tensor | None, ...]:
@@ -282,10 +294,15 @@ def _weight_gradients(
     d_ih, d_hh = torch.empty_like(weights.ih), torch.empty_like(weights.hh)
     products.multiply(gates.t(), input, out=d_ih)
     # h before each step is the output of the step before; the first step has h_0, or zero.
-    groups, first = [], 0
+    groups: list[tuple[Tensor, Tensor]] = []
+    first = 0
     for names in cell.d_hh_groups:
         begin, rows = cell.d_gates.index(names[0]) * hidden, len(names) * hidden
-        groups.append((d_gates[:, begin : begin + rows], d_hh[first : first + rows]))
+        part, target = d_gates[:, begin : begin + rows], d_hh[first : first + rows]
+        if names == cell.later:
+            products.multiply(part.t(), operand_of(cell, tape), out=target)
+        else:
+            groups.append((part, target))
         first += rows
     for part, target in groups:
         later = part[batch:]

@@ -51,8 +51,8 @@ def first_gate(cell: Cell) -> int:
 
 
 def by_d_gates(cell: Cell, weight: Tensor) -> Tensor:
-    """weight_hh (G·H, P) as (G, H, P), its gates in the order of the first blocks of d_gates."""
-    blocks = weight.reshape(cell.num_gates, -1, weight.shape[1])
+    """The rows of weight_hh that meet h, (G·H, P), as (G, H, P), their gates in the order of the first blocks of d_gates."""
+    blocks = weight.reshape(len(cell.first), -1, weight.shape[1])
     first = first_gate(cell)
     # By slices: an index that lies on the CPU cannot be captured in a CUDA graph.
     return blocks if first == 0 else torch.cat((blocks[first:], blocks[:first]))

@@ -42,11 +42,30 @@ class Packed:
         weights: weight_hh of each recurrence, as it is, for the kernels that hold it in registers; ``packing.forward_slices``
             or ``backward_slices`` alone where it is streamed; for the library's product (D, P, G·H), or (D, G·H, P).
         projection: weight_hr as (D, H, P), or for the backward (D, P, H), or None.
+        later: the rows of weight_hh of later gates, for the library's product too; None where there are no such gates.
     """
 
     plan: Plan
     weights: Sequence[Tensor]
     projection: Tensor | None
+    later: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Later:
+    """The pointwise part of a second stage (``Cell.later``), functions that Triton compiles.
+
+    Attributes:
+        step: (handed, x, product, bias, carry) → (h, carry, tape): x, product and tape of the later gates alone. The first
+            stage's step is (x, product, bias, carry) → (operand, handed, tape), of the other gates.
+        step_backward: (tape, carry before, d_operand) → (d_gates, d_h past the product), of the first ``emitted`` blocks of
+            d_gates. The first stage's step_backward gives those behind them.
+        emitted: how many blocks of d_gates wait for the gradient of the operand.
+    """
+
+    step: Any
+    step_backward: Any
+    emitted: int
 
 
 def _rows(name: str, buffer: Tensor, directions: int, columns: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -123,10 +142,13 @@ class Recurrence:
         cell: which cell.
         step: its pointwise part, a function that Triton compiles: (x, product, bias, carry) → (h, carry, tape).
         step_backward: (tape, carry before, d_h, d_carry) → (d_gates, d_h past the product, d_carry before).
+        later: of the second stage, for a cell with later gates; else None.
     """
 
-    def __init__(self, cell: Cell, step: Any, step_backward: Any) -> None:
-        self.cell, self.step, self.step_backward = cell, step, step_backward
+    def __init__(self, cell: Cell, step: Any, step_backward: Any, later: Later | None = None) -> None:
+        if (later is not None) != bool(cell.later):
+            raise ValueError(f"cell {cell.name}: later: expected the part of a second stage where the row has later gates")
+        self.cell, self.step, self.step_backward, self.later = cell, step, step_backward, later
         self.carry = carry_kind(cell)
         RECURRENCES[cell.name] = self
 
@@ -140,13 +162,19 @@ class Recurrence:
             slices = packing.backward_slices if backward else packing.forward_slices
             weights = slices(cell, weight_hh, plan)
             return Packed(plan, [packing.rounded(weights) if plan.planes == 2 else weights], None)
+        later: Tensor | None = None
+        if cell.later:
+            first = weight_hh[0].shape[0] // cell.num_gates * len(cell.first)
+            later = torch.stack([weight[first:] for weight in weight_hh])
+            later = later if backward else later.transpose(1, 2)
+            weight_hh = [weight[:first] for weight in weight_hh]
         if backward:
             weights = torch.stack([packing.by_d_gates(cell, weight).flatten(0, 1) for weight in weight_hh])
             projection = None if weight_hr is None else torch.stack(tuple(weight_hr))
         else:
             weights = torch.stack(tuple(weight_hh)).transpose(1, 2)
             projection = None if weight_hr is None else torch.stack(tuple(weight_hr)).transpose(1, 2)
-        return Packed(plan, [weights], projection)
+        return Packed(plan, [weights], projection, later)
 
     def forward(
         self,
@@ -230,6 +258,7 @@ class Recurrence:
             "p_ring": ring,
             "p_counters": counters,
             "p_carry": states_n[-1],
+            "p_handed": tape,
             "p_bias": states_n[0] if bias is None else bias.contiguous(),
             "p_h_n": states_n[0],
             "p_weight": packed.weights[0],
@@ -238,9 +267,20 @@ class Recurrence:
             "ring_row": ring.shape[3],
         }
         options |= stream_options(plan, tape.dtype) | {"HAS_OUT": packed.projection is None, "STACKED": plan.stacked}
+        options |= {"STAGE": 0, "FIRST": 0, "OPERAND": 0}
+        second: library.Second | None = None
+        if self.later is not None:
+            first, later = len(cell.first), len(cell.later)
+            more = {"STEP": self.later.step, "STAGE": 2, "FIRST": first, "GATES": later, "TAPE": later, "HAS_OUT": True}
+            assert packed.later is not None
+            second = library.Second(packed.later, more)
+            options |= {"STAGE": 1, "GATES": first, "TAPE": first, "HAS_OUT": False}
+            options["OPERAND"] = cell.tape.index(cell.operand)
         if given:
             projection = packed.projection
-            library.forward(walk, walk_forward, arguments, options, packed.weights[0], projection, states_n[0], out, ring)
+            library.forward(
+                walk, walk_forward, arguments, options, packed.weights[0], projection, states_n[0], out, ring, second
+            )
         else:
             walk.launch(walk_forward, arguments | {"s_begin": 0, "s_end": steps.length}, options)
 
@@ -337,10 +377,17 @@ class Recurrence:
             return
         arguments |= {"p_d_h": d_states_0[0], "p_d_carry": d_states_0[-1], "p_weight": packed.weights[0], "p_product": tape}
         arguments |= {"p_ring": tape, "p_counters": tape, "ring_rows": 0, "ring_row": 0}
-        options |= stream_options(plan, tape.dtype)
+        options |= stream_options(plan, tape.dtype) | {"STAGE": 0, "FIRST": 0}
+        second: library.Second | None = None
+        if self.later is not None:
+            emitted = self.later.emitted
+            more = {"STEP": self.later.step_backward, "STAGE": 2, "FIRST": 0, "EMITTED": emitted, "HAS_D_OUT": False}
+            assert packed.later is not None
+            second = library.Second(packed.later, more)
+            options |= {"STAGE": 1, "FIRST": emitted, "EMITTED": len(cell.d_gates) - emitted}
         if plan.regime == "library":
-            projection = packed.projection
-            library.backward(walk, walk_backward, arguments, options, packed.weights[0], projection, d_out, reverse, reset)
+            weights, projection = packed.weights[0], packed.projection
+            library.backward(walk, walk_backward, arguments, options, weights, projection, d_out, reverse, reset, second)
             return
         columns = cell.num_gates * packing.padded_columns(hidden, plan)
         ring, counters = walk.zeros(columns, 1, tape.dtype, walked + 1)

@@ -4,6 +4,9 @@ A program owns the same kind of tile as in the forward. In each step it first fo
 this walk) send to its units of h, W[:, units]ᵀ · d_gatesᵀ, then differentiates its own units and hands on their d_gates, which
 all programs of the tile read in the next step. One more step follows the last one, for its product alone.
 
+A cell with later gates has two launches a step, the STAGEs 1 and 2: the second is GIVEN the gradient of the operand, and adds
+what the h before receives through it.
+
 Legend: T steps, N sequences, H units, s counts steps in the order of this walk, t in the order of the rows.
 """
 
@@ -41,10 +44,10 @@ def walk_backward(
     p_lengths, p_offsets, p_counters,
     s_begin, s_end, t_begin, t_end, first_row, first_tile, first_d, reverse_bits, tiles, D, T, N, H, ring_rows, ring_row,
     d_gates_row, d_gates_d, d_out_row, d_out_d, d_carries_row, d_carries_d, tape_row, tape_d, before_row, before_d,
-    STEP: tl.constexpr, GATES: tl.constexpr, TAPE: tl.constexpr, EMITTED: tl.constexpr, CARRY: tl.constexpr,
-    RAGGED: tl.constexpr, HAS_RESET: tl.constexpr, HAS_D_OUT: tl.constexpr, HAS_D_CARRIES: tl.constexpr,
-    GIVEN: tl.constexpr, UNITS: tl.constexpr, BATCH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    STEP: tl.constexpr, STAGE: tl.constexpr, FIRST: tl.constexpr, GATES: tl.constexpr, TAPE: tl.constexpr,
+    EMITTED: tl.constexpr, CARRY: tl.constexpr, RAGGED: tl.constexpr, HAS_RESET: tl.constexpr, HAS_D_OUT: tl.constexpr,
+    HAS_D_CARRIES: tl.constexpr, GIVEN: tl.constexpr, UNITS: tl.constexpr, BATCH: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Walk steps s_begin .. s_end - 1 of n + 1, n = t_end - t_begin. Grid: (slices of units, batch tiles, recurrences).
 
@@ -58,8 +61,9 @@ def walk_backward(
         p_before: where the carry of every step lies, one column block of (R, D, ·); p_before_0: that before the first step,
             (D, N, H). Both are read with CARRY alone.
         p_weight: (D, slices, UNITS, ring_row), padded with zeros.
-        p_product: (D, N, H): Wᵀ·d_gates of the step before, if GIVEN.
+        p_product: (D, N, H): Wᵀ·d_gates of the step before, if GIVEN; in STAGE 2, the gradient of the operand.
         p_reset, p_lengths, p_offsets, p_counters: as in the forward, the last for n + 1 steps.
+        STAGE: 0 for a step in one piece. Blocks of d_gates are emitted from FIRST on.
     """
     i_u = tl.program_id(0)
     i_b = first_tile + tl.program_id(1)
@@ -134,14 +138,21 @@ def walk_backward(
         if not GIVEN:
             if s > begin:
                 wait(p_counters + s - 1, tl.num_programs(0))
-        if GIVEN:
+        if STAGE == 2:
+            d_operand = tl.load(p_product + o_state, mask=mask, other=0.0).to(COMPUTE)
+        elif GIVEN:
             d_h += tl.load(p_product + o_state, mask=m_u & m_done, other=0.0).to(COMPUTE)
         else:
             slot = ((s % 2) * D + i_d).to(tl.int64)
             p_rows = p_ring + (slot * ring_rows + o_b) * ring_row
             d_h += _product(p_weight, p_rows, m_done, i_program, ring_row, UNITS, BATCH, CHUNK, PRECISION)
 
-        d_gates, d_direct, d_carry_before = STEP(tape, before, d_h + d_above, d_carry)
+        if STAGE == 2:
+            d_gates, d_direct = STEP(tape, before, d_operand)
+            d_direct += d_h
+            d_carry_before = d_carry
+        else:
+            d_gates, d_direct, d_carry_before = STEP(tape, before, d_h + d_above, d_carry)
 
         o_gates = (rows - first_row) * d_gates_row + o_u
         if not GIVEN:
@@ -153,7 +164,7 @@ def walk_backward(
             arrive(p_counters + s)
         # What no other program waits for.
         for block in tl.static_range(EMITTED):
-            tl.store(p_d_gates + o_gates + block * H, d_gates[block].to(p_d_gates.dtype.element_ty), mask=mask)
+            tl.store(p_d_gates + o_gates + (FIRST + block) * H, d_gates[block].to(p_d_gates.dtype.element_ty), mask=mask)
         # A sequence that has no step here keeps its gradients; one that was reset sends none further back.
         d_h = tl.where(m_b, tl.where(m_fresh, d_direct, 0.0), d_h)
         if CARRY == 1:

@@ -11,6 +11,9 @@ barrier of step s - 1, so every other program has read that slot.
 Gates are computed with the operands swapped, gatesᵀ = W · hᵀ: the weights fill the rows of the tensor core's tile, however
 few sequences there are. ``STACKED`` weights put four blocks of units under one another in one product, and it is split after.
 
+A cell with later gates (``Cell.later``) has two launches a step, the STAGEs 1 and 2, around the product of those gates. The
+first leaves the operand in the ring, where the second then writes h, and one number of each unit in ``p_handed``.
+
 Legend: T steps, N sequences, H units, s counts steps in the order of the walk, t in the order of the rows.
 """
 
@@ -61,10 +64,11 @@ def _product(p_weight, p_h, mask, i_program, K, GATES: tl.constexpr, STACKED: tl
 
 @triton.jit(do_not_specialize=["s_begin", "s_end", "first_tile", "first_d", "reverse_bits", "tiles", "D", "T", "N"])
 def walk_forward(
-    p_tape, p_out, p_ring, p_carry, p_h_n, p_weight, p_product, p_bias, p_reset, p_lengths, p_offsets, p_counters,
+    p_tape, p_out, p_ring, p_carry, p_handed, p_h_n, p_weight, p_product, p_bias, p_reset, p_lengths, p_offsets, p_counters,
     s_begin, s_end, first_tile, first_d, reverse_bits, tiles, D, T, N, H, ring_rows, ring_row, tape_row, tape_d, out_row,
     out_d,
-    STEP: tl.constexpr, GATES: tl.constexpr, TAPE: tl.constexpr, BIAS: tl.constexpr, CARRY: tl.constexpr,
+    STEP: tl.constexpr, STAGE: tl.constexpr, FIRST: tl.constexpr, OPERAND: tl.constexpr, GATES: tl.constexpr,
+    TAPE: tl.constexpr, BIAS: tl.constexpr, CARRY: tl.constexpr,
     KEEP: tl.constexpr, HAS_OUT: tl.constexpr, RAGGED: tl.constexpr, HAS_RESET: tl.constexpr, HAS_BIAS: tl.constexpr,
     GIVEN: tl.constexpr, STACKED: tl.constexpr, UNITS: tl.constexpr, BATCH: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
@@ -76,14 +80,17 @@ def walk_forward(
         p_out: (R, D, H), if HAS_OUT.
         p_ring: (2, D, ring_rows, ring_row): h, zero beyond H up to the next multiple of CHUNK; slot s % 2 is read in step s.
         p_carry: (D, N, H), in and out; unused without CARRY (1: c, 2: h).
+        p_handed: (D, N, H), from the first of two launches to the second; unused where STAGE is 0.
         p_h_n: (D, N, H): h of every sequence's last step, if HAS_OUT; unused where h is the carry.
         p_weight: (D, slices, piles, rows, ring_row), padded with zeros.
-        p_product: (D, N, GATES·H): W·h of this one step, if GIVEN.
+        p_product: (D, N, GATES·H): W·h of this one step, if GIVEN; in STAGE 2, W·operand.
         p_bias: (D, BIAS blocks·H).
         p_reset: (R,) bytes.
         p_lengths: (N,) steps of each sequence, longest first, if RAGGED.
         p_offsets: (T,) first row of each step, if RAGGED.
         p_counters: (D, batch tiles, T + 1) zeros, unless the product is GIVEN.
+        STAGE: 0 for a step in one piece. GATES are those of the stage, from gate FIRST on; TAPE blocks are written from there
+            on; in STAGE 1 also the operand, to block OPERAND.
     """
     i_u = tl.program_id(0)
     i_b = first_tile + tl.program_id(1)
@@ -132,7 +139,7 @@ def walk_forward(
         o_tape = rows * tape_row + o_u
         gates_x = ()
         for gate in tl.static_range(GATES):
-            gates_x = gates_x + (tl.load(p_tape + o_tape + gate * H, mask=mask, other=0.0),)
+            gates_x = gates_x + (tl.load(p_tape + o_tape + (FIRST + gate) * H, mask=mask, other=0.0),)
         m_h = m_b
         if HAS_RESET:
             m_h = m_b & (tl.load(p_reset + rows, mask=m_b, other=0) == 0)
@@ -153,7 +160,16 @@ def walk_forward(
         x = ()
         for gate in tl.static_range(GATES):
             x = x + (gates_x[gate].to(COMPUTE),)
-        h, after, blocks = STEP(x, product, bias, carry)
+        if STAGE == 0:
+            h, after, blocks = STEP(x, product, bias, carry)
+        elif STAGE == 1:
+            # In the place of h the operand.
+            h, handed, blocks = STEP(x, product, bias, carry)
+            after = carry
+            tl.store(p_handed + o_state, handed, mask=mask)
+        else:
+            handed = tl.load(p_handed + o_state, mask=mask, other=0.0)
+            h, after, blocks = STEP(handed, x, product, bias, carry)
 
         stored = h.to(p_out.dtype.element_ty)
         sent = rounded(stored, PRECISION)
@@ -171,7 +187,9 @@ def walk_forward(
             carry = tl.where(m_b, after, carry)
         if KEEP:
             for block in tl.static_range(TAPE):
-                tl.store(p_tape + o_tape + block * H, blocks[block].to(p_tape.dtype.element_ty), mask=mask)
+                tl.store(p_tape + o_tape + (FIRST + block) * H, blocks[block].to(p_tape.dtype.element_ty), mask=mask)
+            if STAGE == 1:
+                tl.store(p_tape + o_tape + OPERAND * H, stored, mask=mask)
 
     if CARRY:
         tl.store(p_carry + o_state, carry, mask=m_all)

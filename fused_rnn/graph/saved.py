@@ -1,0 +1,23 @@
+"""What an autograd Function saves for its backward, of which some may be absent.
+
+torch keeps an absent tensor as None among ``saved_tensors``, where tools that draw a graph or count its memory expect tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def save(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
+    """Save what is there of ``tensors``."""
+    ctx.there = [tensor is not None for tensor in tensors]
+    ctx.save_for_backward(*[tensor for tensor in tensors if tensor is not None])
+
+
+def tensors(ctx: Any) -> list[Any]:
+    """What was given to ``save``."""
+    found = iter(ctx.saved_tensors)
+    return [next(found) if there else None for there in ctx.there]
