@@ -80,12 +80,12 @@ class Swap:
         """Itself: libraries copy the arguments of models, and all copies report here."""
         return self
 
-    def __call__(self, model: Model, *, made_so: bool = False) -> Model:
+    def __call__(self, model: Model, *, made_so: bool = False, keep_class: bool = False) -> Model:
         """Convert ``model``, all of it, or leave it to torch.nn; where the program itself has ``made_so``, only look at it."""
         assert any(map(_recurrent, model.modules())), "there is nothing to convert"
         if self.convert and not made_so:
             report: list[fused_rnn.Conversion] = []
-            fused_rnn.convert(model, report)
+            fused_rnn.convert(model, report, keep_class=keep_class)
             assert not [str(one) for one in report if one.reason is not None]
         self.models.append(model)
         self.before.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})

@@ -40,8 +40,10 @@ def _net(swap: Swap, **options: Any) -> Any:
         Classifier,
         module__swap=swap,
         criterion=nn.CrossEntropyLoss,
-        optimizer=torch.optim.Adam,
-        lr=0.01,
+        # Adam would make whole steps of gradients that are nearly zero, where rounding decides.
+        optimizer=torch.optim.SGD,
+        optimizer__momentum=0.9,
+        lr=0.1,
         batch_size=8,
         verbose=0,
         **{"max_epochs": 3, **options},

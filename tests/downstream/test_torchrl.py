@@ -17,6 +17,7 @@ NO_INSTANCE = pytest.mark.xfail(
     raises=TypeError,
     reason="where rows have resets, a layer that is no instance of torch.nn's is called with `mask`, as TorchRL's own are",
 )
+CLASSES = pytest.mark.parametrize("keep_class", [True, pytest.param(False, marks=NO_INSTANCE)], ids=["kept", "not kept"])
 
 
 def _layer(kind: str, **options: Any) -> Any:
@@ -41,14 +42,14 @@ def _states(kind: str, layers: int, *sizes: int) -> dict[str, Tensor]:
     return {key: torch.full((*sizes, layers, 5), 0.3) for key in ("hc" if kind == "LSTM" else "h")}
 
 
-@NO_INSTANCE
+@CLASSES
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_trajectories(kind: str, layers: int) -> None:
+def test_trajectories(kind: str, layers: int, keep_class: bool) -> None:
     """Rows with resets are split into one row a trajectory, padded, and packed where the layer is torch.nn's."""
 
     def program(swap: Swap) -> dict[str, Any]:
-        layer = swap(_layer(kind, num_layers=layers))
+        layer = swap(_layer(kind, num_layers=layers), keep_class=keep_class)
         observation, is_init = _trajectories()
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
         with modules.set_recurrent_mode(True):
@@ -88,8 +89,8 @@ def test_steps(kind: str) -> None:
     assert_same(program)
 
 
-@pytest.mark.parametrize("steps", [6, pytest.param(24, marks=NO_INSTANCE)], ids=["one trajectory", "several"])
-def test_rollout_and_ppo(steps: int) -> None:
+@pytest.mark.parametrize(("steps", "keep_class"), [(6, False), (24, True)], ids=["one trajectory", "several"])
+def test_rollout_and_ppo(steps: int, keep_class: bool) -> None:
     """An actor and a critic share an LSTM, gather a rollout in an environment, and are trained by PPO's loss."""
     envs, objectives = package("torchrl.envs"), package("torchrl.objectives")
     package("gymnasium")
@@ -110,7 +111,7 @@ def test_rollout_and_ppo(steps: int) -> None:
         )
         value = sequence.TensorDictModule(nn.Linear(6, 1), ["features"], ["state_value"])
         critic = sequence.TensorDictSequential(lstm, value)
-        swap(lstm)
+        swap(lstm, keep_class=keep_class)
         with torch.no_grad():
             rollout = env.rollout(steps, policy, break_when_any_done=False)
         loss_of = objectives.ClipPPOLoss(actor_network=policy, critic_network=critic)
