@@ -45,6 +45,7 @@ def _agent(policy: dict[str, Any]) -> Any:
         n_steps=16,
         batch_size=16,
         n_epochs=2,
+        learning_rate=0.003,
         seed=0,
         device="cpu",
         policy_kwargs={"lstm_hidden_size": 6, "net_arch": [5], **policy},
