@@ -17,7 +17,7 @@ from benchmarks.gpu.clock import Clock
 from fused_rnn import cells
 from fused_rnn.data.steps import Steps
 from fused_rnn.kernels import cell_modules
-from fused_rnn.kernels.by_walk.walk import walks
+from fused_rnn.kernels.by_walk.walk import walk_in
 from fused_rnn.kernels.triton import heuristic, launch, plan, tuned
 from fused_rnn.kernels.triton.plan import Call
 
@@ -52,7 +52,7 @@ def candidates(call: Call, device: plan.Device) -> Iterator[dict[str, Any]]:
 def kernel_call(call: Call, where: torch.device) -> Callable[[], None]:
     """One walk of the kernels alone, with the plan that is in force when this is made."""
     cell, d, n, h = call.cell, call.directions, call.batch, call.hidden
-    kernels = walks(cell_modules("fused_rnn.kernels.triton"))[cell.name]
+    kernels = walk_in(cell_modules("fused_rnn.kernels.triton")[cell.name], cell.name)
     steps, reverse = Steps(STEPS, n), (False, True)[:d]
     rows = STEPS * n
 

@@ -1,24 +1,25 @@
 """What torch.utils.flop_counter counts of a layer: the products of torch.nn's, forward and backward.
 
-Registered by importing this file. As for torch.nn's layers outside of oneDNN and cuDNN, a multiplication with its addition is
-two, and biases and pointwise parts are none. Legend as in ``fused_rnn.kernels.protocol``.
+Registered as soon as that file of torch is imported; it imports Triton, so it is not imported from here. As for torch.nn's layers
+outside of oneDNN and cuDNN, a multiplication with its addition is two, and biases and pointwise parts are none. Legend as in
+``fused_rnn.kernels.protocol``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils.flop_counter import register_flop_formula
 
-from fused_rnn.cells import CELLS
+from fused_rnn.cells import named
+from fused_rnn.data.when_imported import when_imported
 from fused_rnn.graph.operators import spread
 
 
-@register_flop_formula(torch.ops.fused_rnn.layer_forward, get_raw=True)
 def forward_flops(
     cell_name: str,
     input: Tensor,
@@ -32,7 +33,6 @@ def forward_flops(
     return 2 * input.shape[0] * sum(weight.numel() for weight in weights if weight.dim() == 2)
 
 
-@register_flop_formula(torch.ops.fused_rnn.layer_backward, get_raw=True)
 def backward_flops(
     cell_name: str,
     input: Tensor,
@@ -50,7 +50,7 @@ def backward_flops(
     **_: Any,
 ) -> int:
     """The products of the gradients of the gates with h and the input, and with the weights, where those are wanted."""
-    rows, count = input.shape[0], len(CELLS[cell_name].states)
+    rows, count = input.shape[0], len(named(cell_name).states)
     input_wanted, h_wanted = wanted[:2]
     flat = spread(weights, present)
     asked = spread(wanted[1 + count :], present)
@@ -77,3 +77,11 @@ def _first_rows(states: Sequence[Tensor], batch_sizes: Tensor | None, backwards:
     if batch_sizes is None or isinstance(batch_sizes, FakeTensor):
         return states[0].shape[1]
     return int(batch_sizes[-1 if backwards else 0])
+
+
+def _register(flop_counter: ModuleType) -> None:
+    flop_counter.register_flop_formula(torch.ops.fused_rnn.layer_forward, get_raw=True)(forward_flops)
+    flop_counter.register_flop_formula(torch.ops.fused_rnn.layer_backward, get_raw=True)(backward_flops)
+
+
+when_imported("torch.utils.flop_counter", _register)

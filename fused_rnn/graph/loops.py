@@ -11,6 +11,7 @@ at once.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -129,6 +130,8 @@ def loop_of(call: LayerCall) -> Loop | None:
     layer, _, states, weights, reset = call
     if states is None or layer.steps.length != 1 or not states[0].requires_grad or not layer.backend.gives_gates:
         return None
+    if _shards_by_module():
+        return None
     ih, hh, bias_ih, bias_hh, hr = of = weights[0]
     if hr is not None or len(weights) > 1 or reset is not None or layer.cell_states or layer.steps.batch_sizes is not None:
         return None
@@ -165,3 +168,13 @@ def _forget(key: int, ended: weakref.ref[Loop]) -> None:
     """Drop a loop, unless another has taken its place."""
     if _loops.get(key) is ended:
         del _loops[key]
+
+
+def _shards_by_module() -> bool:
+    """Whether torch.distributed's fully_shard is in use: it takes the gradients of weights when a module's backward ends.
+
+    That is before the end of a loop, if the module is one step of it. A tensor does not tell whether such a module owns it.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharded = getattr(fsdp, "FSDPModule", None)
+    return sharded is not None and bool(sharded.__subclasses__())

@@ -58,14 +58,17 @@ def refuse(cell: Cell, projected: bool, reset: bool, cell_states: bool) -> None:
         raise NotImplementedError(f"no ONNX operator computes the cell {cell.name!r}")
 
 
-# Dynamo takes torch's own question for one whose answer is no.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def wanted() -> bool:
     """Whether torch.onnx.export is looking at this call, and ``layer`` has the words for it."""
     # Before torch 2.8, fused_rnn.onnx translates the operator instead.
     if not torch.onnx.is_in_onnx_export():
         return False
     return torch_private.jit_tracing() or (hasattr(torch.onnx, "ops") and hasattr(torch.onnx.ops, "symbolic_multi_out"))
+
+
+# Dynamo takes torch's own question for one whose answer is no. This is torch.compiler.assume_constant_result without the import
+# of Dynamo, which takes seconds.
+wanted._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def layer(

@@ -7,15 +7,13 @@ is told here that these can be traced.
 from __future__ import annotations
 
 import functools
-import importlib.machinery
-import sys
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
+from fused_rnn.data.when_imported import when_imported
 from fused_rnn.nn import layers
 from fused_rnn.nn.flat_weights import FlatWeights
 
@@ -131,10 +129,7 @@ def _again(cls: type[nn.Module], fused: type[nn.Module]) -> nn.Module:
 
 def _tell_dynamo() -> None:
     """Have Dynamo trace fused modules whatever they are instances of: now, or once it is imported, which takes seconds."""
-    if _BUILDER in sys.modules:
-        _allow_fused(sys.modules[_BUILDER])
-    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenImported())
+    when_imported(_BUILDER, _allow_fused)
 
 
 def _allow_fused(builder: ModuleType) -> None:
@@ -151,26 +146,6 @@ def _allow_fused(builder: ModuleType) -> None:
 
     allowing._allows_fused = True  # type: ignore[attr-defined]
     builder.VariableBuilder.wrap_module = allowing
-
-
-class _WhenImported:
-    """Waits for the import of the part of Dynamo that looks at modules."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
-        if name != _BUILDER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.loader is not None:
-            loader: Any = spec.loader
-            execute = loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                _allow_fused(module)
-
-            loader.exec_module = exec_module
-        return spec
 
 
 def kept(plain: type[nn.Module]) -> type[nn.Module] | None:

@@ -279,7 +279,11 @@ class Problem:
                 )
         elif case.form == "lengths":
             options["lengths"] = torch.tensor(case.lengths)
-        function = getattr(functional, case.cell)
+        # The GRU that has its reset gate before the product is an option of the other's function.
+        before = case.cell == "gru_reset_before"
+        function = functional.gru if before else getattr(functional, case.cell)
+        if before:
+            options["reset_after"] = False
         hx: Any = None if states is None else states if len(self.cell.states) > 1 else states[0]
         out, ends = function(input, weights, hx, **options)
         ends = list(ends) if len(self.cell.states) > 1 else [ends]
