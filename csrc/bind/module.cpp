@@ -37,8 +37,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("tape"), py::arg("d_out"), py::arg("d_cells"), py::arg("d_states"), py::arg("wanted"), py::arg("gates_wanted"),
         py::arg("step"), py::arg("threads"), py::arg("sharing") = "auto",
         "The gradients of a layer's input, states and weights.");
-  m.def("loop_gradients", &loop_gradients, py::arg("cell"), py::arg("steps"), py::arg("wanted"),
-        py::arg("threads"), "The gradients of the weights that many single steps share.");
+  m.def("loop_gradients", &loop_gradients, py::arg("cell"), py::arg("steps"), py::arg("wanted"), py::arg("threads"),
+        "The gradients of the weights that many single steps share.");
 }
 
 }  // namespace fused_rnn

@@ -1,8 +1,9 @@
 """What torch.utils.flop_counter counts of a layer: the products of torch.nn's, forward and backward.
 
-Registered as soon as that file of torch is imported; it imports Triton, so it is not imported from here. As for torch.nn's layers
-outside of oneDNN and cuDNN, a multiplication with its addition is two, and biases and pointwise parts are none. Legend as in
-``fused_rnn.kernels.protocol``.
+Registered as soon as that file of torch is imported, and not by importing it, because it imports Triton.
+
+As for torch.nn's layers outside of oneDNN and cuDNN, a multiplication with its addition is two, and biases and pointwise parts
+are none. Legend as in ``fused_rnn.kernels.protocol``.
 """
 
 from __future__ import annotations
