@@ -1,0 +1,234 @@
+// Products of int8 weights with rows that are made int8 on the way, each with a scale of its own.
+//
+// The sums are whole numbers and exact, in every form and for any order. So how threads share the work changes no result, and
+// the forms of one instruction set, with and without VNNI, give the same bits.
+#pragma once
+
+#include "walk/int8_args.h"
+#include "walk/walk.h"
+
+namespace fused_rnn {
+namespace FUSED_RNN_ISA {
+
+// Whether there is a form with VNNI, beside the instruction set.
+#if defined(__AVX512BW__)
+constexpr bool kVnni = true;
+#else
+constexpr bool kVnni = false;
+#endif
+
+// Rows of activations as the products read them.
+struct Int8Rows {
+  std::int8_t* data = nullptr;
+  Index stride = 0;
+  float* scale = nullptr;
+
+  std::int8_t* at(Index row) const { return data + row * stride; }
+};
+
+// Makes the n numbers at x whole multiples of the scale that it returns, at most 127 times it, to the nearest. `flip` is 0x80
+// where 128 is to be added to all. A row with a NaN or an infinity has the scale NaN, which all of its products then are.
+inline float quantize(const float* x, Index n, Index padded, std::uint32_t flip, std::int8_t* to) {
+  // Of numbers that are not negative, the order is that of their bits.
+  std::int32_t most = 0;
+  for (Index i = 0; i < n; ++i) {
+    std::int32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    bits &= 0x7fffffff;
+    most = most < bits ? bits : most;
+  }
+  float largest;
+  std::memcpy(&largest, &most, sizeof largest);
+  float scale = largest / 127, inverse = 127 / largest;
+  if (most >= 0x7f800000) {
+    scale = std::numeric_limits<float>::quiet_NaN();
+    inverse = 0;
+  } else if (!(inverse <= std::numeric_limits<float>::max())) {
+    // Zeros, or numbers so small that nothing of them is left.
+    scale = inverse = 0;
+  }
+  for (Index i = 0; i < n; ++i) {
+    const float rounded = x[i] * inverse + Simd<float>::kRound;
+    std::uint32_t bits;
+    std::memcpy(&bits, &rounded, sizeof bits);
+    to[i] = static_cast<std::int8_t>(bits ^ flip);
+  }
+  for (Index i = n; i < padded; ++i) to[i] = 0;
+  return scale;
+}
+
+// Rows of a register tile: the accumulators of all gates fill the registers.
+constexpr int kInt8Rows = 6;
+
+// The tiles: to[row][gate][column] of one block of columns and a few rows of activations. `w` is the block, `quads` its K / 4.
+
+#if defined(__AVX512BW__)
+// Unsigned times signed, four products and their sum at once. The sums start with `start`, which undoes the shift of the rows.
+template <int kGates, int kRows>
+[[gnu::noinline, gnu::target("avx512vnni")]] void vnni_tile(const std::int8_t* w, Index quads, const std::int8_t* const* a,
+                                                            const std::int32_t* start, std::int32_t* to) {
+  // With few accumulators, each sum is made in parts: one chain of additions would wait for itself.
+  constexpr int kChains = kGates * kRows >= 8 ? 1 : kGates * kRows >= 3 ? 2 : 4;
+  __m512i sums[kChains][kRows][kGates];
+#pragma GCC unroll 8
+  for (int i = 0; i < kChains; ++i) {
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+      for (int g = 0; g < kGates; ++g) sums[i][m][g] = i ? _mm512_setzero_si512() : _mm512_loadu_si512(start + g * 16);
+    }
+  }
+  const std::int8_t* rows[kRows];
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) rows[m] = a[m];
+  Index k = 0;
+  for (; k + kChains <= quads; k += kChains) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kChains; ++i) {
+      __m512i weights[kGates];
+#pragma GCC unroll 4
+      for (int g = 0; g < kGates; ++g) weights[g] = _mm512_loadu_si512(w + ((k + i) * kGates + g) * 64);
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) {
+        std::int32_t quad;
+        std::memcpy(&quad, rows[m] + (k + i) * 4, sizeof quad);
+        const __m512i x = _mm512_set1_epi32(quad);
+#pragma GCC unroll 4
+        for (int g = 0; g < kGates; ++g) sums[i][m][g] = _mm512_dpbusd_epi32(sums[i][m][g], x, weights[g]);
+      }
+    }
+  }
+  for (; k < quads; ++k) {
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      std::int32_t quad;
+      std::memcpy(&quad, rows[m] + k * 4, sizeof quad);
+      const __m512i x = _mm512_set1_epi32(quad);
+#pragma GCC unroll 4
+      for (int g = 0; g < kGates; ++g) {
+        sums[0][m][g] = _mm512_dpbusd_epi32(sums[0][m][g], x, _mm512_loadu_si512(w + (k * kGates + g) * 64));
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+    for (int g = 0; g < kGates; ++g) {
+#pragma GCC unroll 4
+      for (int i = 1; i < kChains; ++i) sums[0][m][g] = _mm512_add_epi32(sums[0][m][g], sums[i][m][g]);
+      _mm512_storeu_si512(to + (m * kGates + g) * 16, sums[0][m][g]);
+    }
+  }
+}
+#endif
+
+#if defined(__AVX2__)
+// vpmaddubsw adds two products in 16 bits. Of the magnitudes of the weights, unsigned, and the rows with the weights' signs,
+// both at most 127, that is at most 32258: it cannot saturate.
+template <int kGates, int kRows>
+[[gnu::noinline]] void signed_tile(const std::int8_t* w, Index quads, const std::int8_t* const* a, int gate, std::int32_t* to) {
+  __m256i sums[kRows][2];
+#pragma GCC unroll 4
+  for (int m = 0; m < kRows; ++m) sums[m][0] = sums[m][1] = _mm256_setzero_si256();
+  const std::int8_t* rows[kRows];
+#pragma GCC unroll 4
+  for (int m = 0; m < kRows; ++m) rows[m] = a[m];
+  const __m256i ones = _mm256_set1_epi16(1);
+  w += gate * 64;
+  for (Index k = 0; k < quads; ++k, w += kGates * 64) {
+    __m256i weights[2], magnitudes[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      weights[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + i * 32));
+      magnitudes[i] = _mm256_abs_epi8(weights[i]);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < kRows; ++m) {
+      std::int32_t quad;
+      std::memcpy(&quad, rows[m] + k * 4, sizeof quad);
+      const __m256i x = _mm256_set1_epi32(quad);
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const __m256i pairs = _mm256_maddubs_epi16(magnitudes[i], _mm256_sign_epi8(x, weights[i]));
+        sums[m][i] = _mm256_add_epi32(sums[m][i], _mm256_madd_epi16(pairs, ones));
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (m * kGates + gate) * 16 + i * 8), sums[m][i]);
+    }
+  }
+}
+#else
+template <int kGates, int kRows>
+void signed_tile(const std::int8_t* w, Index quads, const std::int8_t* const* a, int gate, std::int32_t* to) {
+  for (int m = 0; m < kRows; ++m) {
+    std::int32_t sums[16] = {};
+    for (Index k = 0; k < quads; ++k) {
+      const std::int8_t *x = a[m] + k * 4, *columns = w + (k * kGates + gate) * 64;
+      for (int c = 0; c < 16; ++c) {
+        const std::int8_t* of = columns + c * 4;
+        sums[c] += of[0] * x[0] + of[1] * x[1] + of[2] * x[2] + of[3] * x[3];
+      }
+    }
+    std::memcpy(to + (m * kGates + gate) * 16, sums, sizeof sums);
+  }
+}
+#endif
+
+// Rows of a tile without VNNI: one gate's accumulators, weights and their magnitudes fill 16 registers.
+constexpr int kSignedRows = 4;
+
+template <int kGates, int kRows = kSignedRows>
+inline void signed_tile_of(int rows, const std::int8_t* w, Index quads, const std::int8_t* const* a, int gate,
+                           std::int32_t* to) {
+  if (rows == kRows) {
+    signed_tile<kGates, kRows>(w, quads, a, gate, to);
+  } else if constexpr (kRows > 1) {
+    signed_tile_of<kGates, kRows - 1>(rows, w, quads, a, gate, to);
+  }
+}
+
+#if defined(__AVX512BW__)
+template <int kGates, int kRows = kInt8Rows>
+inline void vnni_tile_of(int rows, const std::int8_t* w, Index quads, const std::int8_t* const* a, const std::int32_t* start,
+                         std::int32_t* to) {
+  if (rows == kRows) {
+    vnni_tile<kGates, kRows>(w, quads, a, start, to);
+  } else if constexpr (kRows > 1) {
+    vnni_tile_of<kGates, kRows - 1>(rows, w, quads, a, start, to);
+  }
+}
+#endif
+
+// to[row][gate][column] of block `block` of a weight, for at most kInt8Rows rows from `first` on.
+template <int kGates>
+inline void int8_tile(const Int8Matrix& w, Index block, const Int8Rows& x, Index first, int rows, bool vnni, std::int32_t* to) {
+  const Index quads = vectors_of(w.inner, kInt8Depth);
+  const std::int8_t* data = w.data + block * quads * kGates * 64;
+  const std::int8_t* a[kInt8Rows];
+  for (int m = 0; m < rows; ++m) a[m] = x.at(first + m);
+#if defined(__AVX512BW__)
+  if (vnni) return vnni_tile_of<kGates>(rows, data, quads, a, w.sums + block * kGates * 16, to);
+#else
+  (void)vnni;
+#endif
+  for (int gate = 0; gate < kGates; ++gate) {
+    for (int m = 0; m < rows; m += kSignedRows) {
+      signed_tile_of<kGates>(rows - m < kSignedRows ? rows - m : kSignedRows, data, quads, a + m, gate, to + m * kGates * 16);
+    }
+  }
+}
+
+// kLanes numbers of a tile as numbers of the row: times the scales of their columns and of the row.
+inline Vec<float> scaled(const std::int32_t* sums, const float* scale, float of_row) {
+  typename Simd<float>::Int whole;
+  std::memcpy(&whole, sums, sizeof whole);
+  return __builtin_convertvector(whole, Vec<float>) * (load(scale) * of_row);
+}
+
+}  // namespace FUSED_RNN_ISA
+}  // namespace fused_rnn
