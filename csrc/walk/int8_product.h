@@ -123,53 +123,56 @@ template <int kGates, int kRows>
 #endif
 
 #if defined(__AVX2__)
-// vpmaddubsw adds two products in 16 bits. Of the magnitudes of the weights, unsigned, and the rows with the weights' signs,
-// both at most 127, that is at most 32258: it cannot saturate.
-template <int kGates, int kRows>
+// kSpan gates from `gate` on. vpmaddubsw adds two products in 16 bits: of the magnitudes of the weights, unsigned, and the rows
+// with the weights' signs, both at most 127, that is at most 32258, which cannot saturate.
+template <int kGates, int kSpan, int kRows>
 [[gnu::noinline]] void signed_tile(const std::int8_t* w, Index quads, const std::int8_t* const* a, int gate, std::int32_t* to) {
-  __m256i sums[kRows][2];
+  __m256i sums[kRows][2 * kSpan];
 #pragma GCC unroll 4
-  for (int m = 0; m < kRows; ++m) sums[m][0] = sums[m][1] = _mm256_setzero_si256();
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 2 * kSpan; ++i) sums[m][i] = _mm256_setzero_si256();
+  }
   const std::int8_t* rows[kRows];
 #pragma GCC unroll 4
   for (int m = 0; m < kRows; ++m) rows[m] = a[m];
   const __m256i ones = _mm256_set1_epi16(1);
   w += gate * 64;
   for (Index k = 0; k < quads; ++k, w += kGates * 64) {
-    __m256i weights[2], magnitudes[2];
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      weights[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + i * 32));
-      magnitudes[i] = _mm256_abs_epi8(weights[i]);
-    }
+    __m256i x[kRows];
 #pragma GCC unroll 4
     for (int m = 0; m < kRows; ++m) {
       std::int32_t quad;
       std::memcpy(&quad, rows[m] + k * 4, sizeof quad);
-      const __m256i x = _mm256_set1_epi32(quad);
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        const __m256i pairs = _mm256_maddubs_epi16(magnitudes[i], _mm256_sign_epi8(x, weights[i]));
+      x[m] = _mm256_set1_epi32(quad);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 2 * kSpan; ++i) {
+      const __m256i weights = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + i * 32));
+      const __m256i magnitudes = _mm256_abs_epi8(weights);
+#pragma GCC unroll 4
+      for (int m = 0; m < kRows; ++m) {
+        const __m256i pairs = _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(x[m], weights));
         sums[m][i] = _mm256_add_epi32(sums[m][i], _mm256_madd_epi16(pairs, ones));
       }
     }
   }
 #pragma GCC unroll 4
   for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 2 * kSpan; ++i) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (m * kGates + gate) * 16 + i * 8), sums[m][i]);
     }
   }
 }
 #else
-template <int kGates, int kRows>
+template <int kGates, int kSpan, int kRows>
 void signed_tile(const std::int8_t* w, Index quads, const std::int8_t* const* a, int gate, std::int32_t* to) {
   for (int m = 0; m < kRows; ++m) {
-    std::int32_t sums[16] = {};
+    std::int32_t sums[kSpan * 16] = {};
     for (Index k = 0; k < quads; ++k) {
       const std::int8_t *x = a[m] + k * 4, *columns = w + (k * kGates + gate) * 64;
-      for (int c = 0; c < 16; ++c) {
+      for (int c = 0; c < kSpan * 16; ++c) {
         const std::int8_t* of = columns + c * 4;
         sums[c] += of[0] * x[0] + of[1] * x[1] + of[2] * x[2] + of[3] * x[3];
       }
@@ -179,16 +182,17 @@ void signed_tile(const std::int8_t* w, Index quads, const std::int8_t* const* a,
 }
 #endif
 
-// Rows of a tile without VNNI: one gate's accumulators, weights and their magnitudes fill 16 registers.
+// Rows of a tile without VNNI: the sums of one gate, the rows and a weight fill 16 registers. One row has all gates at once, so
+// that the weights are read from one end to the other.
 constexpr int kSignedRows = 4;
 
 template <int kGates, int kRows = kSignedRows>
-inline void signed_tile_of(int rows, const std::int8_t* w, Index quads, const std::int8_t* const* a, int gate,
-                           std::int32_t* to) {
+inline void signed_tile_of(int rows, const std::int8_t* w, Index quads, const std::int8_t* const* a, std::int32_t* to) {
   if (rows == kRows) {
-    signed_tile<kGates, kRows>(w, quads, a, gate, to);
+    constexpr int kSpan = kRows == 1 ? kGates : kRows == 2 && kGates % 2 == 0 ? 2 : 1;
+    for (int gate = 0; gate < kGates; gate += kSpan) signed_tile<kGates, kSpan, kRows>(w, quads, a, gate, to);
   } else if constexpr (kRows > 1) {
-    signed_tile_of<kGates, kRows - 1>(rows, w, quads, a, gate, to);
+    signed_tile_of<kGates, kRows - 1>(rows, w, quads, a, to);
   }
 }
 
@@ -216,10 +220,8 @@ inline void int8_tile(const Int8Matrix& w, Index block, const Int8Rows& x, Index
 #else
   (void)vnni;
 #endif
-  for (int gate = 0; gate < kGates; ++gate) {
-    for (int m = 0; m < rows; m += kSignedRows) {
-      signed_tile_of<kGates>(rows - m < kSignedRows ? rows - m : kSignedRows, data, quads, a + m, gate, to + m * kGates * 16);
-    }
+  for (int m = 0; m < rows; m += kSignedRows) {
+    signed_tile_of<kGates>(rows - m < kSignedRows ? rows - m : kSignedRows, data, quads, a + m, to + m * kGates * 16);
   }
 }
 

@@ -39,6 +39,8 @@ class Quantized(nn.Module):
     input_size: int
     hidden_size: int
     bias: bool
+    # The buffers of each layer and direction, in the order of ``Int8Weights``.
+    _names: list[list[str]]
 
     def _suffixes(self) -> list[tuple[str, int]]:
         """Of each layer and direction, the suffix and the features of its input."""
@@ -52,6 +54,11 @@ class Quantized(nn.Module):
     def _make(self) -> None:
         """Weights of zero."""
         rows = self.cell.num_gates * self.hidden_size
+        self._names = [
+            [f"packed_{field}_{which}{suffix}" for which in ("ih", "hh") for field in Packed._fields]
+            + [f"bias_{which}{suffix}" for which in ("ih", "hh")]
+            for suffix, _ in self._suffixes()
+        ]
         for suffix, inner in self._suffixes():
             for which, columns in (("ih", inner), ("hh", self.hidden_size)):
                 self._keep(which + suffix, torch.zeros(rows, columns, dtype=torch.int8), torch.zeros(rows))
@@ -67,15 +74,6 @@ class Quantized(nn.Module):
     def _weights(self) -> list[Int8Weights]:
         buffers = self._buffers
         return [Int8Weights._make([buffers[name] for name in names]) for names in self._names]
-
-    @property
-    def _names(self) -> list[list[str]]:
-        """The buffers of each layer and direction, in the order of ``Int8Weights``."""
-        return [
-            [f"packed_{field}_{which}{suffix}" for which in ("ih", "hh") for field in Packed._fields]
-            + [f"bias_{which}{suffix}" for which in ("ih", "hh")]
-            for suffix, _ in self._suffixes()
-        ]
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> Quantized:
@@ -177,7 +175,9 @@ class Quantized(nn.Module):
                         "A float module's weights are quantized by fused_rnn.quantize_dynamic"
                     )
                     continue
-                device = self._kept(which + suffix).scale.device
+                # With assign=True, what is loaded decides, as for a module that was made on the meta device.
+                assigned = local_metadata.get("assign_to_params_buffers", False)
+                device = scale.device if assigned else self._kept(which + suffix).scale.device
                 self._keep(which + suffix, whole.to(device), scale.to(device, torch.float32))
         rest = {name: value for name, value in found.items() if name not in taken}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)

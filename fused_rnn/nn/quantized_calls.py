@@ -6,9 +6,8 @@ Legend as in ``fused_rnn.functional``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +22,7 @@ from fused_rnn.kernels.protocol import Int8Weights, States
 from fused_rnn.nn import calls, checks
 
 
-@dataclass(frozen=True)
-class Stack:
+class Stack(NamedTuple):
     """What a module is.
 
     Attributes:

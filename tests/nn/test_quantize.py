@@ -270,6 +270,10 @@ def test_state_dict_goes_to_another_module() -> None:
         other.load_state_dict(state)
     with pytest.raises(RuntimeError, match=r"weight_ih_l0: expected torch.int8 of shape \(76, 6\).*quantize_dynamic"):
         other.load_state_dict(rnn.dequantize().state_dict() | {"scale_ih_l0": torch.ones(76), "scale_hh_l0": torch.ones(76)})
+    with torch.device("meta"):
+        empty = quantized.QuantizedLSTM(6, 19, 2, bidirectional=True)
+    empty.load_state_dict(rnn.state_dict(), assign=True)
+    assert torch.equal(empty(x)[0], expected)
     nested = nn.Sequential(quantized.QuantizedLSTM(6, 19, 2, bidirectional=True))
     nested.load_state_dict({f"0.{name}": value for name, value in rnn.state_dict().items()})
     assert torch.equal(nested(x)[0], expected)
