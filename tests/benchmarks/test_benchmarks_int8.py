@@ -6,7 +6,7 @@ import pytest
 import torch
 from benchmarks_support import OURS, TINY, rendered, run, run_info, tiny_cases
 
-from benchmarks import goals
+from benchmarks import goals, int8_table, results
 from benchmarks.cases import Case, Shape
 from benchmarks.peers import int8, peers
 from benchmarks.problem import Problem
@@ -35,6 +35,20 @@ def test_rows_and_their_table():
     assert "torch int8 / int8, slowest shape" in {goal["goal"] for goal in goals.evaluate(found)}
     assert "torch int8 / int8, slowest shape" not in {goal["goal"] for goal in goals.evaluate(run([]))}
     assert "Int8 weights" not in rendered(run(tiny_cases(("inference",))))
+
+
+def test_page(tmp_path, capsys):
+    path = tmp_path / "int8.json"
+    found = run(tiny_cases(("inference",)), TABLE) | {"run": run_info(providers=list(TABLE))}
+    results.save(found, path)
+    assert int8_table.main([str(path)]) == 0
+    text = (tmp_path / "int8.md").read_text()
+    assert text.count("\n| inference | ") == 3
+    assert "a CPU, 1 thread" in text
+    results.save(run([Case("lstm", TINY, "inference")]), path)
+    with pytest.raises(SystemExit):
+        int8_table.main([str(path)])
+    assert "no case of the results has the provider 'int8'" in capsys.readouterr().err
 
 
 def test_weights_take_a_quarter():
