@@ -206,8 +206,8 @@ def _ragged(
         return None if lengths.is_meta or input.is_meta else operators.ragged(lengths, input, batch_first)
     if lengths.is_meta:
         return None
-    lengths = sequences.check_length_values(lengths, steps.length)
-    return None if input.is_meta else sequences.Ragged.of(lengths, steps.length, batch_first, input.device)
+    values = sequences.check_length_values(lengths, steps.length)
+    return None if input.is_meta else sequences.Ragged.of(values, steps.length, batch_first, input.device)
 
 
 def _packed(
