@@ -13,8 +13,7 @@ namespace fused_rnn {
 struct Int8Operand {
   Operand data, scale, sums;
 
-  Int8Operand(const LayerCall& call, const py::sequence& one, std::size_t first, const char* name, Index inner)
-      : inner_(inner) {
+  Int8Operand(const LayerCall& call, const py::tuple& one, std::size_t first, const char* name, Index inner) : inner_(inner) {
     const auto up = [](Index n, Index of) { return (n + of - 1) / of; };
     const Index blocks = up(call.hidden, kInt8Columns), columns = call.shape.gates * kInt8Columns;
     data = read(py::object(one[first]), name, Dtype::kInt8, {blocks, up(inner, kInt8Depth), columns * kInt8Depth});
@@ -45,7 +44,7 @@ inline py::object int8_forward(const std::string& cell, const py::object& input,
   }
   py::list biases;
   for (const py::handle& each : weights) {
-    const py::sequence one = py::reinterpret_borrow<py::sequence>(each);
+    const py::tuple one = as_tuple(each);
     if (one.size() != 8) refuse("weights", "8 tensors for each recurrence", std::to_string(one.size()));
     biases.append(py::make_tuple(py::object(one[6]), py::object(one[7])));
   }
@@ -56,7 +55,7 @@ inline py::object int8_forward(const std::string& cell, const py::object& input,
   std::vector<Int8Operand> operands;
   std::vector<Int8Matrix> ih, hh;
   for (const py::handle& each : weights) {
-    const py::sequence one = py::reinterpret_borrow<py::sequence>(each);
+    const py::tuple one = as_tuple(each);
     operands.emplace_back(call, one, 0, "weight_ih", call.inputs);
     ih.push_back(operands.back().matrix());
     operands.emplace_back(call, one, 3, "weight_hh", call.hidden);
@@ -85,11 +84,7 @@ inline py::object int8_forward(const std::string& cell, const py::object& input,
       }
       if (!outputs.states[i]) before = Room<float>(size);
       args.states[i] = outputs.states[i] ? outputs.states[i].tensor.data<float>() : before.get();
-      if (given) {
-        std::copy_n(given, size, args.states[i]);
-      } else {
-        std::fill_n(args.states[i], size, 0.0f);
-      }
+      copy_or_zero(given, size, args.states[i]);
     }
     args.weight_ih = ih.data();
     args.weight_hh = hh.data();
