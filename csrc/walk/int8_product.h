@@ -4,6 +4,10 @@
 // the forms of one instruction set, with and without VNNI, give the same bits.
 #pragma once
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include "walk/int8_args.h"
 #include "walk/walk.h"
 
@@ -166,18 +170,61 @@ template <int kGates, int kSpan, int kRows>
   }
 }
 #else
+typedef std::int8_t Bytes __attribute__((vector_size(8)));
+typedef std::int16_t Shorts __attribute__((vector_size(16)));
+typedef std::int32_t Sums __attribute__((vector_size(16)));
+
+// Two columns' four steps of K, in 16 bits.
+inline Shorts widened(const std::int8_t* p) {
+  Bytes bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(bytes, Shorts);
+}
+
+// Adds the products, two by two: a product of two magnitudes of at most 127 fits in 16 bits.
+inline Sums add_pairs(Sums sums, Shorts w, Shorts x) {
+#if defined(__SSE2__)
+  return sums + reinterpret_cast<Sums>(_mm_madd_epi16(reinterpret_cast<__m128i>(w), reinterpret_cast<__m128i>(x)));
+#else
+  const Shorts products = w * x;
+  return sums +
+         Sums{products[0] + products[1], products[2] + products[3], products[4] + products[5], products[6] + products[7]};
+#endif
+}
+
+// Half a gate's columns for a row or two.
+template <int kGates, int kRows>
+inline void signed_half(const std::int8_t* w, Index quads, const std::int8_t* const* a, std::int32_t* to) {
+  Sums sums[kRows][4] = {};
+  for (Index k = 0; k < quads; ++k, w += kGates * 64) {
+    Shorts x[kRows];
+#pragma GCC unroll 2
+    for (int m = 0; m < kRows; ++m) {
+      std::int8_t twice[8];
+      std::memcpy(twice, a[m] + k * 4, 4);
+      std::memcpy(twice + 4, a[m] + k * 4, 4);
+      x[m] = widened(twice);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const Shorts weights = widened(w + i * 8);
+#pragma GCC unroll 2
+      for (int m = 0; m < kRows; ++m) sums[m][i] = add_pairs(sums[m][i], weights, x[m]);
+    }
+  }
+  for (int m = 0; m < kRows; ++m) {
+    for (int c = 0; c < 8; ++c) to[m * kGates * 16 + c] = sums[m][c / 2][c % 2 * 2] + sums[m][c / 2][c % 2 * 2 + 1];
+  }
+}
+
 template <int kGates, int kSpan, int kRows>
 void signed_tile(const std::int8_t* w, Index quads, const std::int8_t* const* a, int gate, std::int32_t* to) {
-  for (int m = 0; m < kRows; ++m) {
-    std::int32_t sums[kSpan * 16] = {};
-    for (Index k = 0; k < quads; ++k) {
-      const std::int8_t *x = a[m] + k * 4, *columns = w + (k * kGates + gate) * 64;
-      for (int c = 0; c < kSpan * 16; ++c) {
-        const std::int8_t* of = columns + c * 4;
-        sums[c] += of[0] * x[0] + of[1] * x[1] + of[2] * x[2] + of[3] * x[3];
-      }
-    }
-    std::memcpy(to + (m * kGates + gate) * 16, sums, sizeof sums);
+  for (int half = 2 * gate; half < 2 * (gate + kSpan); ++half) {
+    const std::int8_t* columns = w + half * 32;
+    std::int32_t* sums = to + half * 8;
+    int m = 0;
+    for (; m + 2 <= kRows; m += 2) signed_half<kGates, 2>(columns, quads, a + m, sums + m * kGates * 16);
+    if (m < kRows) signed_half<kGates, 1>(columns, quads, a + m, sums + m * kGates * 16);
   }
 }
 #endif

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence, pad_sequence
+from torch.utils.flop_counter import FlopCounterMode
 
 import fused_rnn
 from fused_rnn.nn import quantized, quantized_cells
@@ -401,6 +402,16 @@ def test_torchs_function_says_once_what_to_call(monkeypatch: pytest.MonkeyPatch)
         made = torch_quantize(model)
     fused_rnn.quantize_dynamic(made)
     assert type(made[0]) is quantized.QuantizedLSTM
+
+
+def test_flops_are_those_of_the_float_module() -> None:
+    rnn, x, _ = example()
+    counts = []
+    for module in (rnn, rnn.dequantize()):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            module(x, lengths=torch.tensor([5, 2, 3]))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 def test_compiled_and_exported() -> None:
