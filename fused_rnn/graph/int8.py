@@ -14,7 +14,7 @@ from torch import Tensor
 from fused_rnn.cells import named
 from fused_rnn.data.cell import Cell
 from fused_rnn.data.steps import Steps
-from fused_rnn.graph import autocast, operators
+from fused_rnn.graph import autocast, onnx_export, operators
 from fused_rnn.graph.autograd import Outputs
 from fused_rnn.graph.derivatives import transformed
 from fused_rnn.kernels import dispatch
@@ -116,6 +116,8 @@ def _operator(
     step: bool,
 ) -> Outputs:
     """As ``layer``, by way of the operator; of ``steps``, only ``batch_sizes`` and the batch are read."""
+    if onnx_export.wanted():
+        raise NotImplementedError("ONNX has no recurrent operator with int8 weights: export the float model")
     leading = input.shape[:-1]
     rows = input.reshape(-1, input.shape[-1]) if len(leading) > 1 else input
     if states is None:

@@ -7,7 +7,7 @@ input and of h, are rounded on the way; everything else, and what goes in and co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -190,8 +190,11 @@ class Quantized(nn.Module):
 
         return super()._apply(keeping, recurse)  # type: ignore[no-untyped-call]
 
-    def _get_name(self) -> str:
-        return type(self).__name__
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise NotImplementedError(
+            "torch.jit.script cannot compile the kernels of fused_rnn: use torch.export, torch.compile or torch.jit.trace, or "
+            "script the float model"
+        )
 
 
 class _Layers(Quantized):

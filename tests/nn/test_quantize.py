@@ -429,3 +429,16 @@ def test_compiled_and_exported() -> None:
     assert torch.equal(traced(x)[0], expected)
     with pytest.raises(Exception, match=r"int8 modules have no gradients"):
         torch.compile(rnn, fullgraph=True, backend="aot_eager")(x.requires_grad_())
+
+
+def test_traced_and_what_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    rnn, x, expected = example()
+    with torch.no_grad():
+        traced = torch.jit.trace(rnn, (torch.randn(2, 4, 6),))
+        assert torch.equal(traced(x)[0], expected)
+    with pytest.raises(NotImplementedError, match=r"torch.jit.script cannot compile the kernels of fused_rnn"):
+        torch.jit.script(rnn)
+    # As torch.onnx.export has it.
+    monkeypatch.setattr("fused_rnn.graph.onnx_export.wanted", lambda: True)
+    with torch.no_grad(), pytest.raises(NotImplementedError, match=r"ONNX has no recurrent operator with int8 weights"):
+        torch.export.export(rnn, (x,), strict=False)
