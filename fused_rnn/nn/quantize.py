@@ -15,6 +15,7 @@ from fused_rnn.nn import cells, convert, kept_classes, layers, quantized, quanti
 from fused_rnn.nn.convert import Conversion, Model
 from fused_rnn.nn.initialisation import Initialised
 from fused_rnn.nn.quantized import Quantized
+from fused_rnn.nn.recurrent import Recurrent
 
 __all__ = ["quantize_dynamic"]
 
@@ -53,8 +54,9 @@ def quantize_dynamic(
     As torch's function, this one puts the model into evaluation mode. There are no gradients, and no way back but
     ``module.dequantize()``. The modules run on the CPU with the C++ backend.
 
-    Left alone, each with its reason in the report: modules with a projection or ``reset_after=False``; those not on the CPU;
-    subclasses, wrapped, parametrized, pruned or scripted modules, whose weights or results may be other ones than they seem.
+    Left alone, each with its reason in the report: modules with a projection or ``reset_after=False``, and ``Recurrent``; those
+    not on the CPU; subclasses, wrapped, parametrized, pruned or scripted modules, whose weights or results may be other ones
+    than they seem.
 
     Args:
         model: the model, changed in place.
@@ -148,12 +150,14 @@ def _is_recurrent(module: nn.Module) -> bool:
     if isinstance(module, Quantized):
         return False
     plain = convert.plain_class(type(module))
-    return plain in _FLOAT or convert.kinship(module, plain) is not None or isinstance(module, Initialised)
+    return plain in _FLOAT or convert.kinship(module, plain) is not None or isinstance(module, (Initialised, Recurrent))
 
 
 def _obstacle(module: nn.Module) -> str | None:
     """Why a recurrent module stays as it is."""
     cls = type(module)
+    if isinstance(module, Recurrent):
+        return "no int8 kernel has a cell that is made of equations"
     if cls not in _FLOAT:
         plain = convert.plain_class(cls)
         if plain in _FLOAT:

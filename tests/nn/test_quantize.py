@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_rnn
+from fused_rnn.cells import tanh
 from fused_rnn.nn import quantized, quantized_cells
 from fused_rnn.nn.quantized import Quantized
 
@@ -194,6 +195,10 @@ def test_what_is_left_alone_says_why() -> None:
     class Own(nn.LSTM):
         pass
 
+    @fused_rnn.cell(gates="n", states="h")
+    def minimal(x: Any, W: Any, h: Any) -> Any:
+        return tanh(x.n + W.n(h))
+
     pruned, weird = nn.GRU(3, 4), nn.LSTM(3, 4)
     prune.l1_unstructured(pruned, "weight_hh_l0", 0.5)
     weird.forward = lambda x: x  # type: ignore[assignment]
@@ -206,6 +211,7 @@ def test_what_is_left_alone_says_why() -> None:
             "pruned": pruned,
             "weird": weird,
             "meta": nn.LSTM(3, 4, device="meta"),
+            "equations": fused_rnn.Recurrent(minimal, 3, 4),
             "fine": nn.LSTM(3, 4),
         }
     )
@@ -221,6 +227,7 @@ def test_what_is_left_alone_says_why() -> None:
         "pruned": "weight_hh_l0 is no parameter",
         "weird": "its forward was replaced on the instance",
         "meta": "its parameters are on meta",
+        "equations": "no int8 kernel has a cell that is made of equations",
     }
     with pytest.warns(UserWarning, match=r"left 1 of 1 recurrent modules as they were: .the model.: .* .proj_size"):
         fused_rnn.quantize_dynamic(nn.LSTM(3, 4, proj_size=2))
