@@ -5,6 +5,7 @@
 #include <thread>
 #include <vector>
 
+#include "int8.h"
 #include "problem.h"
 
 namespace fused_rnn {
@@ -310,6 +311,7 @@ int run_all() {
   int failures = 0;
   for (int members : {1, 2, 3, 5}) failures += check_barrier(members);
   failures += check_conversions(kernels().widen_bfloat16, kernels().narrow_bfloat16, 0x7f80);
+  failures += check_int8();
   failures += check_conversions(kernels().widen_float16, kernels().narrow_float16, 0x7c00);
   // Two callers at once: nothing is shared between calls.
   int other = 0;
