@@ -21,15 +21,21 @@ constexpr std::chrono::milliseconds kLongest{1000};
 thread_local Patience patience;
 
 Clock::time_point Patience::wait_ended(Clock::duration waited, Clock::time_point now) {
-  if (waited < kGrace) return {};
+  lost_ += waited;
+  // Alone, its work would take up to as many times as long as there are threads; half of that, since where others keep the
+  // cores busy the team has not got all of them.
+  const Clock::duration worked = now - begin_ - lost_;
+  if (lost_ < kGrace || 2 * lost_ < (threads_ - 1) * worked) return {};
   price_ = std::min(std::max(kLeastPrice, 2 * price_), kHighestPrice);
-  lost_ = true;
-  alone_until_ = std::min(std::max(alone_until_, now) + price_ * waited, now + kLongest);
+  lost_much_ = true;
+  alone_until_ = std::min(std::max(alone_until_, now) + price_ * lost_, now + kLongest);
+  begin_ = now;
+  lost_ = {};
   return alone_until_;
 }
 
 void Patience::ends(Clock::time_point now) {
-  if (!lost_ && alone_ <= Clock::duration::zero()) price_ /= 2;
+  if (!lost_much_ && alone_ <= Clock::duration::zero()) price_ /= 2;
   alone_ = alone_until_ - now;
 }
 

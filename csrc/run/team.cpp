@@ -95,7 +95,7 @@ void run_team(int threads, Body body, void* context) {
   for (std::thread& member : team) member.join();
 #elif defined(_OPENMP)
   const Clock::time_point begin = Clock::now();
-  if (patience.begins_alone(begin)) {
+  if (patience.begins_alone(begin, threads)) {
     body(context, 0, 1);
     patience.ends(Clock::now());
     return;

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdio>
+#include <initializer_list>
 #include <thread>
 #include <vector>
 
@@ -82,7 +83,7 @@ int check_patience() {
   };
   // A region of 1 ms, in which the others made it wait for so long; returns whether it began alone.
   const auto region = [&](std::chrono::microseconds waited) {
-    const bool alone = patience.begins_alone(now);
+    const bool alone = patience.begins_alone(now, 2);
     now += milliseconds(1);
     if (!alone) patience.wait_ended(waited, now);
     patience.ends(now);
@@ -104,13 +105,23 @@ int check_patience() {
   for (int i = 0; i < 8; ++i) expect(region({}), "alone for 8 ms");
   expect(!region(much) && alone() == 16, "waiting again at once costs twice as much");
   expect(!region(std::chrono::seconds(10)) && alone() == 1000, "however long it waited, alone for a second at most");
+  // In proportion: the work of two threads for 30 ms would take one up to 60, that of four up to 120.
+  for (int threads : {2, 4}) {
+    Patience of_team;
+    of_team.begins_alone(now, threads);
+    expect(of_team.wait_ended(milliseconds(10), now + milliseconds(40)) == Clock::time_point{}, "10 ms of 40 are no loss");
+    const bool leaves = of_team.wait_ended(milliseconds(8), now + milliseconds(48)) > Clock::time_point{};
+    expect(leaves == (threads == 2), "18 ms of 48 are a loss for two threads, not for four");
+  }
   // Within a region: until when, in the same measure.
   Patience within;
-  within.begins_alone(now);
-  expect(within.wait_ended(little, now) == Clock::time_point{}, "waiting for little says nothing");
-  expect(within.wait_ended(much, now) == now + milliseconds(8), "alone within the region for 8 ms");
+  within.begins_alone(now, 2);
+  expect(within.wait_ended(little, now + little) == Clock::time_point{}, "waiting for little says nothing");
+  now += little + much;
+  expect(within.wait_ended(much, now) == now + 8 * (little + much),
+         "alone within the region for eight times as long as it waited in all");
   within.ends(now + milliseconds(3));
-  expect(within.begins_alone(now) && !Patience().begins_alone(now), "what is left of them is carried over");
+  expect(within.begins_alone(now, 2) && !Patience().begins_alone(now, 2), "what is left of them is carried over");
   return failures;
 }
 
