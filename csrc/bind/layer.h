@@ -12,18 +12,11 @@
 #include <vector>
 
 #include "bind/cell_shapes.h"
-#include "bind/tensors.h"
+#include "bind/new_tensors.h"
 #include "run/isa.h"
 #include "run/memory.h"
 
 namespace fused_rnn {
-
-// A tensor that the kernels can read as it is, and what keeps its memory alive.
-struct Operand {
-  py::object owner;
-  Tensor tensor;
-  explicit operator bool() const { return static_cast<bool>(owner); }
-};
 
 // Whether rows follow one another without overlap, with contiguous columns.
 inline bool has_rows(const Tensor& matrix) {
@@ -51,81 +44,6 @@ inline Operand read(py::handle object, const char* name, Dtype dtype, std::initi
     operand.owner = operand.owner.attr("contiguous")();
     operand.tensor = Tensor(operand.owner);
   }
-  return operand;
-}
-
-// Smaller tensors are torch's alone.
-constexpr double kKeptBytes = 256 << 10;
-
-[[noreturn]] inline void refuse_new() {
-  throw std::runtime_error("expected a new tensor of torch.empty's kind, got another from a mode or a patched torch");
-}
-
-// A new contiguous tensor on the CPU, written by the kernels; None where it is not wanted. Its dtype is that of `like`, or
-// float32 in place of a narrower one.
-inline Operand new_tensor(bool wanted, py::handle like, Dtype like_dtype, Dtype dtype, std::initializer_list<Index> sizes) {
-  struct Names {
-    py::object empty, new_empty, dtype, device, float32;
-    Names() {
-      empty = py::module_::import("fused_rnn.kernels.memory").attr("empty");
-      float32 = py::module_::import("torch").attr("float32");
-      new_empty = py::str("new_empty");
-      dtype = py::str("dtype");
-      device = py::str("device");
-    }
-  };
-  // Never freed: the interpreter may be gone by the time that statics are.
-  static const Names* names = new Names();
-  Operand operand;
-  if (!wanted) return operand;
-  py::tuple shape(sizes.size());
-  double bytes = static_cast<double>(dtype_bytes(dtype));
-  for (std::size_t i = 0; i < sizes.size(); ++i) {
-    shape[i] = sizes.begin()[i];
-    bytes *= static_cast<double>(sizes.begin()[i]);
-  }
-  const bool widened = dtype != like_dtype;
-  if (bytes >= kKeptBytes || widened) {
-    const py::object kind = widened ? names->float32 : py::object(like.attr(names->dtype));
-    operand.owner = names->empty(shape, kind, like.attr(names->device));
-  } else {
-    PyObject* arguments[] = {like.ptr(), shape.ptr()};
-    PyObject* made = PyObject_VectorcallMethod(names->new_empty.ptr(), arguments, 2, nullptr);
-    if (!made) throw py::error_already_set();
-    operand.owner = py::reinterpret_steal<py::object>(made);
-  }
-  operand.tensor = Tensor(operand.owner);
-  const Tensor& tensor = operand.tensor;
-  // Whoever intercepts torch's functions may have made something else of it.
-  bool fits = tensor.dtype() == dtype && tensor.dimensions() == static_cast<int>(sizes.size()) && tensor.contiguous();
-  for (int i = 0; fits && i < tensor.dimensions(); ++i) fits = tensor.shape(i) == sizes.begin()[i];
-  if (!fits) refuse_new();
-  return operand;
-}
-
-// A new tensor (T, N, columns) that Python sees as (N, T, columns), in the dtype of `like`: not as a view, because autograd
-// lets nobody change one that was made below it.
-inline Operand new_turned(py::handle like, Dtype dtype, Index length, Index batch, Index columns) {
-  Operand operand;
-  static const auto* strided = new py::str("new_empty_strided");
-  static const auto* transpose = new py::str("transpose_");
-  if (static_cast<double>(dtype_bytes(dtype) * length) * static_cast<double>(batch * columns) >= kKeptBytes) {
-    operand = new_tensor(true, like, dtype, dtype, {length, batch, columns});
-    operand.owner.attr (*transpose)(0, 1);
-    operand.tensor = Tensor(operand.owner);
-  } else {
-    const py::tuple shape = py::make_tuple(batch, length, columns), strides = py::make_tuple(columns, batch * columns, 1);
-    PyObject* arguments[] = {like.ptr(), shape.ptr(), strides.ptr()};
-    PyObject* made = PyObject_VectorcallMethod(strided->ptr(), arguments, 3, nullptr);
-    if (!made) throw py::error_already_set();
-    operand.owner = py::reinterpret_steal<py::object>(made);
-    operand.tensor = Tensor(operand.owner);
-  }
-  const Tensor& tensor = operand.tensor;
-  const Index shape[] = {batch, length, columns}, strides[] = {columns, batch * columns, 1};
-  bool fits = tensor.dtype() == dtype && tensor.dimensions() == 3;
-  for (int i = 0; fits && i < 3; ++i) fits = tensor.shape(i) == shape[i] && (shape[i] <= 1 || tensor.stride(i) == strides[i]);
-  if (!fits && tensor.size()) refuse_new();
   return operand;
 }
 
@@ -183,7 +101,7 @@ struct LayerCall {
     input = by_rows ? read(input_object, "input", dtype, {rows, inputs}, true)
                     : read(input_object, "input", dtype, {length, batch, inputs});
     if (!by_rows && !batch_sizes.empty()) refuse("input", "(R, I) with batch_sizes", text(x));
-    for (const py::handle& one : weights_object) read_weights(py::reinterpret_borrow<py::sequence>(one));
+    for (const py::handle& one : weights_object) read_weights(one);
     read_states(states_object);
     reset = read(reset_object, "reset", Dtype::kBool, {recurrences(), rows});
     if (step && (length != 1 || recurrences() != 1 || !by_rows || projected())) {
@@ -294,7 +212,8 @@ struct LayerCall {
     for (std::size_t d = 0; d < flags.size(); ++d) reverse[d] = py::bool_(py::object(flags[d]));
   }
 
-  void read_weights(const py::sequence& one) {
+  void read_weights(py::handle given) {
+    const py::tuple one = as_tuple(given);
     if (one.size() != kWeights) refuse("weights", "ih, hh, bias_ih, bias_hh and hr", std::to_string(one.size()));
     const py::object hh = one[1], hr = one[4];
     if (hh.is_none()) refuse("weight_hh", "a tensor", "None");

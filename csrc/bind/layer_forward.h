@@ -17,7 +17,17 @@ struct LayerOutputs {
     out = rows_of(true, call, D * call.output, batch_first);
     cells = rows_of(cell_states, call, D * H, batch_first);
     tape = new_tensor(keep && !call.shape.tape_is_out, call.like, call.dtype, call.dtype, {call.rows, D, call.tape_columns()});
-    for (int i = call.step; i < call.state_count(); ++i) states[i] = new_state(true, call, i);
+    for (int i = call.step; i < call.state_count(); ++i) {
+      const Operand& before = i ? states[i - 1] : out;
+      states[i] = is_state(before, call, i) ? new_alike(before) : new_state(true, call, i);
+    }
+  }
+
+  // Whether a tensor that was made for something else has the sizes of a state, and is small.
+  static bool is_state(const Operand& other, const LayerCall& call, int i) {
+    const Index sizes[] = {call.recurrences(), call.steps.batch, call.state_size(i)};
+    return !call.step && other && other.tensor.dimensions() == 3 && std::equal(sizes, sizes + 3, other.tensor.sizes()) &&
+           other.tensor.contiguous() && is_small(other.tensor);
   }
 
   static Operand new_state(bool wanted, const LayerCall& call, int i) {
@@ -35,6 +45,15 @@ struct LayerOutputs {
   }
 };
 
+template <class T>
+void copy_or_zero(const T* from, Index count, T* to) {
+  if (from) {
+    std::copy_n(from, count, to);
+  } else {
+    std::fill_n(to, count, T{});
+  }
+}
+
 // The bias that the kernels add, for every recurrence: sums, and last what a cell keeps apart of bias_hh. Null where there is
 // none.
 template <class S, class T>
@@ -47,10 +66,12 @@ Room<T> summed_biases(const LayerCall& call) {
   for (Index d = 0; d < call.recurrences(); ++d) {
     const WeightOperands& weights = call.weights[static_cast<std::size_t>(d)];
     const Computed<S, T> of_x(call, weights.bias_ih), of_h(call, weights.bias_hh);
-    const T *ih = of_x.at, *hh = of_h.at;
     T* to = sums.get() + d * all;
-    for (Index i = 0; i < gates; ++i) to[i] = (ih ? ih[i] : T{}) + (hh && i < together ? hh[i] : T{});
-    for (Index i = together; i < gates; ++i) to[gates - together + i] = hh ? hh[i] : T{};
+    copy_or_zero(of_x.at, gates, to);
+    if (const T* hh = of_h.at) {
+      for (Index i = 0; i < together; ++i) to[i] += hh[i];
+    }
+    copy_or_zero(of_h.at ? of_h.at + together : nullptr, gates - together, to + gates);
   }
   return sums;
 }

@@ -33,10 +33,10 @@ class JoinedRows {
 // layer_backward returns them, its input (n, I), h before it (n, P), and what the product of later gates read, (n, H), or None.
 inline py::object loop_gradients(const std::string& cell, const py::sequence& steps, const py::sequence& wanted, int threads) {
   if (steps.size() == 0) refuse("steps", "at least one", "none");
-  const py::sequence first = steps[0];
+  const py::tuple first = as_tuple(py::object(steps[0]));
   if (first.size() != 4) refuse("steps", "four operands each", std::to_string(first.size()));
   // The weights themselves are not read: whoever shards them may have freed them by now.
-  const LayerCall call(cell, first[1], Tensor(py::object(first[2])).shape(1), threads);
+  const LayerCall call(cell, first[1], Tensor(first[2]).shape(1), threads);
   if (wanted.size() != kWeights) refuse("wanted", std::to_string(kWeights) + " flags", std::to_string(wanted.size()));
   const Index gates = call.gate_columns(), columns = call.shape.gradients * call.hidden;
   const Dtype computed = call.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
@@ -46,8 +46,8 @@ inline py::object loop_gradients(const std::string& cell, const py::sequence& st
   std::vector<Step> all;
   Index rows = 0;
   for (const py::handle& each : steps) {
-    const py::sequence step = py::reinterpret_borrow<py::sequence>(each);
-    const Index n = Tensor(py::object(step[1])).shape(0);
+    const py::tuple step = as_tuple(each);
+    const Index n = Tensor(step[1]).shape(0);
     all.push_back({read(py::object(step[0]), "d_gates", computed, {n, 1, columns}),
                    read(py::object(step[1]), "input", call.dtype, {n, call.inputs}, true),
                    read(py::object(step[2]), "h", call.dtype, {n, call.output}, true),

@@ -35,6 +35,12 @@ inline std::string text(const Shape& shape) {
   return s + ")";
 }
 
+// A named tuple as the tuple that it is: its items are otherwise found by a call of Python's.
+inline py::tuple as_tuple(py::handle sequence) {
+  return PyTuple_Check(sequence.ptr()) ? py::reinterpret_borrow<py::tuple>(sequence)
+                                       : py::tuple(py::reinterpret_borrow<py::object>(sequence));
+}
+
 enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kInt64, kBool, kOther };
 
 template <class T>
@@ -91,6 +97,8 @@ class Tensor {
   Index shape(int axis) const { return shape_[axis]; }
   // Elements from one index of an axis to the next.
   Index stride(int axis) const { return strides_[axis]; }
+  const Index* sizes() const { return shape_.data(); }
+  const Index* strides() const { return strides_.data(); }
   Shape shape() const { return Shape(shape_.begin(), shape_.begin() + dimensions_); }
   Index size() const {
     Index product = 1;

@@ -82,6 +82,7 @@ Pool* pool = new Pool;
 }  // namespace
 
 Memory::Memory(std::size_t bytes) : bytes_(bytes) {
+  if (!bytes) return;
   const std::size_t boundary = bytes >= kHugePage ? kHugePage : kLine;
   capacity_ = (bytes + boundary - 1) / boundary * boundary;
   if (capacity_ < bytes) throw std::bad_alloc();
@@ -93,7 +94,7 @@ Memory::Memory(std::size_t bytes) : bytes_(bytes) {
       return;
     }
   }
-  data_ = std::aligned_alloc(boundary, capacity_ ? capacity_ : boundary);
+  data_ = std::aligned_alloc(boundary, capacity_);
   if (!data_) throw std::bad_alloc();
 #if defined(MADV_HUGEPAGE)
   advise(data_, capacity_, MADV_HUGEPAGE);

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fused_rnn.data import torch_private
-from fused_rnn.data.steps import Steps, mapped
+from fused_rnn.data.steps import Steps, mapped, unwrapped
 
 # The kernels walk one set of steps.
 MAPPED_LENGTHS = "lengths: expected the same for all members of torch.func.vmap, got lengths that are mapped over"
@@ -36,19 +37,19 @@ class Ragged:
     places: Tensor
 
     @staticmethod
-    def of(lengths: Tensor, length: int, batch_first: bool, device: torch.device) -> Ragged | None:
+    def of(lengths: np.ndarray, length: int, batch_first: bool, device: torch.device) -> Ragged | None:
         """Find the rows; None where there is nothing to leave out, because every sequence has all T steps.
 
         Args: as of ``found``.
         """
-        return None if bool((lengths == length).all()) else Ragged.found(lengths, length, batch_first, device)
+        return None if (lengths == length).all() else Ragged.found(lengths, length, batch_first, device)
 
     @staticmethod
-    def found(lengths: Tensor, length: int, batch_first: bool, device: torch.device) -> Ragged:
-        """Find the rows.
+    def found(lengths: np.ndarray, length: int, batch_first: bool, device: torch.device) -> Ragged:
+        """Find the rows, by NumPy, whose functions take a third of the time that torch's take for so few numbers.
 
         Args:
-            lengths: (N,) int64 on the CPU, from 0 to ``length``.
+            lengths: (N,) int64, from 0 to ``length``.
             length: T of the padded batch.
             batch_first: whether the batch has N before T.
             device: of the batch.
@@ -56,16 +57,19 @@ class Ragged:
         batch = len(lengths)
         # One step without a row where no sequence has any: the gradients of the weights are zero, not absent.
         longest = max(1, int(lengths.max())) if batch else 1
-        order = lengths.argsort(descending=True, stable=True)
-        batch_sizes = batch - torch.bincount(lengths, minlength=longest + 1).cumsum(0)[:longest]
-        steps = Steps.packed(batch_sizes, batch)
-        assert steps.offsets is not None
-        # On the CPU by name: the default device may be another.
-        t = torch.repeat_interleave(torch.arange(longest, device="cpu"), batch_sizes)
-        n = order[torch.arange(len(t), device="cpu") - torch.repeat_interleave(steps.offsets, batch_sizes)]
+        order = np.argsort(-lengths, kind="stable")
+        batch_sizes = batch - np.bincount(lengths, minlength=longest + 1).cumsum()[:longest]
+        ends = batch_sizes.cumsum()
+        offsets = ends - batch_sizes
+        t = np.repeat(np.arange(longest), batch_sizes)
+        n = order[np.arange(ends[-1]) - offsets[t]]
+        places = np.empty_like(order)
+        places[order] = np.arange(batch)
         positions = n * length + t if batch_first else t * batch + n
-        places = torch.empty_like(order).index_copy_(0, order, torch.arange(batch, device="cpu"))
-        return Ragged(steps, positions.to(device), order.to(device), places.to(device))
+        # A transform of torch.func would wrap what is made inside of it.
+        with torch_private.WithoutTransforms():
+            steps = Steps(longest, batch, torch.from_numpy(batch_sizes), torch.from_numpy(offsets))
+            return Ragged(steps, *[torch.from_numpy(each).to(device) for each in (positions, order, places)])
 
     def gather(self, padded: Tensor) -> Tensor:
         """The rows, (R, ·), of a matrix of positions; the others get a gradient of zero."""
@@ -118,21 +122,22 @@ def one_step_earlier(reset: Tensor, batch_sizes: Tensor) -> Tensor:
     return torch.zeros_like(reset).index_copy_(0, earlier.to(reset.device), reset[first:])
 
 
-def check_length_values(lengths: Tensor, length: int) -> Tensor:
-    """Bring ``lengths``, (N,), to the CPU and check their values.
+def check_length_values(lengths: Tensor, length: int) -> np.ndarray:
+    """Bring ``lengths``, (N,), to the host and check their values.
 
     Returns:
-        (N,) int64 on the CPU.
+        (N,) int64.
 
     Raises:
         ValueError: if a value is not one of 0 .. T.
     """
-    # What the steps are made of is read on the host: the one wait for the device that lengths need.
-    on_cpu = lengths.detach().to("cpu", torch.int64)
-    wrong = on_cpu[(on_cpu < 0) | (on_cpu > length)]
-    if len(wrong):
-        raise ValueError(f"lengths: expected values from 0 to {length}, the steps of the input, got {int(wrong[0])}")
-    return on_cpu
+    # What the steps are made of is read on the host: the one wait for the device that lengths need. A list, because memory
+    # that NumPy shares with a tensor can never be resized.
+    values = unwrapped(lengths.detach()).tolist()
+    if values and not 0 <= min(values) <= max(values) <= length:
+        wrong = next(value for value in values if not 0 <= value <= length)
+        raise ValueError(f"lengths: expected values from 0 to {length}, the steps of the input, got {wrong}")
+    return np.array(values, dtype=np.int64)
 
 
 def check_batch_sizes_shape(batch_sizes: Tensor) -> None:

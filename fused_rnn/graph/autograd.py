@@ -132,9 +132,7 @@ def eager_layer(
                 else:
                     apply = super(torch.autograd.Function, RecordedStep).apply
                     given = operands[: 1 + len(cell.states)]
-                    out, *rest = apply(  # type: ignore[no-untyped-call]
-                        layer, result, batch_first, weights, loop, loop.token, *given
-                    )
+                    out, *rest = apply((layer, result, batch_first, loop), loop.token, *given)  # type: ignore[no-untyped-call]
                 cells = rest.pop() if layer.cell_states else None
                 return out, tuple(rest), cells
     return backend.forward(call, False, batch_first)[:3]

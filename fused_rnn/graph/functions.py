@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fused_rnn.data import torch_private
-from fused_rnn.data.cell import Weights
 from fused_rnn.graph import autocast, batching, derivatives, saved
 from fused_rnn.graph.batch_first import turned_back
 from fused_rnn.graph.batching import BackwardCall
@@ -58,40 +57,38 @@ class Recorded(torch.autograd.Function):
 
 
 class RecordedStep(torch.autograd.Function):
-    """A step of a loop that an eager call has computed, as ``Recorded``; the loop's node stands for the weights."""
+    """A step of a loop that an eager call has computed, as ``Recorded``; the loop's node stands for the weights.
+
+    The weights are the loop's to keep. Each step would save them anew, and a graph of many small steps is slow to build by what
+    it saves.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        layer: Layer,
-        result: LayerResult,
-        batch_first: bool,
-        weights: Sequence[Weights],
-        loop: Loop,
-        token: Tensor,
-        *operands: Tensor,
-    ) -> tuple[Any, ...]:
+    def forward(ctx: Any, computed: tuple[Layer, LayerResult, bool, Loop], token: Tensor, *operands: Tensor) -> tuple[Any, ...]:
         """Keep what the backward needs, and give the results to the graph."""
-        ctx.batch_first = batch_first
         # The loop lives as long as one of its steps.
-        ctx.loop = loop
-        _keep(ctx, layer, None, (*operands, *weights[0]), result.out, result.tape, inside_transform=False)
+        ctx.layer, result, ctx.batch_first, ctx.loop = computed
+        ctx.set_materialize_grads(False)
+        ctx.kept = Kept(result.out, ctx.layer.cell, operands, inside_transform=False)
+        saved.save(ctx, (None, result.out.data, result.tape, *operands))
         return (result.out, *result.states)
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
         """The gradients of the operands."""
-        weights_wanted, *wanted = ctx.needs_input_grad[5:]
+        weights_wanted, *wanted = ctx.needs_input_grad[1:]
         left = ctx.loop.left
         tensors, count = saved.tensors(ctx), len(wanted)
+        tensors += left.unchanged_weights()
         if ctx.batch_first:
             d_outputs = tuple(turned_back(ctx, tensors, d_outputs))
         if _is_special(ctx, d_outputs):
+            left.check_biases()
             asked = (*wanted, *(each and weights_wanted for each in left.wanted))
             grads = _back_in_general(ctx, tensors, d_outputs, asked)
             if weights_wanted:
                 left.of_this_run().add(grads[count:])
-            return (None, None, None, None, None, None, *grads[:count])
+            return (None, None, *grads[:count])
         _, out, tape, *operands = tensors
         call = LayerCall.of(ctx.layer, operands, None)
         d_out, *d_states = d_outputs
@@ -108,7 +105,7 @@ class RecordedStep(torch.autograd.Function):
                 assert tape is not None
                 operand = operand_of(call.layer.cell, tape[:, 0])
             left.of_this_run().add_step(StepOperands(d_gates, input, h, operand))
-        return (None, None, None, None, None, None, *grads)
+        return (None, None, *grads)
 
 
 class TransformedLayer(torch.autograd.Function):

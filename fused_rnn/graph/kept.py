@@ -14,6 +14,9 @@ from fused_rnn.data.cell import Cell, Weights
 _BIAS_IH, _BIAS_HH = Weights._fields.index("bias_ih"), Weights._fields.index("bias_hh")
 _NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
 
+# Elements of an output whose memory is not worth being freed early.
+_SMALL = 4096
+
 
 class Kept:
     """What a backward needs besides the saved tensors: whether something changed since the forward that it may not read then.
@@ -24,8 +27,8 @@ class Kept:
     - Biases, which no first gradient reads. Second gradients do, and so does a backward after a changed output.
 
     Attributes:
-        changes: a tensor that counts the changes of the output. It has no elements: the output's memory belongs to the saved
-            tensors alone, which hooks may have moved elsewhere.
+        changes: a tensor that counts the changes of the output. It has no elements where that is large: its memory belongs to
+            the saved tensors alone, which hooks may have moved elsewhere.
         biases: (place among the tensors, bias, its version). The parameters outlive the graph anyway.
         inside_transform: whether the forward ran inside of one, whose wrappers the saved tensors may be.
     """
@@ -40,7 +43,8 @@ class Kept:
         if inside_transform:
             # No hooks there, and no tensor may be kept but by torch: a transform's wrappers end with it.
             return
-        self.changes.data = _NOTHING
+        if out.numel() > _SMALL:
+            self.changes.data = _NOTHING
         first, each = 1 + len(cell.states), len(Weights._fields)
         for i in range(first, len(tensors), each):
             for place in (i + _BIAS_IH, i + _BIAS_HH):

@@ -82,6 +82,11 @@ class _Node(torch.autograd.Function):
         return (None, *[grad if asked else None for grad, asked in zip(sums.result(), wanted, strict=True)])
 
 
+def versions_of(weights: Weights) -> list[int | None]:
+    """How often each of the weights was changed in place."""
+    return [None if each is None else each._version for each in weights]
+
+
 class Left:
     """What steps have left at a node, by the run of the backward that they did it in.
 
@@ -90,8 +95,34 @@ class Left:
 
     def __init__(self, cell: Cell, weights: Weights, backend: GateBackend) -> None:
         self.cell, self.weights, self.backend = cell, weights, backend
+        self.versions = versions_of(weights)
         self.wanted = [each is not None and each.requires_grad for each in weights]
         self.by_run: dict[int, _Sums] = {}
+
+    def unchanged_weights(self) -> Weights:
+        """The weights as every step of the loop saw them.
+
+        Raises:
+            RuntimeError: as torch does for a saved tensor, if one that a first gradient reads was changed in place since.
+        """
+        weights, versions = self.weights, self.versions
+        if weights.ih._version != versions[0] or weights.hh._version != versions[1]:
+            self._refuse_changed()
+        return weights
+
+    def check_biases(self) -> None:
+        """Raise RuntimeError if a bias was changed, which a second gradient reads, and one of a changed output."""
+        if versions_of(self.weights) != self.versions:
+            self._refuse_changed()
+
+    def _refuse_changed(self) -> None:
+        for weight, now, then in zip(self.weights, versions_of(self.weights), self.versions, strict=True):
+            if now != then:
+                assert weight is not None
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: a weight "
+                    f"of shape {tuple(weight.shape)} is at version {now}; expected version {then} instead"
+                )
 
     def of_this_run(self) -> _Sums:
         """The sums of the run of the backward that calls."""
@@ -155,9 +186,9 @@ def loop_of(call: LayerCall) -> Loop | None:
             and first.bias_ih is bias_ih
             and first.bias_hh is bias_hh
         )
-        if same and left.wanted == wanted and left.backend is layer.backend:
+        if same and left.wanted == wanted and left.backend is layer.backend and left.versions == versions_of(of):
             return loop
-    if not any(wanted):
+    if not any(wanted) or any(each is not None and each.is_inference() for each in of):
         return None
     loop = Loop(layer.cell, of, layer.backend)  # type: ignore[arg-type]
     _loops[key] = weakref.ref(loop, lambda ended: _forget(key, ended))

@@ -79,10 +79,11 @@ class LayerCall(NamedTuple):
     def of(layer: Layer, operands: Sequence[Tensor | None], reset: Tensor | None) -> LayerCall:
         """The call with these ``operands()``."""
         first = 1 + len(layer.cell.states)
-        weights = [Weights._make(operands[i : i + 5]) for i in range(first, len(operands), 5)]
-        states = operands[1:first]
+        # As the classes do it, in half the time.
+        weights = [tuple.__new__(Weights, operands[i : i + 5]) for i in range(first, len(operands), 5)]
         # All of the states are given, or none.
-        return LayerCall(layer, operands[0], None if states[0] is None else tuple(states), weights, reset)  # type: ignore[arg-type]
+        states = None if operands[1] is None else tuple(operands[1:first])
+        return tuple.__new__(LayerCall, (layer, operands[0], states, weights, reset))
 
 
 class LayerResult(NamedTuple):

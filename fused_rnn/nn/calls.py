@@ -26,6 +26,9 @@ from fused_rnn.nn import checks
 
 Input = TypeVar("Input", Tensor, PackedSequence)
 
+# One recurrence, from the first step to the last.
+_FORWARD = (False,)
+
 
 def pair(hx: tuple[Tensor, Tensor] | Tensor | None, function: str) -> States | None:
     """A pair of states; raises as torch's ``function`` does where it is none."""
@@ -49,15 +52,15 @@ def step(cell: Cell, input: Tensor, weights: Weights, states: States | None) -> 
     if backend is None or not backend.checks:
         checks.check_cell(cell, input, states or (), weights)
     steps = Steps(1, input.shape[0])
-    run: Callable[..., Outputs] = autograd.layer
-    if backend is not None:
-        run = partial(autograd.eager_layer, backend)
-    elif torch_private.any_autocast():
-        run = partial(autograd.layer_in_autocast, False)
-        if states is None:
-            states = tuple([state.squeeze(0) for state in initial_states(cell, input, 1, steps.batch, weights)])
     try:
-        h, rest, _ = run(cell, input, steps, states, (weights,), (False,), None, False, True)
+        if backend is not None:
+            h, rest, _ = autograd.eager_layer(backend, cell, input, steps, states, (weights,), _FORWARD, None, False, True)
+        elif torch_private.any_autocast():
+            if states is None:
+                states = tuple([state.squeeze(0) for state in initial_states(cell, input, 1, steps.batch, weights)])
+            h, rest, _ = autograd.layer_in_autocast(False, cell, input, steps, states, (weights,), _FORWARD, None, False, True)
+        else:
+            h, rest, _ = autograd.layer(cell, input, steps, states, (weights,), _FORWARD, None, False, True)
     except Exception:
         # What does not fit each other has the errors of torch.
         checks.check_cell(cell, input, states or (), weights)
@@ -203,8 +206,8 @@ def _ragged(
         return None if lengths.is_meta or input.is_meta else operators.ragged(lengths, input, batch_first)
     if lengths.is_meta:
         return None
-    lengths = sequences.check_length_values(lengths, steps.length)
-    return None if input.is_meta else sequences.Ragged.of(lengths, steps.length, batch_first, input.device)
+    values = sequences.check_length_values(lengths, steps.length)
+    return None if input.is_meta else sequences.Ragged.of(values, steps.length, batch_first, input.device)
 
 
 def _packed(
@@ -275,6 +278,15 @@ def _layers(
     Returns:
         out, the states after the walk, (L·D, N, ·) each, and with ``cell_states`` c of the last layer at every step.
     """
+    resets = None
+    if reset is not None:
+        by_direction = operators if operators.traced(rows, weights[0].hh) else sequences
+        resets = by_direction.resets_by_direction(reset, steps, directions)
+    reverse = _FORWARD if directions == 1 else (False, True)
+    if backend is not None and len(weights) == directions:
+        return autograd.eager_layer(
+            backend, cell, rows, steps, states, weights, reverse, resets, cell_states, False, batch_first
+        )
     run: Callable[..., Outputs] = autograd.layer
     if backend is not None:
         run = partial(autograd.eager_layer, backend)
@@ -283,14 +295,7 @@ def _layers(
         if states is None:
             # They have the dtype of the module's input, whatever its layers compute in.
             states = initial_states(cell, rows, len(weights), steps.batch, weights[0])
-    resets = None
-    if reset is not None:
-        by_direction = operators if operators.traced(rows, weights[0].hh) else sequences
-        resets = by_direction.resets_by_direction(reset, steps, directions)
-    reverse = (False,) if directions == 1 else (False, True)
     if len(weights) == directions:
-        if batch_first:
-            return run(cell, rows, steps, states, weights, reverse, resets, cell_states, False, True)
         return run(cell, rows, steps, states, weights, reverse, resets, cell_states)
     if states is not None:
         _check_state_counts(states, len(weights))

@@ -25,7 +25,7 @@ class _Cell(Initialised, torch.nn.modules.rnn.RNNCellBase):
         parameters = self._parameters
         # A parametrized, pruned or reassigned weight is an attribute, not a parameter; and so is a bias that is not there.
         weights: list[Any] = [getattr(self, name) if (weight := parameters.get(name)) is None else weight for name in _NAMES]
-        return calls.step(cell, input, Weights(*weights), states)
+        return calls.step(cell, input, tuple.__new__(Weights, (*weights, None)), states)
 
 
 class RNNCell(_Cell, torch.nn.RNNCell):

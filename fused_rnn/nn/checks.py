@@ -46,7 +46,10 @@ def check_rank(cell: Cell, input: Tensor) -> None:
 def check_state_ranks(states: Sequence[Tensor], batched: bool) -> None:
     """Raise RuntimeError unless the states have as many dimensions as the input."""
     rank = 3 if batched else 2
-    if all(state.dim() == rank for state in states):
+    for state in states:
+        if state.dim() != rank:
+            break
+    else:
         return
     what = f"For {'batched 3-D' if batched else 'unbatched 2-D'} input, hx"
     if len(states) == 1:
@@ -185,13 +188,16 @@ def check_layers(
 
 def check_cell_rank(cell: Cell, input: Tensor, states: Sequence[Tensor] | None) -> None:
     """Raise ValueError unless the input and the states of one step are 1D (unbatched) or 2D."""
-    name = f"{cell.mode.partition('_')[0]}Cell"
-    if input.dim() not in (1, 2):
-        raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-    for index, state in enumerate(states or ()):
-        if state.dim() not in (1, 2):
-            which = "hidden" if len(cell.states) == 1 else f"hx[{index}]"
-            raise ValueError(f"{name}: Expected {which} to be 1D or 2D, got {state.dim()}D instead")
+    if not 1 <= input.dim() <= 2:
+        raise ValueError(f"{_class_of(cell)}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    for state in states or ():
+        if not 1 <= state.dim() <= 2:
+            which = "hidden" if len(cell.states) == 1 else f"hx[{[each is state for each in states or ()].index(True)}]"
+            raise ValueError(f"{_class_of(cell)}: Expected {which} to be 1D or 2D, got {state.dim()}D instead")
+
+
+def _class_of(cell: Cell) -> str:
+    return f"{cell.mode.partition('_')[0]}Cell"
 
 
 @quietly
