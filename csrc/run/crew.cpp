@@ -19,6 +19,9 @@ namespace {
 // Longer than a share takes at any size at which threads share units, and short beside the time slice of a process.
 constexpr std::chrono::microseconds kSpin{50};
 
+// How soon a thread that stays away sees that it may come back.
+constexpr std::chrono::microseconds kNap{200};
+
 // Looks between two readings of the clock.
 constexpr int kLooks = 32;
 
@@ -47,7 +50,8 @@ void Crew::bar(Clock::time_point until) { barred_until_.store(until.time_since_e
 
 void Crew::stay_away() {
   const Clock::time_point until{Clock::duration{barred_until_.load(std::memory_order_relaxed)}};
-  std::this_thread::sleep_until(until);
+  // Not in one piece: the calling thread may be done long before, and the region ends when all have left it.
+  while (barred() && Clock::now() < until) std::this_thread::sleep_for(kNap);
   barred_until_.store(0, std::memory_order_relaxed);
 }
 

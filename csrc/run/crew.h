@@ -122,6 +122,13 @@ class Seat {
   // `leads`: it is the calling thread's, which the others help.
   Seat(Crew& crew, int share, bool alone, bool leads) : crew_(crew), share_(share), alone_(alone), leads_(leads) {}
 
+  Seat(const Seat&) = delete;
+  Seat& operator=(const Seat&) = delete;
+  ~Seat() {
+    // Who stays away may leave.
+    if (leads_ && crew_.barred()) crew_.bar(Clock::time_point{});
+  }
+
   int shares() const { return crew_.shares(); }
   // Whether other threads may write what this one reads.
   bool shared() const { return !alone_; }

@@ -282,7 +282,7 @@ int check(const TypedKernels<T>& kernels, const char* dtype) {
 }
 
 int run_all() {
-  int failures = check_patience();
+  int failures = check_patience() + check_staying_away();
   for (int members : {1, 2, 3, 5}) failures += check_crew(members) + check_parallel(members);
   failures += check_conversions(kernels().widen_bfloat16, kernels().narrow_bfloat16, 0x7f80);
   failures += check_conversions(kernels().widen_float16, kernels().narrow_float16, 0x7c00);

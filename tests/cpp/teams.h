@@ -52,6 +52,28 @@ int check_crew(int members) {
   return total;
 }
 
+// A thread that was told to stay away for long leaves as soon as the leading one is done.
+int check_staying_away() {
+  constexpr int kPhases = 50;
+  Crew crew;
+  crew.set_shares(2);
+  int taken[2] = {};
+  const Clock::time_point begin = Clock::now();
+  crew.bar(begin + std::chrono::hours(1));
+  std::thread other([&] {
+    Seat seat(crew, 1, false, false);
+    for (int phase = 0; phase < kPhases; ++phase) seat.phase([&](int share) { ++taken[share]; });
+  });
+  {
+    Seat seat(crew, 0, false, true);
+    for (int phase = 0; phase < kPhases; ++phase) seat.phase([&](int share) { ++taken[share]; });
+  }
+  other.join();
+  const bool right = taken[0] == kPhases && taken[1] == kPhases && Clock::now() - begin < std::chrono::minutes(30);
+  if (!right) std::printf("a thread that stays away: %d and %d shares of %d\n", taken[0], taken[1], kPhases);
+  return !right;
+}
+
 // Every share of independent work is computed once, by however many threads.
 int check_parallel(int threads) {
   std::vector<std::atomic<int>> done(static_cast<std::size_t>(threads));
