@@ -30,7 +30,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError, OptionError, PlatformError
 
 # Compiled once per instruction set.
-TABLE = "csrc/kernels/table.cpp"
+OF_SET = ["csrc/kernels/table.cpp", "csrc/kernels/int8.cpp"]
 # Compiled once per instruction set and dtype. Those that take longest first, or one processor waits for them in the end.
 KERNELS = [f"csrc/kernels/{name}.cpp" for name in ("backward", "forward", "others")]
 ELEMENTS = ("float", "double")
@@ -181,7 +181,7 @@ class BuildKernels(build_ext):
         for name in built:
             isa: list[tuple[str, str | None]] = [("FUSED_RNN_ISA", name)]
             isa_flags = flags + INSTRUCTION_SETS[name][1]
-            jobs.append(Job(TABLE, name, isa, isa_flags))
+            jobs += [Job(source, name, isa, isa_flags) for source in OF_SET]
             jobs += [
                 Job(source, f"{name}-{element}", [*isa, ("FUSED_RNN_ELEMENT", element)], isa_flags)
                 for source in KERNELS
@@ -230,6 +230,6 @@ class BuildKernels(build_ext):
 
 
 # "optional" lets setuptools go on without the file that build_extension did not make.
-EXTENSION = Extension("fused_rnn._C", [*COMMON, TABLE, *KERNELS], depends=HEADERS, language="c++", optional=not REQUIRE_CPP)
+EXTENSION = Extension("fused_rnn._C", [*COMMON, *OF_SET, *KERNELS], depends=HEADERS, language="c++", optional=not REQUIRE_CPP)
 
 setup(ext_modules=[EXTENSION], cmdclass={"build_ext": BuildKernels})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -41,10 +43,15 @@ class Verdict:
 class Gate:
     """Judges the results of any peer on one problem; torch.nn's own error is measured once."""
 
-    def __init__(self, problem: Problem, training: bool) -> None:
+    def __init__(self, problem: Problem, training: bool, measure: Callable[[], tuple[Any, ...]] | None = None) -> None:
+        """Compute the reference and torch's error.
+
+        Args:
+            measure: the call whose error is the measure, in place of torch.nn's in the problem's dtype.
+        """
         self._reference = problem.reference(training)
         with torch.set_grad_enabled(training), problem.seeded():
-            yardstick = problem.named(module_step(problem.module, problem, training)())
+            yardstick = problem.named((measure or module_step(problem.module, problem, training))())
         self._names = tuple(yardstick)
         self._torch_errors = {name: _error(yardstick[name], self._reference[name]) for name in yardstick}
         eps = torch.finfo(problem.input.dtype).eps

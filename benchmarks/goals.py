@@ -29,7 +29,7 @@ class Goal:
         statistic: how the rows become one number.
         bound: the least or, where not ``at_least``, the greatest value.
         slack: what the instrument itself errs by, taken from the figure of ``over``.
-    min_B, min_H: the shapes it speaks of.
+    min_B, max_B, min_H: the shapes it speaks of.
         optional: says nothing where ``over`` was not asked for, or no case with the ``options`` was measured.
         options: of the cases it speaks of.
     """
@@ -46,8 +46,13 @@ class Goal:
     slack: float = 0.0
     min_B: int = 1
     min_H: int = 1
+    max_B: int | None = None
     optional: bool = False
     options: tuple[str, ...] = ()
+
+    def speaks_of(self, B: int, H: int) -> bool:
+        """Whether a shape is one of those."""
+        return self.min_B <= B <= (self.max_B or B) and self.min_H <= H
 
 
 _ALL = tuple(CELLS)
@@ -62,6 +67,11 @@ def _speed_up(mode: str, cell: str, bound: float) -> Goal:
 def _against_loop(mode: str) -> Goal:
     text = "torch.nn step by step / ours with resets"
     return Goal(text, mode, ("lstm", "gru"), "ms", "torch", "ours", "min", 10.0, optional=True, options=("resets=32",))
+
+
+def _against_torch_int8(mode: str) -> Goal:
+    text = "torch int8 / int8, slowest shape"
+    return Goal(text, mode, ("lstm", "gru"), "ms", "torch-int8", "int8", "min", 1.0, optional=True)
 
 
 GOALS = (
@@ -79,6 +89,21 @@ GOALS = (
     Goal("torch.nn / ours, one step", "streaming", _ALL, "ms", "torch", "ours", "min", 2.0),
     _against_loop("training"),
     _against_loop("inference"),
+    _against_torch_int8("inference"),
+    _against_torch_int8("streaming"),
+    Goal(
+        "ours / int8, slowest (B = 1, H ≥ 512)",
+        "inference",
+        _ALL,
+        "ms",
+        "ours",
+        "int8",
+        "min",
+        2.0,
+        max_B=1,
+        min_H=512,
+        optional=True,
+    ),
     Goal("torch.nn / numba, geometric mean", "training", _ATEN, "ms", "torch", "numba", "geomean", 1.0, optional=True),
     Goal("torch.nn / numba, geometric mean", "inference", _ATEN, "ms", "torch", "numba", "geomean", 1.0, optional=True),
     Goal("numba / ours, geometric mean", "training", _ALL, "ms", "numba", "ours", "geomean", 2.0, False, optional=True),
@@ -109,7 +134,7 @@ def evaluate(results: Mapping[str, Any], goals: Iterable[Goal] = GOALS) -> list[
 
 def _judge(goal: Goal, cell: str, results: Mapping[str, Any]) -> dict[str, Any]:
     values, wrong, noisy = _values(goal, cell, results)
-    shapes = [s for s in SHAPES if goal.mode in s.modes and goal.min_B <= s.B and goal.min_H <= s.H]
+    shapes = [s for s in SHAPES if goal.mode in s.modes and goal.speaks_of(s.B, s.H)]
     total = 1 if goal.mode == "growth" or goal.options else len(shapes)
     value = _STATISTICS[goal.statistic](values) if values else None
     if wrong:
@@ -143,7 +168,7 @@ def _values(goal: Goal, cell: str, results: Mapping[str, Any]) -> tuple[list[flo
     for rows_of_case in by_case(goal_rows(results, goal.options), goal.mode, cell):
         over, under = rows_of_case.get(goal.over), rows_of_case.get(goal.under or goal.over)
         shape = next(iter(rows_of_case.values()))["shape"]
-        if over is None or under is None or shape["B"] < goal.min_B or shape["H"] < goal.min_H:
+        if over is None or under is None or not goal.speaks_of(shape["B"], shape["H"]):
             continue
         wrong |= "wrong" in (over["status"], under["status"])
         top, bottom = figure(over, goal.quantity), figure(under, goal.quantity)

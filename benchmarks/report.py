@@ -86,6 +86,12 @@ def terminal(results: Results) -> RenderableType:
     for mode, meaning in MODES.items():
         if any(row["mode"] == mode for row in results["rows"]):
             parts.append(_mode_table(results, mode, meaning))
+    # Imported here, because it draws with what is above.
+    from benchmarks import int8_table
+
+    int8 = int8_table.table(results)
+    if int8 is not None:
+        parts.append(int8)
     memory = _memory_table(results)
     if memory is not None:
         parts.append(memory)

@@ -130,6 +130,13 @@ def _steps() -> list[Case]:
     return cases
 
 
+def _int8() -> list[Case]:
+    """The inference of the goals, and one sequence where a step is the reading of the weights."""
+    goals = [Case(cell, shape, mode) for cell in CELLS for shape in SHAPES for mode in shape.modes if mode != "training"]
+    wide = _line(1, 50, 512, "one sequence, wide", modes=("inference",))
+    return [*goals, *wide, *_line(1, 1, 1024, "streaming, wide")]
+
+
 def _scaling() -> list[Case]:
     cores = os.cpu_count() or 1
     cases = []
@@ -168,6 +175,7 @@ SETS: dict[str, NamedSet] = {
     "grid": NamedSet("B × H, for the heat maps", _grid),
     "small": NamedSet("small calls of every kind, on one thread and on two", _small, marked=True),
     "steps": NamedSet("20 calls of one step, of a cell and of a layer", _steps, marked=True),
+    "int8": NamedSet("inference, for --peers torch-int8,int8", _int8),
     "scaling": NamedSet("T, B, H and threads, one at a time", _scaling),
 }
 ALL = "all"

@@ -216,7 +216,7 @@ def judge_peer(peer: Peer, gate: Gate, problem: Problem, case: Case, threads: in
     """
     try:
         provider = peer.prepare(problem, case, threads)
-        verdict = _judge(gate, problem, provider, case)
+        verdict = _judge(peer.gate(problem) if peer.gate else gate, problem, provider, case)
     except Exception as error:  # whatever a peer raises is its row, not the end of the run
         return None, {"status": "wrong", "reason": f"raised {type(error).__name__}: {_first_line(error)}"}
     found: dict[str, Any] = {
@@ -230,7 +230,7 @@ def judge_peer(peer: Peer, gate: Gate, problem: Problem, case: Case, threads: in
     }
     if not verdict.passed:
         return None, found | {"status": "wrong", "reason": f"wrong results, not timed: {verdict}"}
-    return provider, found | ({"note": provider.note} if provider.note else {})
+    return provider, found | provider.figures | ({"note": provider.note} if provider.note else {})
 
 
 def _first_line(error: Exception) -> str:

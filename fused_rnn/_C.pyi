@@ -34,6 +34,25 @@ def layer_forward(
     batch_first: bool = False,
     sharing: str = "auto",
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None]: ...
+def has_vnni() -> bool: ...
+def int8_forward(
+    cell: str,
+    input: Tensor,
+    states: Sequence[Tensor] | None,
+    hidden: int,
+    weights: Sequence[Sequence[Tensor | None]],
+    length: int,
+    batch: int,
+    batch_sizes: Tensor | None,
+    reverse: Sequence[bool],
+    reset: Tensor | None,
+    cell_states: bool,
+    step: bool,
+    threads: int,
+    batch_first: bool = False,
+    sharing: str = "auto",
+    vnni: bool = True,
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]: ...
 def layer_backward(
     cell: str,
     input: Tensor,

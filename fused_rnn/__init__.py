@@ -46,6 +46,7 @@ from fused_rnn.nn.cells import GRUCell, LSTMCell, RNNCell
 from fused_rnn.nn.convert import Conversion, convert, revert
 from fused_rnn.nn.initialisation import init_
 from fused_rnn.nn.layers import GRU, LSTM, RNN
+from fused_rnn.nn.quantize import quantize_dynamic
 from fused_rnn.nn.recurrent import Recurrent
 
 try:
@@ -73,6 +74,7 @@ __all__ = [
     "functional",
     "init_",
     "onnx",
+    "quantize_dynamic",
     "reference",
     "revert",
 ]

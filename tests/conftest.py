@@ -39,6 +39,7 @@ LONGEST = (
     "test_compile.py",
     "test_numba.py",
     "test_build.py",
+    "test_int8.py",
     "test_benchmarks.py",
     "test_autocast.py",
     "test_export.py",

@@ -1,7 +1,7 @@
 """Cells that are defined by their equations: torch's own, and some that torch has not."""
 
 from fused_rnn import cell
-from fused_rnn.cells import relu, sigmoid, tanh
+from fused_rnn.cells import mgu, relu, sigmoid, tanh
 
 
 @cell(gates="h")
@@ -85,5 +85,37 @@ def nested(x, W, h, s):
     return a * b, s * b + tanh(c)
 
 
+# Two stages: the reset gate before the product.
+@cell(gates="r z n")
+def reset_before(x, W, h):
+    r = sigmoid(x.r + W.r(h))
+    z = sigmoid(x.z + W.z(h))
+    n = tanh(x.n + W.n(r * h))
+    return n + z * (h - n)
+
+
+# Two later gates and a c, which the first stage makes; the second reads a sum and h, and the operand is no activation.
+@cell(gates="i s o g", states="h c")
+def deep(x, W, h, c):
+    i = sigmoid(x.i + W.i(h))
+    s = x.s + W.s(h)
+    c = i * c + (1 - i) * tanh(s)
+    m = s * i + h / 2
+    o = sigmoid(x.o + W.o(m))
+    g = relu(x.g + W.g(m))
+    return o * tanh(c) + g * s - h / 4, c
+
+
+# The c is made by the second stage, and the operand is a gate.
+@cell(gates="a b", states="h c")
+def late(x, W, h, c):
+    a = tanh(x.a + W.a(h))
+    b = sigmoid(x.b + W.b(a))
+    c = a * c * b
+    return c * a, c
+
+
 OF_TORCH = {"RNN": rnn, "LSTM": lstm, "GRU": gru}
 CELLS = {each.__name__: each for each in (rnn, rnn_relu, lstm, gru, coupled, leaky, swish, memory, linear, split, nested)}
+TWO_STAGES = {each.__name__: each for each in (reset_before, mgu, deep, late)}
+CELLS |= TWO_STAGES

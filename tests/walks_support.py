@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import zlib
 from dataclasses import dataclass
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from fused_rnn.cells import CELLS, EQUATIONS
 from fused_rnn.data.steps import Steps
 from fused_rnn.kernels import cell_modules
-from fused_rnn.kernels.by_walk.walk import Walk, walk_in
+from fused_rnn.kernels.by_walk.walk import Walk
+from fused_rnn.kernels.numba import derived
 from fused_rnn.kernels.reference import recurrence
 
 PADDING = 7.0
@@ -63,7 +65,11 @@ def walk_of(backend: str, cell: str) -> Walk:
     """The functions of a cell."""
     if backend == "reference":
         return recurrence.walk(EQUATIONS[cell])
-    return walk_in(cell_modules(f"fused_rnn.kernels.{backend}")[cell], cell)
+    if backend == "numba":
+        return derived.walk_of(CELLS[cell])
+    # Of Triton's kernels, which take whole layers.
+    found = importlib.import_module(cell_modules("fused_rnn.kernels.triton")[cell])
+    return Walk(*(getattr(found, f"{cell}_{way}") for way in Walk._fields))
 
 
 def make_steps(case: Case) -> Steps:

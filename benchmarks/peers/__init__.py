@@ -5,7 +5,7 @@ A peer that cannot run, or cannot run a case, gives the reason, and the results 
 
 from __future__ import annotations
 
-from benchmarks.peers import cell_loop, fused, jax_scan, onnx_runtime, torch_nn
+from benchmarks.peers import cell_loop, fused, int8, jax_scan, onnx_runtime, torch_nn
 from benchmarks.peers.base import Peer, Provider
 
 OURS = "ours"
@@ -31,6 +31,8 @@ def peers(backend: str | None = None) -> dict[str, Peer]:
         cell_loop.PEER,
         cell_loop.COMPILED,
         jax_scan.PEER,
+        int8.PEER,
+        int8.OUR_PEER,
     )
     return {peer.name: peer for peer in table}
 

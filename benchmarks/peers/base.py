@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from benchmarks.cases import Case
+from benchmarks.gate import Gate
 from benchmarks.problem import Problem
 
 
@@ -23,6 +24,7 @@ class Provider:
         tensors: turns what ``step`` returns into torch's results, in the order of ``Problem.result_names``.
         scope: entered once around a block of calls, outside the timing.
         note: what a reader of the figure has to know.
+        figures: what the row has beside the times.
     """
 
     step: Callable[[], Any]
@@ -30,6 +32,7 @@ class Provider:
     tensors: Callable[[Any], tuple[Tensor, ...]] = tuple
     scope: Callable[[], AbstractContextManager[Any]] = nullcontext
     note: str = ""
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Peer:
         refuses: why it cannot run a case, or None; ``Case.threads`` is set when it is asked.
         prepare: ``(problem, case, threads) -> Provider``, with the problem's weights.
         compiles: whether the first call may take minutes; that time is not the case's.
+        gate: what judges its results, where that is not the error of torch.nn.
     """
 
     name: str
@@ -53,6 +57,7 @@ class Peer:
     refuses: Callable[[Case], str | None]
     prepare: Callable[[Problem, Case, int], Provider]
     compiles: bool = False
+    gate: Callable[[Problem], Gate] | None = None
 
     def reason(self, case: Case) -> str | None:
         """Why there is no figure for this case, or None."""

@@ -24,8 +24,8 @@ def peer(name: str, backend: str | None) -> Peer:
     return Peer(
         name=name,
         title="ours" if name == "ours" else f"ours, {backend}",
-        unavailable=functools.partial(_unavailable, backend),
-        version=functools.partial(_version, backend),
+        unavailable=functools.partial(unavailable, backend),
+        version=functools.partial(version, backend),
         refuses=lambda case: None,
         prepare=functools.partial(_prepare, backend),
     )
@@ -36,7 +36,8 @@ def package() -> Any:
     return importlib.import_module("fused_rnn")
 
 
-def _unavailable(backend: str | None) -> str | None:
+def unavailable(backend: str | None) -> str | None:
+    """Why a backend cannot be measured here, or None; None for the automatic choice."""
     try:
         status = package().backends().get(backend)
     except (ImportError, AttributeError) as error:
@@ -50,12 +51,14 @@ def _unavailable(backend: str | None) -> str | None:
     return None if status.available else str(status.detail)
 
 
-def _version(backend: str | None) -> str:
-    version = str(package().__version__)
-    return version if backend is None else f"{version} ({package().backends()[backend].detail})"
+def version(backend: str | None) -> str:
+    """The package's version, and what a backend runs on."""
+    number = str(package().__version__)
+    return number if backend is None else f"{number} ({package().backends()[backend].detail})"
 
 
-def _call(module: Any, problem: Problem, input_: Tensor, hx: Any) -> tuple[Any, Any]:
+def call(module: Any, problem: Problem, input_: Tensor, hx: Any) -> tuple[Any, Any]:
+    """Call a module of this package, with the keywords that torch.nn has not."""
     if problem.reset is not None:
         out, states = module(input_, hx, reset=problem.reset)
     elif problem.lengths is not None:
@@ -69,7 +72,7 @@ def _prepare(backend: str | None, problem: Problem, case: Case, threads: int) ->
     module = make_module(case, package())
     module.load_state_dict(problem.module.state_dict())
     return Provider(
-        step=module_step(module, problem, case.training, call=_call),
-        forward=module_forward(module, problem, case.training, call=_call)[0],
+        step=module_step(module, problem, case.training, call=call),
+        forward=module_forward(module, problem, case.training, call=call)[0],
         scope=functools.partial(package().backend, backend) if backend else nullcontext,
     )

@@ -95,18 +95,11 @@ struct LayerCall {
     const Tensor x(input_object);
     dtype = x.dtype();
     if (dtype > Dtype::kFloat16) refuse("input", "float32, float64, bfloat16 or float16", dtype_name(dtype));
-    by_rows = x.dimensions() == 2;
-    if (!by_rows && x.dimensions() != 3) refuse("input", "(R, I) or (T, N, I)", text(x));
-    inputs = x.shape(x.dimensions() - 1);
-    input = by_rows ? read(input_object, "input", dtype, {rows, inputs}, true)
-                    : read(input_object, "input", dtype, {length, batch, inputs});
-    if (!by_rows && !batch_sizes.empty()) refuse("input", "(R, I) with batch_sizes", text(x));
+    read_input(input_object);
     for (const py::handle& one : weights_object) read_weights(one);
     read_states(states_object);
     reset = read(reset_object, "reset", Dtype::kBool, {recurrences(), rows});
-    if (step && (length != 1 || recurrences() != 1 || !by_rows || projected())) {
-      throw py::value_error("step: expected one step of one recurrence without a projection, and an input (N, I)");
-    }
+    check_step();
   }
 
   // What is done for single steps together, without weights and states: input (·, I), and the number of units.
@@ -129,6 +122,38 @@ struct LayerCall {
     steps.length = 1;
     steps.batch = rows = x.shape(0);
     inputs = x.shape(1);
+  }
+
+  // A layer whose weights are of another kind than the input: the caller reads them, and here there are biases alone, pairs of
+  // bias_ih and bias_hh for each recurrence.
+  LayerCall(const std::string& cell_name, const py::object& input_object, const py::object& states_object, Index units,
+            const py::sequence& biases, Index length, Index batch, const py::object& batch_sizes_object,
+            const py::sequence& reverse_flags, const py::object& reset_object, bool is_step, int thread_count,
+            const std::string& sharing_name)
+      : kernels(*current().load()),
+        cell(cell_index(cell_name)),
+        shape(kernels.shapes[cell]),
+        dtype(Dtype::kFloat32),
+        like(input_object),
+        hidden(units),
+        output(units),
+        step(is_step),
+        threads(thread_count) {
+    if (threads < 1) refuse("threads", "1 or more", std::to_string(threads));
+    if (hidden < 1) refuse("hidden", "1 or more", std::to_string(hidden));
+    sharing = sharing_of(sharing_name);
+    read_steps(length, batch, batch_sizes_object);
+    read_reverse(reverse_flags);
+    read_input(input_object);
+    for (const py::handle& one : biases) {
+      const py::sequence pair = py::reinterpret_borrow<py::sequence>(one);
+      weights.emplace_back();
+      weights.back().bias_ih = read(py::object(pair[0]), "bias_ih", dtype, {gate_columns()});
+      weights.back().bias_hh = read(py::object(pair[1]), "bias_hh", dtype, {gate_columns()});
+    }
+    read_states(states_object);
+    reset = read(reset_object, "reset", Dtype::kBool, {recurrences(), rows});
+    check_step();
   }
 
   Index recurrences() const { return static_cast<Index>(weights.size()); }
@@ -204,6 +229,22 @@ struct LayerCall {
     }
     steps.batch_sizes = batch_sizes.data();
     steps.offsets = offsets.data();
+  }
+
+  void read_input(const py::object& object) {
+    const Tensor x(object);
+    by_rows = x.dimensions() == 2;
+    if (!by_rows && x.dimensions() != 3) refuse("input", "(R, I) or (T, N, I)", text(x));
+    inputs = x.shape(x.dimensions() - 1);
+    input = by_rows ? read(object, "input", dtype, {rows, inputs}, true)
+                    : read(object, "input", dtype, {steps.length, steps.batch, inputs});
+    if (!by_rows && !batch_sizes.empty()) refuse("input", "(R, I) with batch_sizes", text(x));
+  }
+
+  void check_step() const {
+    if (step && (steps.length != 1 || recurrences() != 1 || !by_rows || projected())) {
+      throw py::value_error("step: expected one step of one recurrence without a projection, and an input (N, I)");
+    }
   }
 
   void read_reverse(const py::sequence& flags) {

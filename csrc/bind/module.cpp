@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bind/cell_shapes.h"
+#include "bind/int8_forward.h"
 #include "bind/layer_backward.h"
 #include "bind/layer_forward.h"
 #include "bind/loop_gradients.h"
@@ -32,6 +33,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("length"), py::arg("batch"), py::arg("batch_sizes"), py::arg("reverse"), py::arg("reset"), py::arg("keep"),
         py::arg("cell_states"), py::arg("step"), py::arg("threads"), py::arg("batch_first") = false,
         py::arg("sharing") = "auto", "Run a layer: out, the states after it, c of every step or None, and the tape or None.");
+  m.def("int8_forward", &int8_forward, py::arg("cell"), py::arg("input"), py::arg("states"), py::arg("hidden"),
+        py::arg("weights"), py::arg("length"), py::arg("batch"), py::arg("batch_sizes"), py::arg("reverse"), py::arg("reset"),
+        py::arg("cell_states"), py::arg("step"), py::arg("threads"), py::arg("batch_first") = false,
+        py::arg("sharing") = "auto", py::arg("vnni") = true,
+        "Run a layer with int8 weights: out, the states after it, and c of every step or None.");
+  m.def("has_vnni", &has_vnni, "Whether this machine has instructions for products of 8-bit numbers beside avx512.");
   m.def("layer_backward", &layer_backward, py::arg("cell"), py::arg("input"), py::arg("states"), py::arg("weights"),
         py::arg("length"), py::arg("batch"), py::arg("batch_sizes"), py::arg("reverse"), py::arg("reset"), py::arg("out"),
         py::arg("tape"), py::arg("d_out"), py::arg("d_cells"), py::arg("d_states"), py::arg("wanted"), py::arg("gates_wanted"),

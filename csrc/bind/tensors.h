@@ -41,7 +41,7 @@ inline py::tuple as_tuple(py::handle sequence) {
                                        : py::tuple(py::reinterpret_borrow<py::object>(sequence));
 }
 
-enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kInt64, kBool, kOther };
+enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kInt64, kBool, kInt32, kInt8, kOther };
 
 template <class T>
 constexpr Dtype dtype_of() {
@@ -51,16 +51,18 @@ constexpr Dtype dtype_of() {
   if constexpr (std::is_same_v<T, Float16>) return Dtype::kFloat16;
   if constexpr (std::is_same_v<T, std::int64_t>) return Dtype::kInt64;
   if constexpr (std::is_same_v<T, bool>) return Dtype::kBool;
+  if constexpr (std::is_same_v<T, std::int32_t>) return Dtype::kInt32;
+  if constexpr (std::is_same_v<T, std::int8_t>) return Dtype::kInt8;
 }
 
 inline const char* dtype_name(Dtype dtype) {
-  constexpr const char* names[] = {"torch.float32", "torch.float64", "torch.bfloat16", "torch.float16",
-                                   "torch.int64",   "torch.bool",    "another"};
+  constexpr const char* names[] = {"torch.float32", "torch.float64", "torch.bfloat16", "torch.float16", "torch.int64",
+                                   "torch.bool",    "torch.int32",   "torch.int8",     "another"};
   return names[static_cast<int>(dtype)];
 }
 
 inline Index dtype_bytes(Dtype dtype) {
-  constexpr Index bytes[] = {4, 8, 2, 2, 8, 1, 0};
+  constexpr Index bytes[] = {4, 8, 2, 2, 8, 1, 4, 1, 0};
   return bytes[static_cast<int>(dtype)];
 }
 
@@ -133,8 +135,8 @@ class Tensor {
       const py::module_ torch = py::module_::import("torch");
       tensor = torch.attr("Tensor");
       parameter = torch.attr("nn").attr("Parameter");
-      dtypes = {torch.attr("float32"), torch.attr("float64"), torch.attr("bfloat16"),
-                torch.attr("float16"), torch.attr("int64"),   torch.attr("bool")};
+      dtypes = {torch.attr("float32"), torch.attr("float64"), torch.attr("bfloat16"), torch.attr("float16"),
+                torch.attr("int64"),   torch.attr("bool"),    torch.attr("int32"),    torch.attr("int8")};
       const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
       if (!PyCapsule_IsValid(capsule.ptr(), dlpack::kCapsule)) return;
       const auto* table = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsule));
@@ -172,6 +174,8 @@ class Tensor {
              : is(dlpack::kFloat, 16)  ? Dtype::kFloat16
              : is(dlpack::kInt, 64)    ? Dtype::kInt64
              : is(dlpack::kBool, 8)    ? Dtype::kBool
+             : is(dlpack::kInt, 32)    ? Dtype::kInt32
+             : is(dlpack::kInt, 8)     ? Dtype::kInt8
                                        : Dtype::kOther;
     data_ = view.data ? static_cast<char*>(view.data) + view.byte_offset : nullptr;
     return true;

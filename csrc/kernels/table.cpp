@@ -30,6 +30,8 @@ template <class Cell, class T>
 void step(const ForwardArgs<T>& args);
 template <class Cell, class T>
 void unprojected(const UnprojectedArgs<T>& args);
+template <class Cell>
+void int8_forward(const Int8Args& args);
 
 namespace {
 
@@ -55,10 +57,24 @@ constexpr TypedKernels<T> typed_kernels() {
   return table;
 }
 
+template <class Cell>
+constexpr void add_int8(Kernels& table, CellKind kind) {
+  if constexpr (!kTwoStages<Cell>) table.int8_forward[static_cast<int>(kind)] = int8_forward<Cell>;
+}
+
 constexpr Kernels all_kernels() {
-  Kernels table{FUSED_RNN_TEXT(FUSED_RNN_ISA), FUSED_RNN_VECTOR_BYTES,  {},
-                typed_kernels<float>(),        typed_kernels<double>(), widen_rows<BFloat16>,
-                widen_rows<Float16>,           narrow_rows<BFloat16>,   narrow_rows<Float16>};
+  Kernels table{FUSED_RNN_TEXT(FUSED_RNN_ISA),
+                FUSED_RNN_VECTOR_BYTES,
+                {},
+                typed_kernels<float>(),
+                typed_kernels<double>(),
+                widen_rows<BFloat16>,
+                widen_rows<Float16>,
+                narrow_rows<BFloat16>,
+                narrow_rows<Float16>,
+                {}};
+#define FUSED_RNN_CELL(name, Struct) add_int8<Struct<float>>(table, CellKind::k##Struct);
+#include "cells/cells.def"
 #define FUSED_RNN_CELL(name, Struct) table.shapes[static_cast<int>(CellKind::k##Struct)] = shape_of<Struct<float>>(#name);
 #include "cells/cells.def"
   return table;

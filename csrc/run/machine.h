@@ -16,9 +16,15 @@ inline bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 }
+// Products of 8-bit numbers, beside the instruction set "avx512".
+inline bool has_vnni() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512vnni");
+}
 #else
 inline bool has_avx2() { return false; }
 inline bool has_avx512() { return false; }
+inline bool has_vnni() { return false; }
 #endif
 
 // Throws if no instruction set of this build runs here: FUSED_RNN_ISAS may have left the baseline out.

@@ -244,6 +244,8 @@ struct TypedKernels {
   void (*unprojected[kCellKinds])(const UnprojectedArgs<T>&);
 };
 
+struct Int8Args;
+
 struct Kernels {
   const char* isa;
   int vector_bytes;
@@ -254,6 +256,8 @@ struct Kernels {
   void (*widen_float16)(const ConvertArgs<Float16, float>&);
   void (*narrow_bfloat16)(const ConvertArgs<float, BFloat16>&);
   void (*narrow_float16)(const ConvertArgs<float, Float16>&);
+  // The forward of a layer with int8 weights; null for a cell of two stages.
+  void (*int8_forward[kCellKinds])(const Int8Args&);
 };
 
 }  // namespace fused_rnn

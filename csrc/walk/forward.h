@@ -94,7 +94,8 @@ class ForwardWalk {
     }
     seat_.phase([&](int part) {
       take(part);
-      keep_last();
+      const Index begin = outputs_.begin * kLanes<T>, end = outputs_.end * kLanes<T>;
+      keep_last(args_.sizes, args_.out, d_, batch_, {begin, end < output_ ? end : output_}, h_);
     });
   }
 
@@ -241,22 +242,6 @@ class ForwardWalk {
           T* h = args_.out.at(first + j, d_) + v * kLanes<T>;
           with_io<T>(output_, v, [&](auto io, Index) { io.store(h, sums[0]); });
         });
-  }
-
-  // The state after the walk is every sequence's last output; a sequence without a step keeps its state.
-  void keep_last() {
-    const Index begin = outputs_.begin * kLanes<T>;
-    const Index end = outputs_.end * kLanes<T> < output_ ? outputs_.end * kLanes<T> : output_;
-    if (begin >= end) return;
-    for (Index s = 0, j = 0; s < steps_.length; ++s) {
-      const Index t = step_at(steps_.length - 1 - s);
-      const Index first = steps_.offset(t) + batch_.begin;
-      for (const Index n = clip(steps_.count(t), batch_); j < n; ++j) {
-        std::memcpy(h_ + (batch_.begin + j) * output_ + begin, args_.out.at(first + j, d_) + begin,
-                    static_cast<std::size_t>(end - begin) * sizeof(T));
-      }
-      if (j == batch_.size()) return;
-    }
   }
 
   const ForwardArgs<T>& args_;

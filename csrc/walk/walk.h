@@ -265,6 +265,23 @@ inline void product(const Matrix<T>* w_inputs, const Waiting<T>& waiting, const 
   }
 }
 
+// The state after a walk of recurrence d is every sequence's last output; a sequence without a step keeps its state. For the
+// sequences `batch` and the columns `mine`; h is (N, P).
+template <class T>
+inline void keep_last(const Sizes& s, const Rows<T>& out, Index d, Range batch, Range mine, T* h) {
+  if (mine.begin >= mine.end) return;
+  const StepRows& steps = s.steps;
+  for (Index i = 0, j = 0; i < steps.length; ++i) {
+    const Index t = s.reverse[d] ? i : steps.length - 1 - i;
+    const Index first = steps.offset(t) + batch.begin;
+    for (const Index n = clip(steps.count(t), batch); j < n; ++j) {
+      std::memcpy(h + (batch.begin + j) * s.output + mine.begin, out.at(first + j, d) + mine.begin,
+                  static_cast<std::size_t>(mine.size()) * sizeof(T));
+    }
+    if (j == batch.size()) return;
+  }
+}
+
 // Threads for a pass over `bytes` of memory: one where waking the others takes longer than the pass.
 inline int threads_for(double bytes, int threads) { return bytes < (256 << 10) ? 1 : threads; }
 
@@ -301,6 +318,11 @@ class Groups {
     Index smallest = parts_.front().size();
     for (const Range& part : parts_) smallest = part.size() < smallest ? part.size() : smallest;
     return smallest;
+  }
+  Index largest_part() const {
+    Index largest = 0;
+    for (const Range& part : parts_) largest = part.size() > largest ? part.size() : largest;
+    return largest;
   }
 
   // Runs task(d, batch, workspace, seat) for every part of every recurrence's batch, each by the threads of one group. Then a

@@ -6,12 +6,13 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fused_rnn.cells.derivation import Derived, derive, equations_of
+from fused_rnn.cells.derivation import Derived, Row, derive
+from fused_rnn.cells.in_torch import equations_of
 from fused_rnn.cells.language import trace
 from fused_rnn.data.cell import Cell
 from fused_rnn.data.equations import Equations
 
-__all__ = ["DEFINED", "Definition", "cell"]
+__all__ = ["DEFINED", "Definition", "Row", "built_in", "cell"]
 
 # By the names of their rows.
 DEFINED: dict[str, Definition] = {}
@@ -28,10 +29,12 @@ class Definition:
         equations: one step in plain torch.
     """
 
-    def __init__(self, body: Callable[..., Any], gates: tuple[str, ...], states: tuple[str, ...]) -> None:
+    def __init__(
+        self, body: Callable[..., Any], gates: tuple[str, ...], states: tuple[str, ...], row: Row | None = None
+    ) -> None:
         functools.update_wrapper(self, body)
         self.body = body
-        self.derived: Derived = derive(trace(body.__name__, gates, states, body))
+        self.derived: Derived = derive(trace(body.__name__, gates, states, body), row)
         self.equations: Equations = equations_of(self.derived, body)
         DEFINED[self.row.name] = self
 
@@ -69,13 +72,17 @@ def cell(gates: str | Sequence[str], states: str | Sequence[str] = "h") -> Calla
     is W_ig x + b_ig of gate g, and ``W.g(h)`` is W_hg h + b_hg. Values are combined by ``+ - * /``, numbers, and the functions
     ``sigmoid``, ``tanh`` and ``relu`` of ``fused_rnn.cells``. Units meet in ``W`` alone: the rest is the same for each of them.
 
+    The last gates may multiply another value than h, the same one for all of them, made of h and of the gates before: ``r * h``
+    in ``W.n(r * h)``. Such a step has two stages, a product in each.
+
     Args:
         gates: their names, in the order of the weights' rows: at most four.
         states: their names: ``"h"``, which ``W`` multiplies and which is the output, and at most one other.
 
     Raises:
         ValueError: if a name is missing or there twice; if a gate is never used, or a state is not returned; if of another gate
-            than the last one the shares ``x`` and ``W`` are not simply added up.
+            than the last one, or of any in a step with two stages, the shares ``x`` and ``W`` are not simply added up; if ``W``
+            multiplies what no second stage can.
         TypeError: if the equations do something else with a value.
 
     >>> from fused_rnn.cells import sigmoid, tanh
@@ -86,6 +93,17 @@ def cell(gates: str | Sequence[str], states: str | Sequence[str] = "h") -> Calla
     >>> forgetful.row.gates
     ('f', 'g')
     """
+    return _definer(gates, states, None)
+
+
+def built_in(row: Row, gates: str, states: str = "h") -> Callable[[Callable[..., Any]], Definition]:
+    """As ``cell``, for those of this package: their rows have names of their own."""
+    return _definer(gates, states, row)
+
+
+def _definer(
+    gates: str | Sequence[str], states: str | Sequence[str], row: Row | None
+) -> Callable[[Callable[..., Any]], Definition]:
     gate_names, state_names = _names(gates, "gates"), _names(states, "states")
     if state_names[0] != "h" or len(state_names) > 2:
         raise ValueError(f"states: expected 'h' and at most one other, got {states!r}")
@@ -95,6 +113,6 @@ def cell(gates: str | Sequence[str], states: str | Sequence[str] = "h") -> Calla
         raise ValueError(f"gates, states: expected different names, got {gates!r} and {states!r}")
 
     def define(body: Callable[..., Any]) -> Definition:
-        return Definition(body, gate_names, state_names)
+        return Definition(body, gate_names, state_names, row)
 
     return define

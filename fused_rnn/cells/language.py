@@ -99,12 +99,21 @@ class Graph:
         gates: their names, in the order of the weights' rows.
         states: their names, h first.
         after: the states after the step.
+        later: the gates whose product is with ``operand`` and not with h: the last ones, or none.
+        operand: what they multiply, which the step makes; None where there are no such gates.
     """
 
     def __init__(self, name: str, gates: tuple[str, ...], states: tuple[str, ...]) -> None:
         self.name, self.gates, self.states = name, gates, states
         self.after: tuple[Node, ...] = ()
+        self.later: tuple[str, ...] = ()
+        self.operand: Node | None = None
         self._nodes: dict[tuple[Any, ...], Node] = {}
+
+    @property
+    def roots(self) -> tuple[Node, ...]:
+        """All that a step has to compute."""
+        return self.after if self.operand is None else (*self.after, self.operand)
 
     def make(self, operation: str, *operands: Node, value: Any = None) -> Node:
         """A node, the same for the same operands; what ones and zeros leave of it."""
@@ -143,8 +152,14 @@ class Graph:
             return None
         left, right = operands
         if operation == "add":
+            if right.operation == "neg":
+                return self.make("sub", left, *right.operands)
+            if left.operation == "neg":
+                return self.make("sub", right, *left.operands)
             return right if numbers[0] == 0 else left if numbers[1] == 0 else None
         if operation == "sub":
+            if right.operation == "neg":
+                return self.make("add", left, *right.operands)
             return left if numbers[1] == 0 else None
         if operation == "mul":
             if 0 in numbers:
@@ -185,10 +200,10 @@ class _Inputs:
 
 
 class _Products:
-    """``W``: for each gate the function v -> W_hg v + b_hg."""
+    """``W``: for each gate the function v -> W_hg v + b_hg, of which the value is known; ``called`` is told of each call."""
 
-    def __init__(self, name: str, values: dict[str, Any], operand: Any) -> None:
-        self._name, self._values, self._operand = name, values, operand
+    def __init__(self, name: str, values: dict[str, Any], called: Callable[[str, Any], None]) -> None:
+        self._name, self._values, self._called = name, values, called
 
     def __getattr__(self, gate: str) -> Any:
         if gate.startswith("__"):
@@ -197,11 +212,7 @@ class _Products:
             raise AttributeError(f"{self._name}: W.{gate}: expected one of its gates, {', '.join(self._values)}")
 
         def product(operand: Any) -> Any:
-            if operand is not self._operand:
-                raise TypeError(
-                    f"{self._name}: W.{gate}: expected h, the state before the step, got another value; "
-                    "a second product within the step is not in the language"
-                )
+            self._called(gate, operand)
             return self._values[gate]
 
         return product
@@ -212,19 +223,58 @@ def trace(name: str, gates: tuple[str, ...], states: tuple[str, ...], body: Call
 
     Raises:
         TypeError: if the body does something with a value that the language lacks, or returns something else than its states.
-        ValueError: if it does not return all of its states, or a gate is never used.
+        ValueError: if it does not return all of its states, a gate is never used, or products are with what no kernel has.
     """
     graph = Graph(name, gates, states)
     before = [graph.leaf("state", state) for state in states]
+    operands: dict[str, Node] = {}
+
+    def called(gate: str, operand: Any) -> None:
+        node = graph.as_node(operand)
+        if operands.setdefault(gate, node) is not node:
+            raise ValueError(f"{name}: W.{gate}: expected the same operand wherever it is used, got two")
+
     x = _Inputs(name, {gate: graph.leaf("x", gate) for gate in gates})
-    w = _Products(name, {gate: graph.leaf("w", gate) for gate in gates}, before[0])
+    w = _Products(name, {gate: graph.leaf("w", gate) for gate in gates}, called)
     graph.after = _states(graph, body(x, w, *before))
-    used = {(node.operation, node.value) for node in order(graph.after)}
+    _find_stages(graph, operands)
+    used = {(node.operation, node.value) for node in order(graph.roots)}
     for gate in gates:
         for kind, word in (("x", f"x.{gate}"), ("w", f"W.{gate}")):
             if (kind, gate) not in used:
                 raise ValueError(f"{name}: {word}: expected every gate in the equations, with x and with W; it is never used")
     return graph
+
+
+def _find_stages(graph: Graph, operands: dict[str, Node]) -> None:
+    """Tell the gates that multiply h from those that multiply something that the step makes of it."""
+    h = graph.leaf("state", "h")
+    later = tuple(gate for gate in graph.gates if operands.get(gate, h) is not h)
+    if not later:
+        return
+    first = graph.gates[: len(graph.gates) - len(later)]
+    if not first:
+        raise ValueError(
+            f"{graph.name}: W: expected a product with h, got {', '.join(f'W.{gate}' for gate in later)} of others"
+        )
+    if graph.gates[len(first) :] != later:
+        raise ValueError(
+            f"{graph.name}: W.{later[0]}: only the last gates may multiply another value than h; put {later[0]!r} last in gates"
+        )
+    graph.later, graph.operand = later, operands[later[0]]
+    for gate in later:
+        if operands[gate] is not graph.operand:
+            raise ValueError(f"{graph.name}: W.{gate}: expected what W.{later[0]} multiplies, or h; a step has two stages")
+    made_of = order([graph.operand])
+    for node in made_of:
+        if node.operation in ("x", "w") and node.value in later:
+            raise ValueError(
+                f"{graph.name}: W.{later[0]}: expected an operand that is not made of the gate {node.value!r} itself"
+            )
+        if node.operation == "state" and node is not h:
+            raise ValueError(f"{graph.name}: W.{later[0]}: expected an operand made of h and gates, got one of {node.value!r}")
+    if not any(node.operation in ("x", "w", "state") for node in made_of):
+        raise ValueError(f"{graph.name}: W.{later[0]}: expected an operand with a value for each unit, got a number")
 
 
 def _states(graph: Graph, result: Any) -> tuple[Node, ...]:
@@ -235,10 +285,15 @@ def _states(graph: Graph, result: Any) -> tuple[Node, ...]:
     return tuple(graph.as_node(each) for each in found)
 
 
-def called(name: str, gates: tuple[str, ...], body: Callable[..., Any], x: Sequence[Any], w: Sequence[Any], states: Any) -> Any:
+def called(graph: Graph, body: Callable[..., Any], x: Sequence[Any], w: Sequence[Any], states: Any) -> Any:
     """Call a body with tensors: the blocks of the gates, and the states."""
-    products = _Products(name, dict(zip(gates, w, strict=True)), states[0])
-    result = body(_Inputs(name, dict(zip(gates, x, strict=True))), products, *states)
+
+    def check(gate: str, operand: Any) -> None:
+        if gate not in graph.later and operand is not states[0]:
+            raise TypeError(f"{graph.name}: W.{gate}: expected h, the state before the step, as when the cell was defined")
+
+    products = _Products(graph.name, dict(zip(graph.gates, w, strict=True)), check)
+    result = body(_Inputs(graph.name, dict(zip(graph.gates, x, strict=True))), products, *states)
     return result if isinstance(result, tuple) else (result,)
 
 

@@ -34,6 +34,22 @@ def forward_flops(
     return 2 * input.shape[0] * sum(weight.numel() for weight in weights if weight.dim() == 2)
 
 
+def int8_forward_flops(
+    cell_name: str,
+    input: Tensor,
+    states: Sequence[Tensor],
+    hidden: int,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    reverse: Sequence[int],
+    *_: Any,
+    **__: Any,
+) -> int:
+    """As those of the float layer, whatever the weights are padded with."""
+    return 2 * input.shape[0] * named(cell_name).num_gates * hidden * (input.shape[1] + hidden) * len(reverse)
+
+
 def backward_flops(
     cell_name: str,
     input: Tensor,
@@ -82,6 +98,7 @@ def _first_rows(states: Sequence[Tensor], batch_sizes: Tensor | None, backwards:
 
 def _register(flop_counter: ModuleType) -> None:
     flop_counter.register_flop_formula(torch.ops.fused_rnn.layer_forward, get_raw=True)(forward_flops)
+    flop_counter.register_flop_formula(torch.ops.fused_rnn.int8_forward, get_raw=True)(int8_forward_flops)
     flop_counter.register_flop_formula(torch.ops.fused_rnn.layer_backward, get_raw=True)(backward_flops)
 
 

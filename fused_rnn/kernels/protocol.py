@@ -86,6 +86,38 @@ class LayerCall(NamedTuple):
         return tuple.__new__(LayerCall, (layer, operands[0], states, weights, reset))
 
 
+class Int8Weights(NamedTuple):
+    """The parameters of one direction of one layer with int8 weights: ``fused_rnn.data.int8.Packed`` twice, and the biases."""
+
+    ih: Tensor
+    scale_ih: Tensor
+    sums_ih: Tensor
+    hh: Tensor
+    scale_hh: Tensor
+    sums_hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+
+
+class Int8Call(NamedTuple):
+    """A layer with int8 weights, as ``LayerCall``.
+
+    Attributes:
+        layer: what it computes; the backend is an ``Int8Backend``.
+        input, states: in float32.
+        hidden: H.
+        weights: of each recurrence.
+        reset: as of ``LayerCall``.
+    """
+
+    layer: Layer
+    input: Tensor
+    states: States | None
+    hidden: int
+    weights: Sequence[Int8Weights]
+    reset: Tensor | None = None
+
+
 class LayerResult(NamedTuple):
     """What a forward returns.
 
@@ -174,6 +206,19 @@ class Backend(Protocol):
 
         Returns:
             the gradients of ``call.operands()``, None where they are not wanted.
+        """
+
+
+class Int8Backend(Backend, Protocol):
+    """A backend that computes with int8 weights too."""
+
+    def int8_forward(self, call: Int8Call, batch_first: bool = False) -> LayerResult:
+        """Compute a layer; there is no tape, and no backward.
+
+        The rows that the weights are multiplied with, of the input and of h, are rounded to whole numbers on the way: each row
+        has a scale of its own, its largest magnitude divided by 127.
+
+        Args: as of ``forward``.
         """
 
 

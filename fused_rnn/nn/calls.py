@@ -115,7 +115,7 @@ def sequence(
         steps = Steps(length, batch)
         if lengths is not None:
             run = partial(_layers, cell, weights, directions, dropout, cell_states, backend)
-            out, after, cells = _padded(run, input, steps, states, reset, lengths, batched, batch_first, weights[0].hh)
+            out, after, cells = padded(run, input, steps, states, reset, lengths, batched, batch_first, weights[0].hh)
         else:
             turned = False
             if batch_first:
@@ -157,7 +157,7 @@ def _check_dense(
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
 
-def _padded(
+def padded(
     run: Callable[..., Outputs],
     input: Tensor,
     steps: Steps,

@@ -12,13 +12,14 @@ from fused_rnn.data.cell import Cell, Weights
 from fused_rnn.kernels.protocol import States
 from fused_rnn.nn import calls, checks, symbolic
 from fused_rnn.nn.initialisation import Initialised
+from fused_rnn.nn.qconfig import Quantizable
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-class _Cell(Initialised, torch.nn.modules.rnn.RNNCellBase):
+class _Cell(Quantizable, Initialised, torch.nn.modules.rnn.RNNCellBase):
     """What the cells share."""
 
     def _step(self, cell: Cell, input: Tensor, states: States | None) -> States:

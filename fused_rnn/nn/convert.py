@@ -180,9 +180,9 @@ def _swap(
                 paths.setdefault(id(child), []).append(f"{parent}.{key}" if parent else key)
     for name, module in found:
         before = type(module)
-        plain = _plain(before)
+        plain = plain_class(before)
         target = target_of(plain)
-        reason = target if isinstance(target, str) else _kinship(module, plain) if target is None else _obstacle(module)
+        reason = target if isinstance(target, str) else kinship(module, plain) if target is None else obstacle(module)
         if reason is None and target is not None and not getattr(module, "reset_after", True):
             reason = "torch.nn has no GRU with reset_after=False"
         if reason is None:
@@ -195,7 +195,7 @@ def _swap(
     return model
 
 
-def _plain(cls: type[nn.Module]) -> type[nn.Module]:
+def plain_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The class that a module had before torch wrapped it in classes made at run time."""
     while cls.__module__.startswith(_WRAPPED_IN) and issubclass(cls.__bases__[-1], nn.Module):
         cls = cls.__bases__[-1]
@@ -211,7 +211,7 @@ def _wrapped(cls: type[nn.Module], plain: type[nn.Module], target: type[nn.Modul
     return type(cls.__name__.removesuffix(plain.__name__) + target.__name__, (*cls.__bases__[:-1], base), members)
 
 
-def _obstacle(module: nn.Module) -> str | None:
+def obstacle(module: nn.Module) -> str | None:
     """Why a module of a class that can be swapped should not be."""
     for name in kept_classes.METHODS:
         if name in vars(module):
@@ -228,7 +228,7 @@ def _obstacle(module: nn.Module) -> str | None:
     return None
 
 
-def _kinship(module: nn.Module, plain: type[nn.Module]) -> str | None:
+def kinship(module: nn.Module, plain: type[nn.Module]) -> str | None:
     """Why a module that looks like a recurrent one of torch.nn is none; None where it does not look so."""
     if isinstance(module, torch.jit.ScriptModule) and module.original_name in _NAMES:
         return "it is scripted or traced"
@@ -240,7 +240,7 @@ def _kinship(module: nn.Module, plain: type[nn.Module]) -> str | None:
 
 
 def _change_class(module: nn.Module, target: type[nn.Module]) -> None:
-    given = _given_weights(module)
+    given = given_weights(module)
     state: dict[str, Any] = vars(module)
     if isinstance(module, FlatWeights):
         module._forget_given()
@@ -250,7 +250,7 @@ def _change_class(module: nn.Module, target: type[nn.Module]) -> None:
     if not issubclass(target, Initialised):
         for option in OPTIONS:
             state.pop(option, None)
-    module.__class__ = _wrapped(type(module), _plain(type(module)), target)
+    module.__class__ = _wrapped(type(module), plain_class(type(module)), target)
     if not issubclass(target, Initialised) and isinstance(module, nn.RNNBase):
         # It reads the weights. Reading a parametrized one in training may change it: a power iteration, a dropout mask.
         parametrizations = getattr(module, "parametrizations", None)
@@ -264,7 +264,7 @@ def _change_class(module: nn.Module, target: type[nn.Module]) -> None:
         setattr(module, "_flat_weights", given)  # noqa: B010
 
 
-def _given_weights(module: nn.Module) -> list[Any] | None:
+def given_weights(module: nn.Module) -> list[Any] | None:
     """The list ``_flat_weights`` where the module computes with other tensors than its attributes; else None."""
     if not isinstance(module, nn.RNNBase) or parametrize.is_parametrized(module):
         return None

@@ -19,13 +19,14 @@ from fused_rnn.data.cell import Cell
 from fused_rnn.nn import calls, checks, symbolic
 from fused_rnn.nn.flat_weights import FlatWeights
 from fused_rnn.nn.initialisation import Initialised
+from fused_rnn.nn.qconfig import Quantizable
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
 Input = TypeVar("Input", Tensor, PackedSequence)
 
 
-class _Layers(Initialised, FlatWeights):
+class _Layers(Quantizable, Initialised, FlatWeights):
     """What RNN, LSTM and GRU share."""
 
     def _run(

@@ -22,7 +22,8 @@ class Recurrent(torch.nn.Module):
     r"""A stack of recurrences of a cell that was made by ``fused_rnn.cell``.
 
     Args:
-        cell: which cell.
+        cell: which cell: your own, or of ``fused_rnn.cells``: ``mgu``, ``gru_reset_before``, ``gru``, ``lstm``, ``rnn_tanh``,
+            ``rnn_relu``.
         input_size: features of the input, I.
         hidden_size: hidden units, H.
         num_layers: layers, L. Default: 1

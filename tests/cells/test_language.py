@@ -8,30 +8,43 @@ from typing import Any
 
 import pytest
 import torch
-from equations_support import CELLS, OF_TORCH, coupled, gru, lstm, memory, swish
+from equations_support import CELLS, TWO_STAGES, coupled, deep, gru, late, lstm, memory, reset_before, swish
 
 import fused_rnn
-from fused_rnn.cells import GRU, LSTM, RNN_TANH, relu, sigmoid, tanh
+from fused_rnn.cells import GRU, GRU_RESET_BEFORE, LSTM, RNN_TANH, mgu, relu, sigmoid, tanh
 from fused_rnn.cells.definition import Definition
-from fused_rnn.cells.derivation import backward_in_torch, signature
+from fused_rnn.cells.derivation import signature
+from fused_rnn.cells.in_torch import backward_in_torch
 from fused_rnn.cells.language import evaluate, order
+from fused_rnn.data.cell import Cell
 
 every_cell = pytest.mark.parametrize("name", CELLS)
 
 
-@pytest.mark.parametrize(("definition", "row"), [(OF_TORCH["LSTM"], LSTM), (OF_TORCH["GRU"], GRU), (OF_TORCH["RNN"], RNN_TANH)])
-def test_the_rows_of_torchs_cells_follow(definition: Definition, row: Any) -> None:
-    """All that kernels read is derived as it was written by hand."""
-    derived = definition.row
-    renamed = {derived.apart: row.apart}
-    for field in ("gates", "states", "tape", "d_gates"):
-        assert tuple(renamed.get(block, block) for block in getattr(derived, field)) == getattr(row, field)
-    for field in ("reads_before", "direct", "d_hh_groups", "weight_blocks", "num_gates", "cell_state"):
-        value = getattr(derived, field)
-        if field == "d_hh_groups":
-            value = tuple(tuple(renamed.get(block, block) for block in group) for group in value)
-        assert value == getattr(row, field), field
-    assert (derived.apart is None) == (row.apart is None)
+# As they were first written, by hand.
+ROWS = {
+    "rnn_tanh": Cell(
+        "rnn_tanh", "RNN_TANH", ("h",), ("h",), ("h",), ("h",), reads_before=None, direct=False, tape_is_out=True, module="rnn"
+    ),
+    "lstm": Cell(
+        "lstm", "LSTM", tuple("ifgo"), ("h", "c"), tuple("ifgoc"), tuple("ifgo"), reads_before="c", direct=False, forget="f",
+        in_one_piece=True,
+    ),
+    "gru": Cell(
+        "gru", "GRU", tuple("rzn"), ("h",), ("r", "z", "n", "hn"), ("hn", "r", "z", "n"), reads_before="h", direct=True,
+        apart="hn",
+    ),
+    "gru_reset_before": Cell(
+        "gru_reset_before", "GRU_RESET_BEFORE", tuple("rzn"), ("h",), tuple("rznm"), tuple("rzn"), reads_before="h",
+        direct=True, later=("n",), operand="m",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", [RNN_TANH, LSTM, GRU, GRU_RESET_BEFORE], ids=lambda row: row.name)
+def test_the_rows_of_known_cells_follow(row: Cell) -> None:
+    """All that kernels written by hand read."""
+    assert dataclasses.replace(row, projected=None) == ROWS[row.name]
 
 
 def values_of(definition: Definition) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
@@ -68,20 +81,57 @@ def test_one_step_and_its_backward(name: str) -> None:
     torch.testing.assert_close(before, list(expected[2 * count :]))
 
 
+@pytest.mark.parametrize("name", TWO_STAGES)
+def test_the_second_stage(name: str) -> None:
+    """The operand is what the body multiplies, and the second stage of the backward is that of torch.autograd."""
+    definition = CELLS[name]
+    equations, row = definition.equations, definition.row
+    x, w, states = values_of(definition)
+    first = w[: len(row.first)]
+    assert equations.operand is not None
+    assert equations.later_backward is not None
+    operand = equations.operand(torch.cat(x, -1), torch.cat(first, -1), tuple(states))
+    _, tape = equations.step(torch.cat(x, -1), torch.cat(w, -1), tuple(states))
+    torch.testing.assert_close(tape[row.tape.index(row.operand)], operand)
+    d_operand = torch.randn_like(operand)
+    asked = (*x, *states)
+    expected = torch.autograd.grad(operand, asked, d_operand, allow_unused=True, materialize_grads=True)
+    found, direct = equations.later_backward(tuple(each.detach() for each in tape), tuple(states), d_operand)
+    torch.testing.assert_close(direct, expected[len(x)])
+    for gate, wanted in zip(row.gates, expected, strict=False):
+        torch.testing.assert_close(found.get(gate, torch.zeros_like(wanted)), wanted)
+
+
 @every_cell
 def test_only_what_is_needed_is_kept(name: str) -> None:
-    """Nothing is kept that follows from other kept values, but for c and for what the last gate has apart."""
+    """Nothing is kept that follows from other kept values, but for c, the operand, and what the last gate has apart."""
     derived = CELLS[name].derived
-    must = {derived.cell.cell_state, derived.cell.apart}
+    must = {derived.cell.cell_state, derived.cell.apart, derived.cell.operand}
     roots = [*derived.d_gates.values(), *(each for each in derived.d_before if each is not None)]
     read = set(order(roots, derived.available().__contains__))
+    if derived.cell.later:
+        second = [*derived.later_d_gates.values(), *([] if derived.later_direct is None else [derived.later_direct])]
+        read |= set(order(second, derived.available_later().__contains__))
+        early = {node for node in derived.kept.values() if not derived.is_late(node)}
+        read |= set(order([*derived.graph.after, *(set(derived.kept.values()) - early)], early.__contains__))
     for block, node in derived.kept.items():
         assert block in must or node in read
 
 
+def test_two_stages() -> None:
+    """Which gates are later, and what the tape holds for them."""
+    assert (mgu.row.later, mgu.row.tape) == (("n",), ("f", "n", "m"))
+    assert (deep.row.later, deep.row.tape) == (("o", "g"), ("i", "s", "o", "g", "c", "m"))
+    assert (late.row.later, late.row.operand) == (("b",), "m")
+    assert reset_before.row.d_gates == ("r", "z", "n")
+    # Both stages of the backward have a share in f.
+    assert "f" in mgu.derived.d_gates
+    assert "f" in mgu.derived.later_d_gates
+
+
 def test_what_is_kept() -> None:
     assert lstm.row.tape == ("i", "f", "g", "o", "c")
-    assert gru.row.tape == ("r", "z", "n", "apart")
+    assert gru.row.tape == ("r", "z", "n", "hn")
     assert coupled.row.tape == ("f", "g", "o", "c")
     # The sum of s is read twice, so it is kept in place of an activation.
     assert swish.derived.kept["s"] is swish.derived.sums["s"]
@@ -143,7 +193,42 @@ def branching(x: Any, W: Any, h: Any) -> Any:
         (fails(lambda x, W, h: None), TypeError, "expected a value of the step or a number, got NoneType"),
         (fails(lambda x, W, h: tanh(x.m + W.n(h))), AttributeError, r"x\.m: expected one of its gates, n"),
         (fails(lambda x, W, h: tanh(x.n + W.m(h))), AttributeError, r"W\.m: expected one of its gates, n"),
-        (fails(lambda x, W, h: tanh(x.n + W.n(h * h))), TypeError, r"W\.n: expected h, the state before the step"),
+        (fails(lambda x, W, h: tanh(x.n + W.n(h * h))), ValueError, r"W: expected a product with h, got W\.n of others"),
+        (
+            fails(lambda x, W, h: tanh(x.a + W.a(2 * h) + x.b + W.b(h)), gates="a b"),
+            ValueError,
+            r"W\.a: only the last gates may",
+        ),
+        (
+            fails(lambda x, W, h: tanh(x.a + W.a(h)) * (x.b + W.b(2 * h)) * (x.c + W.c(3 * h)), gates="a b c"),
+            ValueError,
+            r"W\.c: expected what W\.b multiplies, or h; a step has two stages",
+        ),
+        (
+            fails(lambda x, W, h: tanh(x.a + W.a(h)) + x.b + W.b(x.b), gates="a b"),
+            ValueError,
+            r"W\.b: expected an operand that is not made of the gate 'b' itself",
+        ),
+        (
+            fails(lambda x, W, h, c: (x.a + W.a(h) + x.b + W.b(c), c), gates="a b", states="h c"),
+            ValueError,
+            r"W\.b: expected an operand made of h and gates, got one of 'c'",
+        ),
+        (
+            fails(lambda x, W, h: x.a + W.a(h) + x.b + W.b(2), gates="a b"),
+            ValueError,
+            r"W\.b: expected an operand with a value for each unit, got a number",
+        ),
+        (
+            fails(lambda x, W, h: x.a + W.a(h) + x.b * W.b(2 * h), gates="a b"),
+            ValueError,
+            r"W\.b: only the last gate's share of h may be apart from x\.b: use .*, of a step with two stages none",
+        ),
+        (
+            fails(lambda x, W, h: W.a(h) * W.a(2 * h) + x.a, gates="a"),
+            ValueError,
+            r"W\.a: expected the same operand wherever it is used, got two",
+        ),
         (fails(lambda x, W, h: (x.n + W.n(h)).exp()), AttributeError, r"exp: expected an operation of the language \(\+, -"),
         (fails(lambda x, W, h: x.n + W.n(h) + "1"), TypeError, "expected a value of the step or a number, got str"),
         (fails(lambda x, W, h: x.n + W.n(h) + True), TypeError, "expected a value of the step or a number, got bool"),

@@ -13,6 +13,7 @@
 // The kernels' code before the table of them, so that the table has them made here for both dtypes.
 #include "walk/backward.h"
 #include "walk/forward.h"
+#include "walk/int8_forward.h"
 #include "walk/multiply.h"
 #include "walk/pack.h"
 #include "walk/step.h"

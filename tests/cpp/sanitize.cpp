@@ -5,6 +5,7 @@
 #include <thread>
 #include <vector>
 
+#include "int8.h"
 #include "problem.h"
 #include "teams.h"
 
@@ -285,6 +286,7 @@ int run_all() {
   int failures = check_patience() + check_staying_away();
   for (int members : {1, 2, 3, 5}) failures += check_crew(members) + check_parallel(members);
   failures += check_conversions(kernels().widen_bfloat16, kernels().narrow_bfloat16, 0x7f80);
+  failures += check_int8();
   failures += check_conversions(kernels().widen_float16, kernels().narrow_float16, 0x7c00);
   // Two callers at once: nothing is shared between calls.
   int other = 0;

@@ -9,44 +9,33 @@ import torch
 import triton
 import triton.language as tl  # noqa: F401 — the interpreter looks for it beside what it runs
 import walks_support
+from equations_support import leaky
 from test_contract import REGIMES, regime_of
-from torch import Tensor
 from walks_support import Case, check
 
 from fused_rnn import cells
 from fused_rnn.cells import LSTM
-from fused_rnn.data.cell import Cell
-from fused_rnn.data.equations import Equations
 from fused_rnn.kernels.by_walk.walk import Walk
 from fused_rnn.kernels.reference.recurrence import walk
 from fused_rnn.kernels.triton.activations import tanh
 from fused_rnn.kernels.triton.contract import contract
 from fused_rnn.kernels.triton.recurrence import Recurrence
 
-# A leaky integrator, h = (h₋ + tanh(…)) / 2: h passes beside the product, and the backward reads no state before the step.
-LEAKY = Cell("leaky", "LEAKY", ("n",), ("h",), ("n",), ("n",), reads_before=None, direct=True)
-
-
-def leaky_step(gates_x: Tensor, gates_h: Tensor, states: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    n = (gates_x + gates_h).tanh()
-    return (0.5 * states[0] + 0.5 * n,), (n,)
-
-
-def leaky_gates(tape: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    return (tape[0].atanh(),), (torch.zeros_like(tape[0]),)
+# h passes beside the product, and the backward reads no state before the step.
+LEAKY = leaky.row
 
 
 @triton.jit
 def step(x, product, bias, h):
     n = tanh(x[0] + bias[0] + product[0])
-    h = 0.5 * h + 0.5 * n
+    h = 0.9 * h + 0.1 * n
     return h, h, (n,)
 
 
 @triton.jit
 def step_backward(tape, before, d_h, d_carry):
     n = tape[0]
-    return (d_h * 0.5 * (1.0 - n * n),), d_h * 0.5, d_carry
+    return (d_h * 0.1 * (1.0 - n * n),), d_h * 0.9, d_carry
 
 
 @pytest.mark.parametrize(
@@ -55,13 +44,10 @@ def step_backward(tape, before, d_h, d_carry):
 @pytest.mark.parametrize("regime", REGIMES)
 def test_a_leaky_cell(regime: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cells.CELLS, LEAKY.name, LEAKY)
-    made = {"triton": contract(Recurrence(LEAKY, step, step_backward)), "reference": walk(_EQUATIONS)}
+    made = {"triton": contract(Recurrence(LEAKY, step, step_backward)), "reference": walk(leaky.equations)}
     monkeypatch.setattr(walks_support, "walk_of", lambda backend, _: Walk(*made[backend]))
     with regime_of(regime, monkeypatch):
         check("triton", LEAKY.name, case, torch.float32)
-
-
-_EQUATIONS = Equations(LEAKY, leaky_step, leaky_gates)
 
 
 def test_a_cell_that_carries_two_states_is_refused() -> None:

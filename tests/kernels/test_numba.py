@@ -17,6 +17,8 @@ from test_kernels import BACKENDS, every_cell
 from walks_support import Case, check
 
 import fused_rnn
+from fused_rnn.cells import GRU, LSTM
+from fused_rnn.cells.definition import DEFINED
 from fused_rnn.data.steps import Steps
 
 pytestmark = pytest.mark.skipif("numba" not in BACKENDS, reason="Numba cannot run here")
@@ -66,22 +68,22 @@ def test_where_nothing_can_be_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     """With no directory to write to, kernels are compiled in memory."""
     from numba.core.caching import FunctionCache
 
-    from fused_rnn.kernels.numba import rnn
     from fused_rnn.kernels.numba.compiled import compiled
+    from fused_rnn.kernels.numba.derived import module_of
 
     def no_place(self: FunctionCache, function: object) -> None:
         raise RuntimeError("cannot cache function: no locator available")
 
     monkeypatch.setattr(FunctionCache, "__init__", no_place)
-    assert compiled.__wrapped__(rnn._backward_relu_kernel, torch.float32).address != 0
+    assert compiled.__wrapped__(module_of(DEFINED["rnn_relu"].derived)._backward_kernel, torch.float32).address != 0
 
 
 def test_other_dtypes_are_refused() -> None:
     """The error names what is allowed and what came."""
-    from fused_rnn.kernels.numba import gru
+    from fused_rnn.kernels.numba.derived import walk_of
 
     with pytest.raises(TypeError, match=r"expected float32 or float64 buffers, got torch\.bfloat16"):
-        gru.gru_pack([torch.zeros(12, 4, dtype=torch.bfloat16)], None, Steps(9, 3), False)
+        walk_of(GRU).pack([torch.zeros(12, 4, dtype=torch.bfloat16)], None, Steps(9, 3), False)
 
 
 def _lstm_call(**changed: object) -> dict[str, object]:
@@ -108,13 +110,14 @@ def _lstm_call(**changed: object) -> dict[str, object]:
 
 
 def _run_lstm(call: dict[str, Any]) -> None:
-    from fused_rnn.kernels.numba import lstm
+    from fused_rnn.kernels.numba.derived import walk_of
 
+    lstm = walk_of(LSTM)
     steps, reverse, reset = call["steps"], call["reverse"], call["reset"]
     # What a caller packed for other sizes, dtypes or the other walk.
-    packed = [call.get(name) or lstm.lstm_pack(call["weight_hh"], call["weight_hr"], steps, name == "backward")
+    packed = [call.get(name) or lstm.pack(call["weight_hh"], call["weight_hr"], steps, name == "backward")
               for name in ("forward", "backward")]  # fmt: skip
-    lstm.lstm_forward(call["tape"], call["out"], call["states"], packed[0], call["bias"], steps, reverse, reset, True)
+    lstm.forward(call["tape"], call["out"], call["states"], packed[0], call["bias"], steps, reverse, reset, True)
     arguments = {
         "d_gates": call["d_gates"],
         "d_states": call["d_states"],
@@ -130,15 +133,16 @@ def _run_lstm(call: dict[str, Any]) -> None:
         "reverse": reverse,
         "reset": reset,
     }
-    taken = inspect.signature(lstm.lstm_backward).parameters
-    lstm.lstm_backward(**{name: value for name, value in arguments.items() if name in taken})
+    taken = inspect.signature(lstm.backward).parameters
+    lstm.backward(**{name: value for name, value in arguments.items() if name in taken})
 
 
 def _packed_lstm(backward: bool, dtype: torch.dtype = torch.float32, hidden: int = 5) -> object:
-    from fused_rnn.kernels.numba import lstm
+    from fused_rnn.kernels.numba.derived import walk_of
 
+    lstm = walk_of(LSTM)
     weight_hh = [torch.randn(4 * hidden, 2, dtype=dtype) for _ in range(2)]
-    return lstm.lstm_pack(weight_hh, [torch.randn(2, hidden, dtype=dtype) for _ in range(2)], Steps(4, 3), backward)
+    return lstm.pack(weight_hh, [torch.randn(2, hidden, dtype=dtype) for _ in range(2)], Steps(4, 3), backward)
 
 
 BAD_CALLS: dict[str, tuple[Callable[[], dict[str, object]], str]] = {

@@ -186,15 +186,13 @@ def _span(steps: Steps, t: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", CELLS)
 def test_tape_holds_what_the_table_says(name: str) -> None:
-    """A step from what leads to the tape gives the tape again; the states are in it, and the part that stays apart."""
+    """The states are in it, and the part that stays apart."""
     cell, n, hidden = CELLS[name], 2, 3
     equations = EQUATIONS[name]
     gates_x, gates_h = torch.randn(2, n, cell.num_gates * hidden, dtype=torch.float64)
     before = tuple(torch.randn(n, hidden, dtype=torch.float64) for _ in cell.states)
     after, tape = equations.step(gates_x, gates_h, before)
     assert (len(after), len(tape)) == (len(cell.states), len(cell.tape))
-    again = equations.step(*(torch.cat(blocks, dim=-1) for blocks in equations.gates(tape)), before)
-    torch.testing.assert_close(again, (after, tape))
     for state, value in zip(cell.states, after, strict=True):
         if state in cell.tape:
             torch.testing.assert_close(tape[cell.tape.index(state)], value)

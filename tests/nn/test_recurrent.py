@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,13 +15,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fused_rnn
-from fused_rnn import Recurrent
+from fused_rnn import Recurrent, cells
 from fused_rnn.cells.definition import Definition
 from fused_rnn.kernels import dispatch
 from fused_rnn.kernels.numba.derived import source_of
 
 T, N, INPUTS, HIDDEN = 5, 3, 4, 6
 every_backend = pytest.mark.parametrize("backend", ["numba", "reference"])
+
+
+def _product(weight: Tensor, bias: Tensor | None, operand: Tensor) -> Tensor:
+    return torch.nn.functional.linear(operand, weight, bias)
 
 
 class Plain:
@@ -37,10 +42,11 @@ class Plain:
         outs: dict[int, Tensor] = {}
         for t in reversed(range(len(rows))) if reverse else range(len(rows)):
             x = torch.nn.functional.linear(rows[t], ih, bias_ih).chunk(cell.row.num_gates, -1)
-            w = torch.nn.functional.linear(states[0], hh, bias_hh).chunk(cell.row.num_gates, -1)
             shares = type("Shares", (), dict(zip(cell.row.gates, x, strict=True)))
+            biases = [None] * cell.row.num_gates if bias_hh is None else bias_hh.chunk(cell.row.num_gates)
+            of_gates = zip(cell.row.gates, hh.chunk(cell.row.num_gates), biases, strict=True)
             products = type(
-                "Products", (), {gate: staticmethod(lambda h, v=v: v) for gate, v in zip(cell.row.gates, w, strict=True)}
+                "Products", (), {gate: staticmethod(partial(_product, weight, bias)) for gate, weight, bias in of_gates}
             )
             after = cell(shares, products, *states)
             states = after if isinstance(after, tuple) else (after,)
@@ -251,3 +257,19 @@ def test_wrong_inputs() -> None:
         module(input, states[0])
     with pytest.raises(RuntimeError, match="Expected hidden"):
         module(input, (states[0][:, :1], states[1]))
+
+
+@pytest.mark.parametrize("cell", [cells.lstm, cells.gru, cells.gru_reset_before, cells.rnn_tanh, cells.rnn_relu], ids=repr)
+def test_cells_of_this_package(cell: Definition) -> None:
+    """They run on the kernels of their modules."""
+    options: dict[str, Any] = {"num_layers": 2, "bidirectional": True}
+    module = Recurrent(cell, INPUTS, HIDDEN, **options)
+    name = cell.row.name
+    if name.startswith("rnn"):
+        options["nonlinearity"] = name.removeprefix("rnn_")
+    elif name.startswith("gru"):
+        options["reset_after"] = name == "gru"
+    known = {"rnn": fused_rnn.RNN, "gru": fused_rnn.GRU, "lst": fused_rnn.LSTM}[name[:3]](INPUTS, HIDDEN, **options)
+    known.load_state_dict(module.state_dict())
+    input = torch.randn(T, N, INPUTS)
+    torch.testing.assert_close(module(input), known(input), rtol=0, atol=0)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn.data.cell import Cell, Weights
-from fused_rnn.kernels.protocol import COMPUTE, LayerCall, LayerResult, OutputGradients, StepOperands
+from fused_rnn.kernels.protocol import COMPUTE, Int8Call, LayerCall, LayerResult, OutputGradients, StepOperands
 from fused_rnn.kernels.weight_gradients import grouped
 
 _missing: str | None = None
@@ -88,6 +88,27 @@ class _Cpp:
                 batch_first,
             ),
         )
+
+    def int8_forward(self, call: Int8Call, batch_first: bool = False) -> LayerResult:
+        """Compute a layer with int8 weights."""
+        cell, _, steps, reverse, cell_states, step = call.layer
+        out, states, cells = _C.int8_forward(
+            cell.name,
+            call.input,
+            call.states,
+            call.hidden,
+            call.weights,
+            steps.length,
+            steps.batch,
+            steps.batch_sizes,
+            reverse,
+            call.reset,
+            cell_states,
+            step,
+            torch.get_num_threads(),
+            batch_first,
+        )
+        return LayerResult(out, states, cells, None)
 
     def backward(
         self,

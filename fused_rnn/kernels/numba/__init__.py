@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from fused_rnn.data.cell import Cell
-from fused_rnn.kernels import cell_modules, import_cells
+from fused_rnn.cells import CELLS
 from fused_rnn.kernels.protocol import Backend
 
 
@@ -19,7 +18,7 @@ def unavailable() -> str | None:
     if numba.config.DISABLE_JIT:
         return "NUMBA_DISABLE_JIT is set"
     try:
-        import_cells(__name__)
+        from fused_rnn.kernels.numba import derived  # noqa: F401
     except Exception as error:  # A Numba too old or too new fails in ways of its own; the caller is told which.
         return f"its kernels do not load with numba {numba.__version__} ({type(error).__name__}: {error})"
     return None
@@ -37,12 +36,6 @@ def describe() -> str:
 def load() -> Backend:
     """The backend."""
     from fused_rnn.kernels.by_walk import WalkBackend
-    from fused_rnn.kernels.by_walk.walk import Walk, walk_in
     from fused_rnn.kernels.numba.derived import walk_of
 
-    modules = cell_modules(__name__)
-
-    def load(cell: Cell) -> Walk:
-        return walk_of(cell) if cell.derived else walk_in(modules[cell.name], cell.name)
-
-    return WalkBackend("numba", modules, load, derives=True)
+    return WalkBackend("numba", CELLS, walk_of, derives=True)

@@ -1,8 +1,7 @@
 """The recurrence around the equations of one step: written once, for every cell.
 
 It serves two callers. ``layer`` is a whole layer in differentiable torch. ``walk`` gives the three functions of a walk
-(``kernels.by_walk.walk``), whose backward differentiates one step at a time with torch.autograd: no derivative is
-written down here, so that the hand-written ones of the other backends have something to be wrong against.
+(``kernels.by_walk.walk``), whose backward is that of ``Equations``, which the tests judge by torch.autograd.
 """
 
 from __future__ import annotations
@@ -154,42 +153,25 @@ def _before(
 def _backward_step(
     equations: Equations, before: States, tape: Tensor, out: Tensor, weights: tuple[Tensor, Tensor | None], d_states: States
 ) -> tuple[Tensor, States]:
-    """Differentiate one step, or do what its equations have for it.
+    """The backward of one step.
 
     Returns:
         d_gates of the step, (n, d_gates blocks·H), and the gradients of the states before it, (n, ·) each.
     """
     cell = equations.cell
     weight_hh, weight_hr = weights
+    blocks = tape.chunk(len(cell.tape), dim=-1)
     d_h = d_states[0] if weight_hr is None else d_states[0] @ weight_hr
-    if equations.backward is not None:
-        found, direct = equations.backward(tape.chunk(len(cell.tape), dim=-1), before, out, (d_h, *d_states[1:]))
-        through = torch.cat([found[name] for name in cell.d_hh], dim=-1) @ weight_hh
-        return torch.cat([found[name] for name in cell.d_gates], dim=-1), (direct[0] + through, *direct[1:])
-    assert equations.gates is not None
-    with torch.enable_grad():
-        blocks_x, blocks_h = equations.gates(tape.chunk(len(cell.tape), dim=-1))
-        leaves = (torch.cat(blocks_x, dim=-1), torch.cat(blocks_h, dim=-1), *before)
-        leaves = tuple(leaf.detach().requires_grad_() for leaf in leaves)
-        after, _ = equations.step(leaves[0], leaves[1], leaves[2:])
-        d_gates_x, d_gates_h, *d_before = torch.autograd.grad(
-            after, leaves, (d_h, *d_states[1:]), allow_unused=True, materialize_grads=True
-        )
-        first = _first_rows(equations, weight_hh)
-        if equations.operand is not None:
-            # The operand is made of the same leaves, and reaches the step through the later gates alone.
-            operand = equations.operand(leaves[0], leaves[1][:, :first], leaves[2:])
-            d_operand = d_gates_h[:, first:] @ weight_hh[first:]
-            more = torch.autograd.grad(operand, leaves, d_operand, allow_unused=True, materialize_grads=True)
-            d_gates_x, d_gates_h = d_gates_x + more[0], d_gates_h + more[1]
-            d_before = [before + other for before, other in zip(d_before, more[2:], strict=True)]
-    # The product W_hh h reaches the step through gates_h, the rest of h directly.
-    d_through = d_gates_h[:, :first] @ weight_hh[:first]
-    # A block of both products is the same gradient twice: that of a sum.
-    blocks = dict(zip(cell.d_hh, d_gates_h.chunk(cell.num_gates, dim=-1), strict=True))
-    blocks |= dict(zip(cell.d_ih, d_gates_x.chunk(cell.num_gates, dim=-1), strict=True))
-    d_gates = torch.cat([blocks[name] for name in cell.d_gates], dim=-1)
-    return d_gates, (d_before[0] + d_through, *d_before[1:])
+    found, direct = equations.backward(blocks, before, out, (d_h, *d_states[1:]))
+    first = _first_rows(equations, weight_hh)
+    if equations.later_backward is not None:
+        d_operand = torch.cat([found[name] for name in cell.later], dim=-1) @ weight_hh[first:]
+        more, d_before = equations.later_backward(blocks, before, d_operand)
+        found = {name: found[name] + more[name] if name in more else found[name] for name in found}
+        direct[0] = direct[0] + d_before
+    d_gates_h = torch.cat([found[name] for name in cell.d_hh], dim=-1)
+    direct[0] = direct[0] + d_gates_h[:, :first] @ weight_hh[:first]
+    return torch.cat([found[name] for name in cell.d_gates], dim=-1), tuple(direct)
 
 
 def walk(equations: Equations) -> Walk:
@@ -245,7 +227,7 @@ def walk(equations: Equations) -> Walk:
     ) -> None:
         first = steps.rows(t_begin, t_end).start
         for d, backwards in enumerate(reverse):
-            # float64, because the way back from an activation to its argument loses digits near saturation.
+            # float64, as what the kernels are judged against.
             weight_hh = packed.weight_hh[d].double()
             weight_hr = None if packed.weight_hr is None else packed.weight_hr[d].double()
             d_walk = [d_state[d].double() for d_state in d_states]
