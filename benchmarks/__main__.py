@@ -274,7 +274,15 @@ def files(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
+def busy(arguments: Sequence[str]) -> int:
+    """The command that measures beside busy processes."""
+    from benchmarks.busy import main
+
+    return main(arguments)
+
+
 COMMANDS = {
+    "busy": busy,
     "readme": readme,
     "show": show,
     "report": report,

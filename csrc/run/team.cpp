@@ -5,7 +5,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
+
+#include "run/patience.h"
 
 #if defined(FUSED_RNN_STD_THREADS)
 #include <thread>
@@ -77,6 +80,9 @@ Plan make_plan(int threads, const StepCost& cost, Sharing sharing) {
   return best;
 }
 
+Begun::Begun(Index count) : many_(count > kFew ? new std::atomic<bool>[static_cast<std::size_t>(count)]() : nullptr) {}
+Begun::~Begun() = default;
+
 void run_team(int threads, Body body, void* context) {
   if (threads <= 1 || threads_lost.load(std::memory_order_relaxed)) {
     body(context, 0, 1);
@@ -88,9 +94,32 @@ void run_team(int threads, Body body, void* context) {
   body(context, 0, threads);
   for (std::thread& member : team) member.join();
 #elif defined(_OPENMP)
+  const Clock::time_point begin = Clock::now();
+  if (patience.begins_alone(begin, threads)) {
+    body(context, 0, 1);
+    patience.ends(Clock::now());
+    return;
+  }
   threads_started.store(true, std::memory_order_relaxed);
+  Meeting end(threads);
+  Clock::duration late{};
+  Clock::time_point met;
 #pragma omp parallel num_threads(threads)
-  body(context, omp_get_thread_num(), omp_get_num_threads());
+  {
+    const int rank = omp_get_thread_num(), size = omp_get_num_threads();
+    // A team begins when all have left the region before: this too may wait for a thread without a core.
+    if (rank == 0) late = Clock::now() - begin;
+    body(context, rank, size);
+    end.end(0, rank == 0 ? 1 + threads - size : 1);
+    if (rank == 0) {
+      // OpenMP waits by spinning for milliseconds, on a core that the awaited thread may need.
+      end.wait(0);
+      met = Clock::now();
+    }
+  }
+  const Clock::time_point now = Clock::now();
+  patience.wait_ended(late + (now - met), now);
+  patience.ends(now);
 #else
   body(context, 0, 1);
 #endif

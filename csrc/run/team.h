@@ -1,9 +1,11 @@
 // One parallel region per sequence, and who does what in it.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
+#include <memory>
 
-#include "run/barrier.h"
+#include "run/crew.h"
 #include "walk/args.h"
 
 namespace fused_rnn {
@@ -31,17 +33,46 @@ struct StepCost {
 // Picks the plan with the shortest step for a team of `threads`.
 Plan make_plan(int threads, const StepCost& cost, Sharing sharing);
 
-// Runs body(rank) for rank 0 .. n - 1 at the same time, n <= threads, and returns n. Serial in a forked child, whose parent's
-// threads do not exist.
+// Runs body(rank, n) for rank 0 .. n - 1 at the same time, n <= threads. Serial in a forked child, whose parent's threads do
+// not exist, and for a while where waiting for the others took longer than their help was worth.
 using Body = void (*)(void* context, int rank, int size);
 void run_team(int threads, Body body, void* context);
 
 // Usable bytes of second-level cache per core.
 double second_level_cache();
 
+// f(rank, n) on n <= threads threads. They may wait for one another.
+template <class F>
+void together(int threads, F&& f) {
+  run_team(threads, [](void* context, int rank, int size) { (*static_cast<F*>(context))(rank, size); }, &f);
+}
+
+// Which of some things have been begun; each is by one thread.
+class Begun {
+ public:
+  explicit Begun(Index count);
+  ~Begun();
+  // True for one of the threads that ask.
+  bool take(Index i) { return !(many_ ? many_.get() : few_)[i].exchange(true, std::memory_order_relaxed); }
+
+ private:
+  static constexpr Index kFew = 16;
+  std::atomic<bool> few_[kFew] = {};
+  const std::unique_ptr<std::atomic<bool>[]> many_;
+};
+
+// f(share, n) once for each of n <= threads shares that need nothing from one another. A thread that is done with its own takes
+// those whose threads have not come yet.
 template <class F>
 void parallel(int threads, F&& f) {
-  run_team(threads, [](void* context, int rank, int size) { (*static_cast<F*>(context))(rank, size); }, &f);
+  if (threads <= 1) return f(0, 1);
+  Begun begun(threads);
+  together(threads, [&](int rank, int size) {
+    for (int i = 0; i < size; ++i) {
+      const int share = rank + i < size ? rank + i : rank + i - size;
+      if (begun.take(share)) f(share, size);
+    }
+  });
 }
 
 }  // namespace fused_rnn

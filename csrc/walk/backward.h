@@ -12,7 +12,7 @@ template <class Cell, class T>
 class BackwardWalk {
  public:
   // `room` is that of the thread's group.
-  BackwardWalk(const BackwardArgs<T>& args, const T* zeros, T* room, Index d, Range batch, const Member& member)
+  BackwardWalk(const BackwardArgs<T>& args, const T* zeros, T* room, Index d, Range batch, Seat& seat)
       : args_(args),
         steps_(args.sizes.steps),
         hidden_(args.sizes.hidden),
@@ -23,11 +23,9 @@ class BackwardWalk {
         reset_(args.sizes.reset ? args.sizes.reset + d * args.sizes.reset_stride : nullptr),
         reverse_(args.sizes.reverse[d]),
         batch_(batch),
-        units_(share(vectors_of(hidden_, kLanes<T>), member.count, member.index)),
-        outputs_(share(vectors_of(output_, kLanes<T>), member.count, member.index)),
-        inputs_(share(vectors_of(args.inputs, kLanes<T>), member.count, member.index)),
-        barrier_(member.barrier),
-        shared_(member.count > 1),
+        seat_(seat),
+        shared_(seat.shared()),
+        room_(room),
         fetches_(outgrows_caches<T>(args.sizes, (Cell::kTape + Cell::kGradients) * hidden_ + args.inputs)),
         d_h_(args.d_states[0] + d * steps_.batch * output_),
         d_c_(Cell::kHasC ? args.d_states[1] + d * steps_.batch * hidden_ : nullptr),
@@ -36,13 +34,8 @@ class BackwardWalk {
         waiting_(rows_to_wait(args, batch)),
         weight_hh_(args.weight_hh[d]) {
     scratch_.as_stored = input_scratch_.as_stored = (args.t_end - args.t_begin) * steps_.batch <= kFewestToLayOut;
-    room += member.index * room_elements(args);
-    if (loose(args.weight_hh)) {
-      scratch_.panels = room;
-      room += recurrent_elements(args);
-      weight_hh_.first = Cell::weight_block(0) * hidden_;
-    }
-    if (loose(args.weight_ih)) input_scratch_.panels = room;
+    if (loose(args.weight_hh)) weight_hh_.first = Cell::weight_block(0) * hidden_;
+    take(0);
   }
 
   // Elements that each thread needs for the panels of weights that are laid out as they are needed.
@@ -59,21 +52,31 @@ class BackwardWalk {
       const Index n = t < 0 ? 0 : clip(steps_.count(t), batch_);
       if (n == 0 && active == 0) continue;
       scratch_.descending = s % 2;
-      if constexpr (kTwoStages<Cell>) {
-        feed_back<Direct>(t, n, walked, active);
-        if (n) {
-          meet();
-          second_stage(t, n);
+      const bool gathered = args_.weight_ih && active && gather(walked, active, n == 0);
+      const bool projected = !kTwoStages<Cell> && args_.weight_hr;
+      const bool two = (kTwoStages<Cell> && n) || projected;
+      seat_.phase([&](int part) {
+        take(part);
+        if (projected) {
+          feed_back<Projected>(t, n, walked, active);
+        } else {
+          feed_back<Direct>(t, n, walked, active);
         }
-      } else if (args_.weight_hr) {
-        feed_back<Projected>(t, n, walked, active);
-        meet();
-        project(t, n);
-      } else {
-        feed_back<Direct>(t, n, walked, active);
+        if (gathered && !two) input_gradient();
+      });
+      // The next product reads the units of all shares.
+      if (two) {
+        seat_.phase([&](int part) {
+          take(part);
+          if constexpr (kTwoStages<Cell>) {
+            second_stage(t, n);
+          } else {
+            project(t, n);
+          }
+          if (gathered) input_gradient();
+        });
       }
-      if (args_.weight_ih && active) input_gradient(walked, active, n == 0);
-      meet();
+      if (gathered) waiting_rows_ = 0;
       walked = t;
       active = n;
     }
@@ -102,8 +105,16 @@ class BackwardWalk {
   struct Direct {};
   struct Projected {};
 
-  void meet() {
-    if (shared_) barrier_.wait();
+  // Makes a share of the units the one to be computed.
+  void take(int part) {
+    if (part == part_) return;
+    part_ = part;
+    units_ = share(vectors_of(hidden_, kLanes<T>), seat_.shares(), part);
+    outputs_ = share(vectors_of(output_, kLanes<T>), seat_.shares(), part);
+    inputs_ = share(vectors_of(args_.inputs, kLanes<T>), seat_.shares(), part);
+    T* const own = room_ + part * room_elements(args_);
+    if (loose(args_.weight_hh)) scratch_.panels = own;
+    if (loose(args_.weight_ih)) input_scratch_.panels = own + recurrent_elements(args_);
   }
 
   bool resets(Index row) const { return reset_ && reset_[row]; }
@@ -145,16 +156,21 @@ class BackwardWalk {
                   });
   }
 
-  // d_input of step t, whose d_gates all threads of this part have met at: d_gates W_ih, without those of the GRU's hn. Put off
-  // until so many rows wait that the weights are worth reading, or to the last step.
-  void input_gradient(Index t, Index n, bool last) {
+  // Adds step t to those whose d_input is put off until so many rows wait that the weights are worth reading, or to the last
+  // step. Returns whether it is formed now.
+  bool gather(Index t, Index n, bool last) {
     const Index first = steps_.offset(t) + batch_.begin;
     Index* const rows = waiting_.get();
     for (Index j = 0; j < n; ++j) {
       rows[waiting_rows_] = first + j;
       input_scratch_.rows.get()[waiting_rows_++] = d_gates(first + j) + (Cell::kGradients - Cell::kGates) * hidden_;
     }
-    if (!last && waiting_rows_ + batch_.size() <= kInputRows) return;
+    return last || waiting_rows_ + batch_.size() > kInputRows;
+  }
+
+  // d_input of the rows that wait, whose d_gates have been computed for all units: d_gates W_ih, without those of the GRU's hn.
+  void input_gradient() {
+    const Index* const rows = waiting_.get();
     const auto d_input = [&](Index j, Index v) {
       return args_.d_input + (rows[j] - origin_) * args_.d_input_stride + v * kLanes<T>;
     };
@@ -167,7 +183,6 @@ class BackwardWalk {
     };
     product<T, 1>(nullptr, {}, args_.weight_ih[d_], args_.inputs, inputs_, waiting_rows_, waiting_rows_, input_scratch_, ahead,
                   write);
-    waiting_rows_ = 0;
   }
 
   // d_m = d_h W_hr, and the gates from it
@@ -250,9 +265,14 @@ class BackwardWalk {
   const Index d_;
   const bool* const reset_;
   const bool reverse_;
-  const Range batch_, units_, outputs_, inputs_;
-  Barrier& barrier_;
-  const bool shared_, fetches_;
+  const Range batch_;
+  Seat& seat_;
+  const bool shared_;
+  // All shares' room, and what take() has set.
+  T* const room_;
+  int part_ = -1;
+  Range units_, outputs_, inputs_;
+  const bool fetches_;
   T* const d_h_;
   T* const d_c_;
   Scratch<T> scratch_;
@@ -267,13 +287,13 @@ template <class Cell, class T>
 void backward(const BackwardArgs<T>& args) {
   const Sizes& s = args.sizes;
   if (s.steps.batch == 0 || args.t_begin == args.t_end) return;
-  const Groups groups(s, step_cost<T>(s, Cell::kGates, 20 * Cell::kGates, args.inputs, kTwoStages<Cell> ? 2 : 1));
+  Groups groups(s, step_cost<T>(s, Cell::kGates, 20 * Cell::kGates, args.inputs, kTwoStages<Cell> ? 2 : 1));
   const Buffer<T> zeros(kFeedback<Cell> * s.hidden);
   const Index room_of_group = groups.plan().unit_parts * BackwardWalk<Cell, T>::room_elements(args);
   const Memory room(static_cast<std::size_t>(groups.plan().groups * room_of_group) * sizeof(T));
-  groups.run([&](Index d, Range batch, const Member& member) {
-    T* const mine = static_cast<T*>(room.get()) + member.group * room_of_group;
-    BackwardWalk<Cell, T>(args, zeros.get(), mine, d, batch, member).run();
+  groups.run([&](Index d, Range batch, int workspace_of, Seat& seat) {
+    T* const own = static_cast<T*>(room.get()) + workspace_of * room_of_group;
+    BackwardWalk<Cell, T>(args, zeros.get(), own, d, batch, seat).run();
   });
 }
 

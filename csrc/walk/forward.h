@@ -35,8 +35,7 @@ class ForwardWalk {
  public:
   // `within` is what a step hands to its second product, (D, N, H): what a projection multiplies, or the operand of later
   // gates.
-  ForwardWalk(const ForwardArgs<T>& args, const T* zeros, T* within, Vec<T>* workspace, Index d, Range batch,
-              const Member& member)
+  ForwardWalk(const ForwardArgs<T>& args, const T* zeros, T* within, Vec<T>* workspace, Index d, Range batch, Seat& seat)
       : args_(args),
         steps_(args.sizes.steps),
         hidden_(args.sizes.hidden),
@@ -46,10 +45,9 @@ class ForwardWalk {
         d_(d),
         reset_(args.sizes.reset ? args.sizes.reset + d * args.sizes.reset_stride : nullptr),
         batch_(batch),
-        units_(share(vectors_of(hidden_, kLanes<T>), member.count, member.index)),
-        outputs_(share(vectors_of(output_, kLanes<T>), member.count, member.index)),
-        barrier_(member.barrier),
-        shared_(member.count > 1),
+        seat_(seat),
+        shared_(seat.shared()),
+        workspace_(workspace),
         in_blocks_(args.weight_ih && in_blocks(batch.size())),
         blocks_(args.keep        ? Cell::kTape
                 : args.weight_ih ? 0
@@ -62,13 +60,7 @@ class ForwardWalk {
                  : in_blocks_    ? kInputRows
                                  : batch.size(),
                  kTwoStages<Cell> ? 2 : 1) {
-    if (!in_blocks_) return;
-    Vec<T>* const mine = workspace + member.index * member_vectors<Cell>(args, member.count);
-    waiting_ = {mine, kInputRows};
-    if constexpr (kTwoStages<Cell>) later_waiting_ = {mine + waiting_vectors<kFirst<Cell>>(args, member.count), kInputRows};
-    // All rows are asked, not those of a part: how they are shared must not change the order of the sums.
-    if (args.weight_ih->layout != Layout::kPanels && steps_.length * steps_.batch > kFewestToLayOut)
-      room_ = reinterpret_cast<T*>(mine + all_waiting_vectors<Cell>(args, member.count));
+    take(0);
   }
 
   void run() {
@@ -78,27 +70,49 @@ class ForwardWalk {
       const Index n = clip(steps_.count(t), batch_);
       if (n == 0) continue;
       scratch_.descending = s % 2;
-      if (in_blocks_ && s >= inputs_until_) begin_block(s);
-      step(t, previous, n);
+      const bool begins = in_blocks_ && s >= inputs_until_;
+      if (begins) begin_block(s);
+      seat_.phase([&](int part) {
+        take(part);
+        if (begins) form_inputs(s);
+        step(t, previous, n);
+      });
+      // The next product reads the units of all shares.
       if constexpr (kTwoStages<Cell>) {
-        meet();
-        second_stage(t, n);
+        seat_.phase([&](int part) {
+          take(part);
+          second_stage(t, previous, n);
+        });
       } else if (args_.weight_hr) {
-        meet();
-        project(t, n);
+        seat_.phase([&](int part) {
+          take(part);
+          project(t, n);
+        });
       }
       row_of_block_ += n;
-      meet();
       previous = t;
     }
-    const Index begin = outputs_.begin * kLanes<T>, end = outputs_.end * kLanes<T>;
-    keep_last(args_.sizes, args_.out, d_, batch_, {begin, end < output_ ? end : output_}, h_);
+    seat_.phase([&](int part) {
+      take(part);
+      const Index begin = outputs_.begin * kLanes<T>, end = outputs_.end * kLanes<T>;
+      keep_last(args_.sizes, args_.out, d_, batch_, {begin, end < output_ ? end : output_}, h_);
+    });
   }
 
  private:
-  // Waits for the other threads of this part of the batch: the next product reads their units.
-  void meet() {
-    if (shared_) barrier_.wait();
+  // Makes a share of the units the one to be computed.
+  void take(int part) {
+    if (part == part_) return;
+    part_ = part;
+    units_ = share(vectors_of(hidden_, kLanes<T>), seat_.shares(), part);
+    outputs_ = share(vectors_of(output_, kLanes<T>), seat_.shares(), part);
+    if (!in_blocks_) return;
+    Vec<T>* const own = workspace_ + part * member_vectors<Cell>(args_, seat_.shares());
+    waiting_ = {own, kInputRows};
+    if constexpr (kTwoStages<Cell>) later_waiting_ = {own + waiting_vectors<kFirst<Cell>>(args_, seat_.shares()), kInputRows};
+    // All rows are asked, not those of a part: how they are shared must not change the order of the sums.
+    if (args_.weight_ih->layout != Layout::kPanels && steps_.length * steps_.batch > kFewestToLayOut)
+      room_ = reinterpret_cast<T*>(own + all_waiting_vectors<Cell>(args_, seat_.shares()));
   }
 
   bool resets(Index row) const { return reset_ && reset_[row]; }
@@ -106,12 +120,21 @@ class ForwardWalk {
   // Step `s` of the walk.
   Index step_at(Index s) const { return args_.sizes.reverse[d_] ? steps_.length - 1 - s : s; }
 
-  // Forms the inputs' products of step s of the walk and of those after it.
+  // Step s of the walk and those after it, as many as their inputs' products are formed of at once.
   void begin_block(Index s) {
+    for (Index rows = 0; s < steps_.length; ++s) {
+      rows += clip(steps_.count(step_at(s)), batch_);
+      if (rows > kInputRows) break;
+    }
+    inputs_until_ = s;
+    row_of_block_ = 0;
+  }
+
+  // Forms the inputs' products of the steps from s up to inputs_until_.
+  void form_inputs(Index s) {
     Index rows = 0;
-    for (; s < steps_.length; ++s) {
+    for (; s < inputs_until_; ++s) {
       const Index t = step_at(s), first = steps_.offset(t) + batch_.begin, n = clip(steps_.count(t), batch_);
-      if (rows + n > kInputRows) break;
       for (Index j = 0; j < n; ++j) scratch_.inputs.get()[rows++] = args_.input + (first + j) * args_.input_stride;
     }
     const T* const* inputs = scratch_.inputs.get();
@@ -119,11 +142,17 @@ class ForwardWalk {
     if constexpr (kTwoStages<Cell>) {
       input_products<T, Cell::kLater, -1>(args_.later_ih[d_], hidden_, units_, inputs, rows, room_, later_waiting_);
     }
-    inputs_until_ = s;
-    row_of_block_ = 0;
   }
 
-  void step(Index t, Index previous, Index n) {
+  // Weights of the inputs whose products a step forms itself, and the rows that they multiply; null for none.
+  const Matrix<T>* find_inputs(const Matrix<T>* weights, Index first, Index n) const {
+    if (!weights || in_blocks_) return nullptr;
+    for (Index j = 0; j < n; ++j) scratch_.inputs.get()[j] = args_.input + (first + j) * args_.input_stride;
+    return weights + d_;
+  }
+
+  // Finds the rows of h before step t.
+  const T** find_before(Index t, Index previous, Index n) const {
     const Index first = steps_.offset(t) + batch_.begin;
     const Index going_on = previous < 0 ? 0 : clip(steps_.count(previous), batch_);
     const Index before = previous < 0 ? 0 : steps_.offset(previous) + batch_.begin;
@@ -131,12 +160,15 @@ class ForwardWalk {
     for (Index j = 0; j < n; ++j) {
       h[j] = resets(first + j) ? zeros_ : j < going_on ? args_.out.at(before + j, d_) : h_ + (batch_.begin + j) * output_;
     }
+    return h;
+  }
+
+  void step(Index t, Index previous, Index n) {
+    const Index first = steps_.offset(t) + batch_.begin;
+    const T* const* h = find_before(t, previous, n);
     if constexpr (kTwoStages<Cell>) std::memcpy(scratch_.rows.get(), h, static_cast<std::size_t>(n) * sizeof(*h));
     if (shared_) fetch_few(h, n, output_);
-    const Matrix<T>* weight_ih = args_.weight_ih && !in_blocks_ ? args_.weight_ih + d_ : nullptr;
-    if (weight_ih) {
-      for (Index j = 0; j < n; ++j) scratch_.inputs.get()[j] = args_.input + (first + j) * args_.input_stride;
-    }
+    const Matrix<T>* weight_ih = find_inputs(args_.weight_ih, first, n);
     const auto ahead = [&](Index j, Index v) __attribute__((always_inline)) {
       if (!fetches_) return;
       const Index unit = v * kLanes<T>;
@@ -154,13 +186,14 @@ class ForwardWalk {
                                            scratch_, ahead, point);
   }
 
-  // The later gates, whose operand all threads of this part have met at, and h.
-  void second_stage(Index t, Index n) {
+  // The later gates, whose operand has been computed for all units, and h.
+  void second_stage(Index t, Index previous, Index n) {
     const Index first = steps_.offset(t) + batch_.begin;
+    find_before(t, previous, n);
     const T** operands = scratch_.rows.get();
     for (Index j = 0; j < n; ++j) operands[j] = within(first, j);
     if (shared_) fetch_few(operands, n, hidden_);
-    const Matrix<T>* later_ih = args_.later_ih && !in_blocks_ ? args_.later_ih + d_ : nullptr;
+    const Matrix<T>* later_ih = find_inputs(args_.later_ih, first, n);
     product<T, Cell::kLater>(
         later_ih, later_waiting_.from(row_of_block_), args_.later_hh[d_], hidden_, units_, n, n, scratch_, [](Index, Index) {},
         [&](Index j, Index v, const Vec<T>* sums) {
@@ -218,9 +251,13 @@ class ForwardWalk {
   T* const m_;
   const Index d_;
   const bool* const reset_;
-  const Range batch_, units_, outputs_;
-  Barrier& barrier_;
+  const Range batch_;
+  Seat& seat_;
   const bool shared_;
+  // All shares' part of the workspace, and what take() has set.
+  Vec<T>* const workspace_;
+  int part_ = -1;
+  Range units_, outputs_;
   // Whether the inputs' products are formed for several steps at once: up to step inputs_until_ of the walk. The next step's
   // begin at row_of_block_.
   const bool in_blocks_;
@@ -238,8 +275,8 @@ template <class Cell, class T>
 void forward(const ForwardArgs<T>& args) {
   const Sizes& s = args.sizes;
   if (s.steps.batch == 0 || s.steps.length == 0) return;
-  const Groups groups(s, step_cost<T>(s, Cell::kGates, 40 * Cell::kGates, args.weight_ih ? args.weight_ih->inner : 0,
-                                      kTwoStages<Cell> ? 2 : 1));
+  Groups groups(s, step_cost<T>(s, Cell::kGates, 40 * Cell::kGates, args.weight_ih ? args.weight_ih->inner : 0,
+                                kTwoStages<Cell> ? 2 : 1));
   const Buffer<T> zeros(s.output);
   const bool hands_on = args.weight_hr || (kTwoStages<Cell> && !args.keep);
   const Buffer<T> within(hands_on ? s.recurrences * s.steps.batch * s.hidden : 0);
@@ -249,9 +286,9 @@ void forward(const ForwardArgs<T>& args) {
   const bool blocks = args.weight_ih && in_blocks(groups.smallest_part());
   const Index vectors = blocks ? members * member_vectors<Cell>(args, members) : 0;
   const Memory workspace(static_cast<std::size_t>(groups.plan().groups * vectors) * sizeof(Vec<T>));
-  groups.run([&](Index d, Range batch, const Member& member) {
-    Vec<T>* const mine = static_cast<Vec<T>*>(workspace.get()) + member.group * vectors;
-    ForwardWalk<Cell, T>(args, zeros.get(), m, mine, d, batch, member).run();
+  groups.run([&](Index d, Range batch, int workspace_of, Seat& seat) {
+    Vec<T>* const own = static_cast<Vec<T>*>(workspace.get()) + workspace_of * vectors;
+    ForwardWalk<Cell, T>(args, zeros.get(), m, own, d, batch, seat).run();
   });
 }
 

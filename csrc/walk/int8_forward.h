@@ -1,7 +1,8 @@
 // The forward recurrence with int8 weights: one parallel region walks all steps, as in walk/forward.h.
 //
-// Each thread makes int8 rows of all the inputs and states that its products read, also where several share the units of a
-// batch: the row's scale is known only when the whole row is there, and making it takes less than meeting once more would.
+// For each share of the units, int8 rows are made of all the inputs and states that its products read, also where several
+// threads share the units of a batch: the row's scale is known only when the whole row is there, and making it takes less than
+// meeting once more would.
 #pragma once
 
 #include "run/memory.h"
@@ -14,7 +15,7 @@ namespace FUSED_RNN_ISA {
 // Rows of the input whose products are made together, where one step has fewer.
 constexpr Index kInt8InputRows = 48;
 
-// Where one thread's room has what.
+// Where the room of one share of the units has what.
 template <class Cell>
 struct Int8Room {
   // For a part of so many rows of the batch, and so many blocks of units.
@@ -47,7 +48,8 @@ class Int8Walk {
   static constexpr int kGates = Cell::kGates;
 
  public:
-  Int8Walk(const Int8Args& args, const T* zeros, char* memory, Index d, Range batch, const Member& member)
+  // `memory` has a room of `bytes` for each share.
+  Int8Walk(const Int8Args& args, const T* zeros, char* memory, Index bytes, Index d, Range batch, Seat& seat)
       : args_(args),
         steps_(args.sizes.steps),
         hidden_(args.sizes.hidden),
@@ -55,47 +57,73 @@ class Int8Walk {
         d_(d),
         reset_(args.sizes.reset ? args.sizes.reset + d * args.sizes.reset_stride : nullptr),
         batch_(batch),
-        blocks_(share(vectors_of(hidden_, kInt8Columns), member.count, member.index)),
-        barrier_(member.barrier),
-        shared_(member.count > 1),
+        seat_(seat),
+        memory_(memory),
+        bytes_(bytes),
         vnni_(kVnni && args.vnni),
         flip_(vnni_ ? 0x80 : 0),
-        room_(args, batch.size(), blocks_.size()),
-        x_{reinterpret_cast<std::int8_t*>(memory + room_.x), room_.width_x, reinterpret_cast<T*>(memory + room_.scale_x)},
-        q_{reinterpret_cast<std::int8_t*>(memory + room_.h), room_.width_h, reinterpret_cast<T*>(memory + room_.scale_h)},
-        waiting_(reinterpret_cast<T*>(memory + room_.waiting)),
+        room_(args, batch.size(), vectors_of(vectors_of(hidden_, kInt8Columns), seat.shares())),
         h_(args.states[0] + d * steps_.batch * hidden_),
         c_(Cell::kHasC ? args.states[1] + d * steps_.batch * hidden_ : nullptr),
-        before_(batch.size()) {}
+        before_(batch.size()) {
+    take(0);
+  }
 
   void run() {
     Index previous = -1;
     for (Index s = 0; s < steps_.length; ++s) {
       const Index t = step_at(s), n = clip(steps_.count(t), batch_);
       if (n == 0) continue;
-      if (s >= inputs_until_) begin_block(s);
-      step(t, previous, n, s % 2);
+      const bool begins = s >= inputs_until_;
+      if (begins) begin_block(s);
+      // The next step reads the units of all shares.
+      seat_.phase([&](int part) {
+        take(part);
+        if (begins) form_inputs(s);
+        step(t, previous, n, s % 2);
+      });
       row_of_block_ += n;
-      // The next step reads the units of the other threads.
-      if (shared_) barrier_.wait();
       previous = t;
     }
     if (!args_.updates_h) return;
-    const Index begin = blocks_.begin * kInt8Columns, end = blocks_.end * kInt8Columns;
-    keep_last(args_.sizes, args_.out, d_, batch_, {begin, end < hidden_ ? end : hidden_}, h_);
+    seat_.phase([&](int part) {
+      take(part);
+      const Index begin = blocks_.begin * kInt8Columns, end = blocks_.end * kInt8Columns;
+      keep_last(args_.sizes, args_.out, d_, batch_, {begin, end < hidden_ ? end : hidden_}, h_);
+    });
   }
 
  private:
   bool resets(Index row) const { return reset_ && reset_[row]; }
   Index step_at(Index s) const { return args_.sizes.reverse[d_] ? steps_.length - 1 - s : s; }
 
-  // Forms the inputs' products of step s of the walk and of those after it.
+  // Makes a share of the units the one to be computed.
+  void take(int part) {
+    if (part == part_) return;
+    part_ = part;
+    blocks_ = share(vectors_of(hidden_, kInt8Columns), seat_.shares(), part);
+    char* const own = memory_ + part * bytes_;
+    x_ = {reinterpret_cast<std::int8_t*>(own + room_.x), room_.width_x, reinterpret_cast<T*>(own + room_.scale_x)};
+    q_ = {reinterpret_cast<std::int8_t*>(own + room_.h), room_.width_h, reinterpret_cast<T*>(own + room_.scale_h)};
+    waiting_ = reinterpret_cast<T*>(own + room_.waiting);
+  }
+
+  // Step s of the walk and those after it, as many as their inputs' products are formed of at once.
   void begin_block(Index s) {
+    for (Index rows = 0; s < steps_.length; ++s) {
+      rows += clip(steps_.count(step_at(s)), batch_);
+      if (rows > room_.most) break;
+    }
+    inputs_until_ = s;
+    row_of_block_ = 0;
+  }
+
+  // Forms the inputs' products of the steps from s up to inputs_until_.
+  void form_inputs(Index s) {
     const Int8Matrix& w = args_.weight_ih[d_];
     Index rows = 0;
-    for (; s < steps_.length; ++s) {
+    for (; s < inputs_until_; ++s) {
       const Index t = step_at(s), first = steps_.offset(t) + batch_.begin, n = clip(steps_.count(t), batch_);
-      if (rows + n > room_.most) break;
       for (Index j = 0; j < n; ++j, ++rows) {
         const T* row = args_.input + (first + j) * args_.input_stride;
         x_.scale[rows] = quantize(row, w.inner, vectors_of(w.inner, kInt8Depth) * kInt8Depth, flip_, x_.at(rows));
@@ -114,8 +142,6 @@ class Int8Walk {
         }
       });
     }
-    inputs_until_ = s;
-    row_of_block_ = 0;
   }
 
   void step(Index t, Index previous, Index n, bool descending) {
@@ -195,14 +221,18 @@ class Int8Walk {
   const T* const zeros_;
   const Index d_;
   const bool* const reset_;
-  const Range batch_, blocks_;
-  Barrier& barrier_;
-  const bool shared_;
+  const Range batch_;
+  Seat& seat_;
+  // All shares' rooms, and what take() has set.
+  char* const memory_;
+  const Index bytes_;
+  int part_ = -1;
+  Range blocks_;
   const bool vnni_;
   const std::uint32_t flip_;
   const Int8Room<Cell> room_;
-  const Int8Rows x_, q_;
-  T* const waiting_;
+  Int8Rows x_, q_;
+  T* waiting_ = nullptr;
   T* const h_;
   T* const c_;
   const Buffer<const T*> before_;
@@ -218,19 +248,16 @@ void walk_int8(const Int8Args& args) {
   const Index blocks = vectors_of(s.hidden, kInt8Columns), inner = s.hidden + args.weight_ih->inner;
   const double gates = Cell::kGates, columns = static_cast<double>(blocks), depth = static_cast<double>(inner);
   const double point = 40 * gates * kInt8Columns / kLanes<float>;
-  const Groups groups(s, {s.recurrences, s.steps.batch, blocks, s.steps.length, columns * (gates * depth / 4 + point),
-                          columns * gates * depth * kInt8Columns, 1});
+  Groups groups(s, {s.recurrences, s.steps.batch, blocks, s.steps.length, columns * (gates * depth / 4 + point),
+                    columns * gates * depth * kInt8Columns, 1});
   const Buffer<float> zeros(s.hidden);
   const Index most = groups.largest_part();
   const Index bytes = Int8Room<Cell>(args, most, vectors_of(blocks, groups.plan().unit_parts)).bytes;
-  // A team that came out smaller than planned has members that take all units.
-  const Index whole = Int8Room<Cell>(args, most, blocks).bytes;
-  const int members = groups.plan().unit_parts;
-  const Index of_group = bytes * members < whole ? whole : bytes * members;
+  const Index of_group = bytes * groups.plan().unit_parts;
   const Memory memory(static_cast<std::size_t>(of_group * groups.plan().groups));
-  groups.run([&](Index d, Range batch, const Member& member) {
-    char* const mine = static_cast<char*>(memory.get()) + of_group * member.group + bytes * member.index;
-    Int8Walk<Cell>(args, zeros.get(), mine, d, batch, member).run();
+  groups.run([&](Index d, Range batch, int workspace, Seat& seat) {
+    char* const own = static_cast<char*>(memory.get()) + of_group * workspace;
+    Int8Walk<Cell>(args, zeros.get(), own, bytes, d, batch, seat).run();
   });
 }
 

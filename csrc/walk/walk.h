@@ -301,22 +301,16 @@ inline StepCost step_cost(const Sizes& s, int gates, double pointwise, Index inp
           stages};
 }
 
-// One thread's place among those that share a part of a batch.
-struct Member {
-  Barrier& barrier;
-  int group;
-  int index, count;
-};
-
 // How the threads of one call share its recurrences and its batch.
 class Groups {
  public:
   Groups(const Sizes& sizes, const StepCost& cost)
-      : recurrences_(sizes.recurrences),
-        plan_(make_plan(sizes.threads, cost, sizes.sharing)),
+      : plan_(make_plan(sizes.threads, cost, sizes.sharing)),
+        tasks_(sizes.recurrences * plan_.batch_parts),
         parts_(batch_parts(sizes.steps, plan_.batch_parts)),
-        barriers_(new Barrier[static_cast<std::size_t>(plan_.groups)]) {
-    for (int g = 0; g < plan_.groups; ++g) barriers_[static_cast<std::size_t>(g)].set_members(plan_.unit_parts);
+        crews_(new Crew[static_cast<std::size_t>(plan_.groups)]),
+        begun_(tasks_) {
+    for (int g = 0; g < plan_.groups; ++g) crews_[static_cast<std::size_t>(g)].set_shares(plan_.unit_parts);
   }
 
   const Plan& plan() const { return plan_; }
@@ -331,28 +325,33 @@ class Groups {
     return largest;
   }
 
-  // Runs task(d, batch, member) for every part of every recurrence's batch, each by the threads of one group.
-  // A team that came out smaller than planned still does all tasks: its members become groups of one.
+  // Runs task(d, batch, workspace, seat) for every part of every recurrence's batch, each by the threads of one group. Then a
+  // thread does what other groups have not begun, whose threads have not come: so a team that came out smaller than planned
+  // still does all tasks. There are as many workspaces as groups.
   template <class F>
-  void run(F&& task) const {
-    parallel(plan_.threads(), [&](int rank, int size) {
-      const bool whole = size >= plan_.threads();
-      const int members = whole ? plan_.unit_parts : 1;
-      const int groups = whole || plan_.groups < size ? plan_.groups : size;
-      const int group = rank / members, member = rank % members;
-      if (group >= groups) return;
-      for (Index i = group; i < recurrences_ * plan_.batch_parts; i += groups) {
-        task(i / plan_.batch_parts, parts_[static_cast<std::size_t>(i % plan_.batch_parts)],
-             Member{barriers_[static_cast<std::size_t>(group)], group, member, members});
+  void run(F&& task) {
+    together(plan_.threads(), [&](int rank, int size) {
+      for (int i = 0; i < plan_.groups; ++i) {
+        const int own = rank / plan_.unit_parts, group = own + i < plan_.groups ? own + i : own + i - plan_.groups;
+        Crew& crew = crews_[static_cast<std::size_t>(group)];
+        if (i > 0 && plan_.unit_parts > 1 && crew.begun()) continue;
+        Seat seat(crew, rank % plan_.unit_parts, size == 1 || plan_.unit_parts == 1, rank == 0);
+        for (Index t = group; t < tasks_; t += plan_.groups) {
+          if (plan_.unit_parts == 1 && !begun_.take(t)) continue;
+          // Who works alone has a workspace of their own; those who share units share it.
+          const int workspace = plan_.unit_parts == 1 ? own : group;
+          task(t / plan_.batch_parts, parts_[static_cast<std::size_t>(t % plan_.batch_parts)], workspace, seat);
+        }
       }
     });
   }
 
  private:
-  const Index recurrences_;
   const Plan plan_;
+  const Index tasks_;
   const std::vector<Range> parts_;
-  const std::unique_ptr<Barrier[]> barriers_;
+  const std::unique_ptr<Crew[]> crews_;
+  Begun begun_;
 };
 
 }  // namespace FUSED_RNN_ISA

@@ -7,6 +7,7 @@
 
 #include "int8.h"
 #include "problem.h"
+#include "teams.h"
 
 namespace fused_rnn {
 namespace FUSED_RNN_ISA {
@@ -281,35 +282,9 @@ int check(const TypedKernels<T>& kernels, const char* dtype) {
   return failures;
 }
 
-// Members write their own slot, meet, and read all the others', many times over.
-int check_barrier(int members) {
-  constexpr int kRounds = 2000;
-  Barrier barrier(members);
-  std::vector<int> slots(static_cast<std::size_t>(members), 0);
-  std::vector<int> failures(static_cast<std::size_t>(members), 0);
-  std::vector<std::thread> threads;
-  for (int member = 0; member < members; ++member) {
-    threads.emplace_back([&, member] {
-      for (int round = 1; round <= kRounds; ++round) {
-        slots[static_cast<std::size_t>(member)] = round;
-        barrier.wait();
-        for (int slot : slots) failures[static_cast<std::size_t>(member)] += slot != round;
-        barrier.wait();
-      }
-    });
-  }
-  int total = 0;
-  for (int member = 0; member < members; ++member) {
-    threads[static_cast<std::size_t>(member)].join();
-    total += failures[static_cast<std::size_t>(member)];
-  }
-  if (total) std::printf("barrier of %d: %d reads of a slot that another member had not written\n", members, total);
-  return total;
-}
-
 int run_all() {
-  int failures = 0;
-  for (int members : {1, 2, 3, 5}) failures += check_barrier(members);
+  int failures = check_patience() + check_staying_away();
+  for (int members : {1, 2, 3, 5}) failures += check_crew(members) + check_parallel(members);
   failures += check_conversions(kernels().widen_bfloat16, kernels().narrow_bfloat16, 0x7f80);
   failures += check_int8();
   failures += check_conversions(kernels().widen_float16, kernels().narrow_float16, 0x7c00);
