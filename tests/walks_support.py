@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import zlib
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from fused_rnn.cells import CELLS, EQUATIONS
 from fused_rnn.data.steps import Steps
 from fused_rnn.kernels import cell_modules
-from fused_rnn.kernels.by_walk.walk import Walk
+from fused_rnn.kernels.by_walk.walk import Walk, walk_in
 from fused_rnn.kernels.numba import derived
 from fused_rnn.kernels.reference import recurrence
 
@@ -67,9 +66,7 @@ def walk_of(backend: str, cell: str) -> Walk:
         return recurrence.walk(EQUATIONS[cell])
     if backend == "numba":
         return derived.walk_of(CELLS[cell])
-    # Of Triton's kernels, which take whole layers.
-    found = importlib.import_module(cell_modules("fused_rnn.kernels.triton")[cell])
-    return Walk(*(getattr(found, f"{cell}_{way}") for way in Walk._fields))
+    return walk_in(cell_modules(f"fused_rnn.kernels.{backend}")[cell], cell)
 
 
 def make_steps(case: Case) -> Steps:

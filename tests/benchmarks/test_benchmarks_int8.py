@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from benchmarks_support import OURS, TINY, rendered, run, run_info, tiny_cases
+from benchmarks_support import OURS, TINY, no_pause, rendered, run, run_info, tiny_cases  # noqa: F401, a fixture for every test
 
 from benchmarks import goals, int8_table, results
 from benchmarks.cases import Case, Shape
