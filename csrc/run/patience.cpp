@@ -10,11 +10,12 @@ namespace {
 constexpr std::chrono::microseconds kGrace{200};
 
 // Time alone for each unit of time waited, at first and at most: it doubles each time that the others come late again, so that
-// what is lost to waiting falls from a ninth of the time to little, and halves when they do not.
-constexpr int kLeastPrice = 8, kHighestPrice = 64;
+// what is lost to waiting falls from a third of the time to a seventeenth, and halves when they do not. More, and a neighbour
+// that was there for a moment would cost the team for much longer than it stayed.
+constexpr int kLeastPrice = 2, kHighestPrice = 16;
 
 // However long it waited: the others may have gone.
-constexpr std::chrono::milliseconds kLongest{1000};
+constexpr std::chrono::milliseconds kLongest{250};
 
 }  // namespace
 

@@ -120,13 +120,13 @@ int check_patience() {
   };
   const std::chrono::microseconds little(150), much(1000);
   expect(!region(little) && !region(little), "waiting for little leaves the team together");
-  expect(!region(much) && alone() == 8, "1 ms of waiting is worth 8 ms alone, and time outside of regions does not count");
+  expect(!region(much) && alone() == 2, "1 ms of waiting is worth 2 ms alone, and time outside of regions does not count");
   // The regions that ended the counting were good ones: the price has halved.
-  expect(!region(much) && alone() == 8, "the price falls to the least one");
+  expect(!region(much) && alone() == 2, "the price falls to the least one");
   expect(!region(much), "the team is together");
-  for (int i = 0; i < 8; ++i) expect(region({}), "alone for 8 ms");
-  expect(!region(much) && alone() == 16, "waiting again at once costs twice as much");
-  expect(!region(std::chrono::seconds(10)) && alone() == 1000, "however long it waited, alone for a second at most");
+  for (int i = 0; i < 2; ++i) expect(region({}), "alone for 2 ms");
+  expect(!region(much) && alone() == 4, "waiting again at once costs twice as much");
+  expect(!region(std::chrono::seconds(10)) && alone() == 250, "however long it waited, alone for 250 ms at most");
   // In proportion: the work of two threads for 30 ms would take one up to 60, that of four up to 120.
   for (int threads : {2, 4}) {
     Patience of_team;
@@ -140,9 +140,9 @@ int check_patience() {
   within.begins_alone(now, 2);
   expect(within.wait_ended(little, now + little) == Clock::time_point{}, "waiting for little says nothing");
   now += little + much;
-  expect(within.wait_ended(much, now) == now + 8 * (little + much),
-         "alone within the region for eight times as long as it waited in all");
-  within.ends(now + milliseconds(3));
+  expect(within.wait_ended(much, now) == now + 2 * (little + much),
+         "alone within the region for twice as long as it waited in all");
+  within.ends(now + milliseconds(1));
   expect(within.begins_alone(now, 2) && !Patience().begins_alone(now, 2), "what is left of them is carried over");
   return failures;
 }
