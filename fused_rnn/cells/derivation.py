@@ -60,11 +60,6 @@ class Derived:
         assert self.d_operand is not None
         return {*self.kept.values(), self.graph.leaf("state", "h"), self.d_operand}
 
-    def is_late(self, node: Node) -> bool:
-        """Whether a value has a share of a later gate in it: it is of the second stage of the forward."""
-        leaves = {self.graph.leaf("w", gate) for gate in self.graph.later}
-        return not leaves.isdisjoint(order([node]))
-
 
 @dataclass(frozen=True)
 class Row:
@@ -258,21 +253,18 @@ def _kept(
         gates -= {*shares}
     kept: dict[Node, None] = {}
 
-    def is_late(node: Node) -> bool:
-        return not of_later.isdisjoint(order([node]))
-
     def need(node: Node, available: Container[Node], has_later: bool = False) -> None:
         if node in available or node in shares or node in kept or node.operation in ("constant", "gradient"):
             return
         lost = node in gates or (node.operation in ACTIVATIONS and _depends(node.operands[0], gates))
-        if lost and not (has_later and is_late(node)):
+        if lost and not (has_later and graph.is_late(node)):
             kept[node] = None
             return
         for operand in node.operands:
             need(operand, available, has_later)
 
     # What the second stage of the forward has: the later gates themselves, and c where the first stage made it.
-    in_forward = before | of_later | {node for node in graph.after[1:] if not is_late(node)}
+    in_forward = before | of_later | {node for node in graph.after[1:] if not graph.is_late(node)}
     # A gate's share that is kept itself leaves its activations to be computed again: so once more, without it among the gates.
     while True:
         for node in first:
@@ -280,7 +272,7 @@ def _kept(
         for node in second:
             need(node, {h})
         if graph.later:
-            for node in (graph.after[0], *[each for each in (*kept, *graph.after[1:]) if is_late(each)]):
+            for node in (graph.after[0], *[each for each in (*kept, *graph.after[1:]) if graph.is_late(each)]):
                 for each in node.operands if node in kept else (node,):
                     need(each, in_forward, has_later=True)
         found = [node for node in kept if node in gates]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,19 +39,10 @@ def equations_of(derived: Derived, body: Callable[..., Any]) -> Equations:
         x, w = gates_x.chunk(len(graph.gates), dim=-1), gates_h.chunk(len(cell.first), dim=-1)
         return evaluate([graph.operand], leaves_of(x, w, states), x[0])[0]
 
-    def backward(
-        tape: tuple[Tensor, ...], before: tuple[Tensor, ...], out: Tensor, d_after: tuple[Tensor, ...]
-    ) -> tuple[dict[str, Tensor], list[Tensor]]:
-        return backward_in_torch(derived, tape, before, out, d_after)
-
-    def later_backward(
-        tape: tuple[Tensor, ...], before: tuple[Tensor, ...], d_operand: Tensor
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        return later_backward_in_torch(derived, tape, before, d_operand)
-
+    backward = partial(backward_in_torch, derived)
     if not cell.later:
         return Equations(cell, step, backward)
-    return Equations(cell, step, backward, operand, later_backward)
+    return Equations(cell, step, backward, operand, partial(later_backward_in_torch, derived))
 
 
 def backward_in_torch(

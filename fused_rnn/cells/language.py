@@ -115,6 +115,11 @@ class Graph:
         """All that a step has to compute."""
         return self.after if self.operand is None else (*self.after, self.operand)
 
+    def is_late(self, node: Node) -> bool:
+        """Whether a value has a share of a later gate in it: it is of the second stage of the forward."""
+        shares = {self.leaf("w", gate) for gate in self.later}
+        return not shares.isdisjoint(order([node]))
+
     def make(self, operation: str, *operands: Node, value: Any = None) -> Node:
         """A node, the same for the same operands; what ones and zeros leave of it."""
         simple = self._simplified(operation, operands)

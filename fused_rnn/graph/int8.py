@@ -135,14 +135,7 @@ def _operator(
         [int(backwards) for backwards in reverse],
         cell_states,
     )
-    count = len(cell.states)
-    out, ends, cells = outputs[0], tuple(outputs[1 : 1 + count]), outputs[1 + count] if cell_states else None
-    if step:
-        ends = tuple([end.squeeze(0) for end in ends[1:]])
-    if len(leading) > 1:
-        out = out.view(*leading, out.shape[1])
-        cells = None if cells is None else cells.view(*leading, cells.shape[1])
-    return out, ends, cells
+    return operators.shaped(outputs, len(cell.states), leading, cell_states, step)
 
 
 @autocast.without

@@ -108,7 +108,13 @@ def layer(
         keep,
         cell_states,
     )
-    count = len(cell.states)
+    return shaped(outputs, len(cell.states), leading, cell_states, step)
+
+
+def shaped(
+    outputs: Sequence[Tensor], count: int, leading: Sequence[int], cell_states: bool, step: bool
+) -> tuple[Tensor, States, Tensor | None]:
+    """A layer's results from those of its operator: rows as the input has them, ``leading``, and of a step the other states."""
     out, ends, cells = outputs[0], tuple(outputs[1 : 1 + count]), outputs[1 + count] if cell_states else None
     if step:
         ends = tuple([end.squeeze(0) for end in ends[1:]])

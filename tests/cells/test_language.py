@@ -112,7 +112,7 @@ def test_only_what_is_needed_is_kept(name: str) -> None:
     if derived.cell.later:
         second = [*derived.later_d_gates.values(), *([] if derived.later_direct is None else [derived.later_direct])]
         read |= set(order(second, derived.available_later().__contains__))
-        early = {node for node in derived.kept.values() if not derived.is_late(node)}
+        early = {node for node in derived.kept.values() if not derived.graph.is_late(node)}
         read |= set(order([*derived.graph.after, *(set(derived.kept.values()) - early)], early.__contains__))
     for block, node in derived.kept.items():
         assert block in must or node in read

@@ -124,8 +124,8 @@ def _forward(derived: Derived, later: bool) -> _Writer:
     """A stage of the forward."""
     graph, cell = derived.graph, derived.cell
     two_stages = bool(cell.later)
-    kept = [(block, node) for block, node in derived.kept.items() if derived.is_late(node) == later]
-    before = [] if not later else [(block, node) for block, node in derived.kept.items() if not derived.is_late(node)]
+    kept = [(block, node) for block, node in derived.kept.items() if graph.is_late(node) == later]
+    before = [] if not later else [(block, node) for block, node in derived.kept.items() if not graph.is_late(node)]
     last = later or not two_stages
     roots = [*(node for _, node in kept), *(graph.after[:1] if last else ())]
     writer = _Writer(roots, {node for _, node in before})
