@@ -1,9 +1,12 @@
 """The cells: one file each, with its numbered equations. The cell's row (``fused_rnn.data.cell``) and its backward follow.
 
-What the rest of the package knows of a cell comes from here. A kernel written by hand has the same numbers beside its lines.
+What the rest of the package knows of a cell comes from here, the kernels included. Nothing that is imported here needs torch:
+setup.py writes the C++ cells before it is there.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from fused_rnn.cells.definition import DEFINED, cell
 from fused_rnn.cells.gru import GRU, gru
@@ -13,11 +16,13 @@ from fused_rnn.cells.lstm import LSTM, lstm
 from fused_rnn.cells.mgu import mgu
 from fused_rnn.cells.rnn import RNN_RELU, RNN_TANH, rnn_relu, rnn_tanh
 from fused_rnn.data.cell import Cell
-from fused_rnn.data.equations import Equations
+
+if TYPE_CHECKING:
+    from fused_rnn.data.equations import Equations
 
 __all__ = [
+    "BUILT_IN",
     "CELLS",
-    "EQUATIONS",
     "GRU",
     "GRU_RESET_BEFORE",
     "LSTM",
@@ -37,8 +42,9 @@ __all__ = [
     "tanh",
 ]
 
-CELLS: dict[str, Cell] = {row.name: row for row in (RNN_TANH, RNN_RELU, LSTM, GRU, GRU_RESET_BEFORE)}
-EQUATIONS: dict[str, Equations] = {name: DEFINED[name].equations for name in CELLS}
+# Those that every backend has, by their names, in the order in which the C++ kernels number them.
+BUILT_IN = {each.row.name: each for each in (rnn_tanh, rnn_relu, lstm, gru, gru_reset_before)}
+CELLS: dict[str, Cell] = {name: each.row for name, each in BUILT_IN.items()}
 
 
 def named(name: str) -> Cell:
