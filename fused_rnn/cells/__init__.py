@@ -13,7 +13,8 @@ from fused_rnn.cells.gru import GRU, gru
 from fused_rnn.cells.gru_reset_before import GRU_RESET_BEFORE, gru_reset_before
 from fused_rnn.cells.language import relu, sigmoid, tanh
 from fused_rnn.cells.lstm import LSTM, lstm
-from fused_rnn.cells.mgu import mgu
+from fused_rnn.cells.lstm_coupled import LSTM_COUPLED, lstm_coupled
+from fused_rnn.cells.mgu import MGU, mgu
 from fused_rnn.cells.rnn import RNN_RELU, RNN_TANH, rnn_relu, rnn_tanh
 from fused_rnn.data.cell import Cell
 
@@ -26,6 +27,8 @@ __all__ = [
     "GRU",
     "GRU_RESET_BEFORE",
     "LSTM",
+    "LSTM_COUPLED",
+    "MGU",
     "RNN_RELU",
     "RNN_TANH",
     "cell",
@@ -33,6 +36,7 @@ __all__ = [
     "gru",
     "gru_reset_before",
     "lstm",
+    "lstm_coupled",
     "mgu",
     "named",
     "relu",
@@ -43,7 +47,7 @@ __all__ = [
 ]
 
 # Those that every backend has, by their names, in the order in which the C++ kernels number them.
-BUILT_IN = {each.row.name: each for each in (rnn_tanh, rnn_relu, lstm, gru, gru_reset_before)}
+BUILT_IN = {each.row.name: each for each in (rnn_tanh, rnn_relu, lstm, gru, gru_reset_before, lstm_coupled, mgu)}
 CELLS: dict[str, Cell] = {name: each.row for name, each in BUILT_IN.items()}
 
 

@@ -306,3 +306,10 @@ def check_flag(name: str, value: object) -> None:
     """Raise TypeError unless a switch is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
+def check_coupled(coupled: object, forget_bias: object) -> None:
+    """Raise TypeError unless ``coupled`` is a bool, ValueError if there is to be a forget gate's bias all the same."""
+    check_flag("coupled", coupled)
+    if coupled and forget_bias is not None:
+        raise ValueError(f"forget_bias: expected None with coupled=True, whose forget gate is 1 - i, got {forget_bias}")

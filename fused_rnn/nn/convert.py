@@ -185,6 +185,8 @@ def _swap(
         reason = target if isinstance(target, str) else kinship(module, plain) if target is None else obstacle(module)
         if reason is None and target is not None and not getattr(module, "reset_after", True):
             reason = "torch.nn has no GRU with reset_after=False"
+        if reason is None and target is not None and getattr(module, "coupled", False):
+            reason = "torch.nn has no LSTM with coupled=True"
         if reason is None:
             if target is None:
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -11,13 +12,16 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils import parametrize
 
-from fused_rnn.cells import CELLS
+from fused_rnn.cells import CELLS, LSTM_COUPLED
 from fused_rnn.data.cell import Cell
 
-__all__ = ["OPTIONS", "Initialised", "init_"]
+__all__ = ["OPTIONS", "Initialised", "init_", "keep_gates"]
 
 # The attributes that ``Initialised`` adds to a module.
 OPTIONS = ("forget_bias", "recurrent_init")
+
+# Those that choose another cell, which some modules have, and what they are by default.
+CELL_OPTIONS = {"reset_after": True, "coupled": False}
 
 _RECURRENT = (nn.RNNBase, RNNCellBase)
 _RECURRENT_INITS = ("orthogonal",)
@@ -62,7 +66,9 @@ class Initialised(nn.Module):
             text += f", forget_bias={self.forget_bias}"
         if self.recurrent_init is not None:
             text += f", recurrent_init={self.recurrent_init!r}"
-        return text
+        return text + "".join(
+            f", {name}={not usual}" for name, usual in CELL_OPTIONS.items() if getattr(self, name, usual) != usual
+        )
 
 
 def init_(
@@ -123,6 +129,16 @@ def init_(
     return module
 
 
+def keep_gates(module: nn.Module, names: Iterable[str], cell: Cell) -> None:
+    """Leave the parameters of a new module of torch.nn's shapes as many gates as a cell has, whatever they are drawn from."""
+    rows = cell.num_gates * module.hidden_size  # type: ignore[operator]
+    for name in names:
+        parameter = module._parameters.get(name)
+        # A projection has no gates.
+        if parameter is not None and not name.startswith("weight_hr"):
+            module.register_parameter(name, nn.Parameter(parameter.detach()[:rows].clone()))
+
+
 def _check_options(forget_bias: object, recurrent_init: object) -> None:
     if forget_bias is not None:
         if isinstance(forget_bias, bool) or not isinstance(forget_bias, numbers.Real):
@@ -142,6 +158,8 @@ def _check_options(forget_bias: object, recurrent_init: object) -> None:
 
 def _cell_of(module: nn.Module) -> Cell | None:
     """The row of a module, by torch's name of what it computes; None if the table has none."""
+    if getattr(module, "coupled", False):
+        return LSTM_COUPLED
     mode = getattr(module, "mode", None)
     if mode is None:
         # A single step: its class, or a base of it, is named after the mode; RNNCell has two.

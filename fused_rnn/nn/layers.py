@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn.cells import GRU as GRU_CELL
-from fused_rnn.cells import GRU_RESET_BEFORE, RNN_RELU, RNN_TANH
+from fused_rnn.cells import GRU_RESET_BEFORE, LSTM_COUPLED, RNN_RELU, RNN_TANH
 from fused_rnn.cells import LSTM as LSTM_CELL
 from fused_rnn.data.cell import Cell
 from fused_rnn.nn import calls, checks, symbolic
 from fused_rnn.nn.flat_weights import FlatWeights
-from fused_rnn.nn.initialisation import Initialised
+from fused_rnn.nn.initialisation import Initialised, keep_gates
 from fused_rnn.nn.qconfig import Quantizable
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -209,10 +209,6 @@ class GRU(_Layers):
         if not reset_after:
             self.reset_after = False
 
-    def extra_repr(self) -> str:
-        """As torch.nn's, and the options that were given."""
-        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
-
     def forward(
         self,
         input: Input,
@@ -246,6 +242,9 @@ class LSTM(_Layers):
 
     With ``proj_size`` P > 0, :math:`h_t = W_{hr} (o_t \odot \tanh(c_t))` has P features; otherwise P is H below.
 
+    With ``coupled=True``, which torch.nn has not, the forget gate is what the input gate leaves: :math:`f_t = 1 - i_t`. There
+    are three gates, i, g, o, and a quarter less to compute; 4H below is 3H.
+
     Args:
         input_size: features of the input, I.
         hidden_size: hidden units, H.
@@ -258,6 +257,7 @@ class LSTM(_Layers):
         device, dtype: of the parameters.
         forget_bias: what the forget gates' bias_ih + bias_hh start with: the value and zero. Default: ``None``, random
         recurrent_init: ``"orthogonal"`` draws each gate's block of ``weight_hh`` so. Default: ``None``, torch's values
+        coupled: whether the forget gate is 1 − i, as in Greff et al. 2017 and ONNX's ``input_forget=1``. Default: ``False``
 
     Inputs: input, (h_0, c_0)
         - **input**: (T, N, I), (N, T, I) with ``batch_first``, (T, I) unbatched, or a PackedSequence.
@@ -287,7 +287,8 @@ class LSTM(_Layers):
 
     Raises:
         TypeError, ValueError, RuntimeError: with torch.nn.LSTM's messages, in the constructor and in ``forward``; TypeError and
-            ValueError for keywords of a wrong type or shape, or lengths that are not 0 … T.
+            ValueError for keywords of a wrong type or shape, or lengths that are not 0 … T; ValueError for ``forget_bias``
+            with ``coupled``, which has no such gate.
 
     >>> rnn = LSTM(10, 20, 2)
     >>> output, (h_n, c_n) = rnn(torch.randn(5, 3, 10), (torch.randn(2, 3, 20), torch.randn(2, 3, 20)))
@@ -297,6 +298,9 @@ class LSTM(_Layers):
     >>> torch.equal(cells[1, 0], c_n[-1, 0]), cells[2:, 0].count_nonzero()
     (True, tensor(0))
     """
+
+    # For modules that torch.nn's constructor made or an earlier version pickled.
+    coupled: bool = False
 
     @overload
     def __init__(
@@ -314,13 +318,18 @@ class LSTM(_Layers):
         *,
         forget_bias: float | None = None,
         recurrent_init: str | None = None,
+        coupled: bool = False,
     ) -> None: ...
 
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, coupled: bool = False, **kwargs: Any) -> None:
+        checks.check_coupled(coupled, kwargs.get("forget_bias"))
         super().__init__("LSTM", *args, **kwargs)
+        if coupled:
+            self.coupled = True
+            keep_gates(self, self._flat_weights_names, LSTM_COUPLED)
 
     @overload
     def forward(
@@ -363,7 +372,8 @@ class LSTM(_Layers):
         if return_cell_states is not False:
             checks.check_flag("return_cell_states", return_cell_states)
         states = calls.pair(hx, "lstm")
-        out, after, cells = self._run(LSTM_CELL, input, states, lengths, reset, return_cell_states)
+        cell = LSTM_COUPLED if self.coupled else LSTM_CELL
+        out, after, cells = self._run(cell, input, states, lengths, reset, return_cell_states)
         return (out, after) if cells is None else (out, after, cells)
 
 

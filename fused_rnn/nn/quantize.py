@@ -54,9 +54,9 @@ def quantize_dynamic(
     As torch's function, this one puts the model into evaluation mode. There are no gradients, and no way back but
     ``module.dequantize()``. The modules run on the CPU with the C++ backend.
 
-    Left alone, each with its reason in the report: modules with a projection or ``reset_after=False``, and ``Recurrent``; those
-    not on the CPU; subclasses, wrapped, parametrized, pruned or scripted modules, whose weights or results may be other ones
-    than they seem.
+    Left alone, each with its reason in the report: modules with a projection, ``reset_after=False`` or ``coupled=True``, and
+    ``Recurrent``; those not on the CPU; subclasses, wrapped, parametrized, pruned or scripted modules, whose weights or results
+    may be other ones than they seem.
 
     Args:
         model: the model, changed in place.

@@ -87,7 +87,8 @@ class Quantized(nn.Module):
             use_precomputed_fake_quant: of no effect here, as there are no observers.
 
         Raises:
-            NotImplementedError: for a projection, ``reset_after=False``, or a qconfig that asks for another dtype.
+            NotImplementedError: for a projection, ``reset_after=False`` or ``coupled=True``, and for a qconfig that asks for
+                another dtype.
             ValueError: if a weight has a NaN or an infinity.
         """
         reason = cls.refuses(mod)
@@ -111,6 +112,8 @@ class Quantized(nn.Module):
             return "no int8 kernel has a projection (proj_size)"
         if not getattr(mod, "reset_after", True):
             return "no int8 kernel has reset_after=False"
+        if getattr(mod, "coupled", False):
+            return "no int8 kernel has coupled=True"
         qconfig: Any = getattr(mod, "qconfig", None)
         dtype = torch.qint8 if qconfig is None else qconfig.weight().dtype
         if dtype != torch.qint8:
