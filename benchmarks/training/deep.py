@@ -79,7 +79,7 @@ def _parser() -> Parser:
     )
     text = made.add_argument_group("text")
     text.add_argument("--text", type=Path, help="a UTF-8 file; without it, source of this Python's standard library")
-    text.add_argument("--batch", type=size, default=32, help="streams read side by side")
+    text.add_argument("--batch", type=size, default=16, help="streams read side by side")
     text.add_argument("--bptt", type=size, default=48, help="characters a segment: how far gradients reach back")
     text.add_argument(
         "--held-out",
@@ -90,7 +90,7 @@ def _parser() -> Parser:
     )
     model = add_model(made, cell="lstm", hidden=128, layers=8, embedding=64)
     model.add_argument("--connections", choices=KINDS, nargs="+", default=list(KINDS), help="besides none")
-    add_training(made, steps=500, lr=4e-3, time_limit=300.0)
+    add_training(made, steps=500, lr=4e-3, time_limit=280.0)
     return made
 
 

@@ -207,7 +207,7 @@ def _without_counterpart(module: nn.Module) -> str | None:
     for name in ATTRIBUTES:
         if isinstance(module, StackOptions):
             if getattr(module, name):
-                return f"torch.nn has no {name}"
+                return f"torch.nn has no {name}" + (": set it to 0 first" if name == "weight_dropout" else "")
         elif isinstance(module, nn.RNNBase) and name in vars(module):
             return f"its attribute {name} would be hidden by the option of that name"
     return None

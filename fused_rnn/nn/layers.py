@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeVar, overload
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -23,7 +24,7 @@ from fused_rnn.nn.stack_options import ConnectedLayers
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
-Input = TypeVar("Input", Tensor, PackedSequence)
+Input = TypeVar("Input", torch.Tensor, PackedSequence)
 
 
 class _Layers(Quantizable, Initialised, ConnectedLayers, FlatWeights):
