@@ -104,9 +104,6 @@ class GRUCell(_Cell, torch.nn.GRUCell):
     torch.Size([3, 20])
     """
 
-    # For cells that torch.nn's constructor made or an earlier version pickled.
-    reset_after: bool = True
-
     def __init__(
         self,
         input_size: int,
@@ -157,9 +154,6 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
     >>> h.shape
     torch.Size([3, 20])
     """
-
-    # For cells that torch.nn's constructor made or an earlier version pickled.
-    coupled: bool = False
 
     def __init__(
         self,

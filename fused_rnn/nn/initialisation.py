@@ -20,9 +20,6 @@ __all__ = ["OPTIONS", "Initialised", "init_", "keep_gates"]
 # The attributes that ``Initialised`` adds to a module.
 OPTIONS = ("forget_bias", "recurrent_init")
 
-# Those that choose another cell, which some modules have, and what they are by default.
-CELL_OPTIONS = {"reset_after": True, "coupled": False}
-
 _RECURRENT = (nn.RNNBase, RNNCellBase)
 _RECURRENT_INITS = ("orthogonal",)
 
@@ -33,11 +30,14 @@ class Initialised(nn.Module):
     Attributes:
         forget_bias: what bias_ih + bias_hh of an LSTM's forget gate start with; None for torch.nn's random values.
         recurrent_init: ``"orthogonal"``, or None for torch.nn's random values.
+        reset_after, coupled: which cell it is; a GRU has the first, an LSTM the second.
     """
 
     # For modules that torch.nn's constructor made or an earlier version pickled.
     forget_bias: float | None = None
     recurrent_init: str | None = None
+    reset_after: bool = True
+    coupled: bool = False
 
     def __init__(self, *args: Any, forget_bias: float | None = None, recurrent_init: str | None = None, **kwargs: Any) -> None:
         _check_options(forget_bias, recurrent_init)
@@ -66,9 +66,7 @@ class Initialised(nn.Module):
             text += f", forget_bias={self.forget_bias}"
         if self.recurrent_init is not None:
             text += f", recurrent_init={self.recurrent_init!r}"
-        return text + "".join(
-            f", {name}={not usual}" for name, usual in CELL_OPTIONS.items() if getattr(self, name, usual) != usual
-        )
+        return text + ("" if self.reset_after else ", reset_after=False") + (", coupled=True" if self.coupled else "")
 
 
 def init_(
