@@ -321,6 +321,13 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
+def check_coupled(coupled: object, forget_bias: object) -> None:
+    """Raise TypeError unless ``coupled`` is a bool, ValueError if there is to be a forget gate's bias all the same."""
+    check_flag("coupled", coupled)
+    if coupled and forget_bias is not None:
+        raise ValueError(f"forget_bias: expected None with coupled=True, whose forget gate is 1 - i, got {forget_bias}")
+
+
 def refuse_proj_size(kwargs: dict[str, Any]) -> None:
     """Raise ValueError for a ``proj_size`` of what is no LSTM."""
     if "proj_size" in kwargs:

@@ -204,6 +204,8 @@ def _without_counterpart(module: nn.Module) -> str | None:
     """What a module of either kind has and the other kind has not, so that it cannot become one."""
     if not getattr(module, "reset_after", True):
         return "torch.nn has no GRU with reset_after=False"
+    if getattr(module, "coupled", False):
+        return "torch.nn has no LSTM with coupled=True"
     for name in ATTRIBUTES:
         if isinstance(module, StackOptions):
             if getattr(module, name):

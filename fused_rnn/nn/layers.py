@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn.cells import GRU as GRU_CELL
-from fused_rnn.cells import GRU_RESET_BEFORE, RNN_RELU, RNN_TANH
+from fused_rnn.cells import GRU_RESET_BEFORE, LSTM_COUPLED, RNN_RELU, RNN_TANH
 from fused_rnn.cells import LSTM as LSTM_CELL
 from fused_rnn.data.cell import Cell
 from fused_rnn.nn import calls, checks, symbolic
 from fused_rnn.nn.flat_weights import FlatWeights
-from fused_rnn.nn.initialisation import Initialised
+from fused_rnn.nn.initialisation import Initialised, keep_gates
 from fused_rnn.nn.qconfig import Quantizable
 from fused_rnn.nn.stack_options import ConnectedLayers
 
@@ -187,9 +187,6 @@ class GRU(_Layers):
     torch.Size([5, 3, 20])
     """
 
-    # For modules that torch.nn's constructor made or an earlier version pickled.
-    reset_after: bool = True
-
     @overload
     def __init__(
         self,
@@ -218,10 +215,6 @@ class GRU(_Layers):
         super().__init__("GRU", *args, **kwargs)
         if not reset_after:
             self.reset_after = False
-
-    def extra_repr(self) -> str:
-        """As torch.nn's, and the options that were given."""
-        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
     def forward(
         self,
@@ -256,6 +249,8 @@ class LSTM(_Layers):
 
     With ``proj_size`` P > 0, :math:`h_t = W_{hr} (o_t \odot \tanh(c_t))` has P features; otherwise P is H below.
 
+    With ``coupled=True``, :math:`f_t = 1 - i_t`: there are three gates, i, g, o, and 3H in place of 4H below.
+
     Args:
         input_size: features of the input, I.
         hidden_size: hidden units, H.
@@ -268,6 +263,7 @@ class LSTM(_Layers):
         device, dtype: of the parameters.
         forget_bias: what the forget gates' bias_ih + bias_hh start with: the value and zero. Default: ``None``, random
         recurrent_init: ``"orthogonal"`` draws each gate's block of ``weight_hh`` so. Default: ``None``, torch's values
+        coupled: whether the forget gate is 1 − i, as in Greff et al. 2017 and ONNX's ``input_forget=1``. Default: ``False``
         connections: around the layers: ``"residual"``, ``"highway"`` or ``"dense"``, below. Default: ``None``
         weight_dropout: the probability of zeroing an element of ``weight_hh`` in training, below. Default: 0
 
@@ -314,7 +310,8 @@ class LSTM(_Layers):
 
     Raises:
         TypeError, ValueError, RuntimeError: with torch.nn.LSTM's messages, in the constructor and in ``forward``; TypeError and
-            ValueError for keywords of a wrong type or shape, or lengths that are not 0 … T.
+            ValueError for keywords of a wrong type or shape, or lengths that are not 0 … T; ValueError for ``forget_bias``
+            with ``coupled``, which has no such gate.
 
     >>> rnn = LSTM(10, 20, 2)
     >>> output, (h_n, c_n) = rnn(torch.randn(5, 3, 10), (torch.randn(2, 3, 20), torch.randn(2, 3, 20)))
@@ -341,6 +338,7 @@ class LSTM(_Layers):
         *,
         forget_bias: float | None = None,
         recurrent_init: str | None = None,
+        coupled: bool = False,
         connections: str | None = None,
         weight_dropout: float = 0.0,
     ) -> None: ...
@@ -348,8 +346,12 @@ class LSTM(_Layers):
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, coupled: bool = False, **kwargs: Any) -> None:
+        checks.check_coupled(coupled, kwargs.get("forget_bias"))
         super().__init__("LSTM", *args, **kwargs)
+        if coupled:
+            self.coupled = True
+            keep_gates(self, self._flat_weights_names, LSTM_COUPLED)
 
     @overload
     def forward(
@@ -392,5 +394,6 @@ class LSTM(_Layers):
         if return_cell_states is not False:
             checks.check_flag("return_cell_states", return_cell_states)
         states = calls.pair(hx, "lstm")
-        out, after, cells = self._run(LSTM_CELL, input, states, lengths, reset, return_cell_states)
+        cell = LSTM_COUPLED if self.coupled else LSTM_CELL
+        out, after, cells = self._run(cell, input, states, lengths, reset, return_cell_states)
         return (out, after) if cells is None else (out, after, cells)

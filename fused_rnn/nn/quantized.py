@@ -88,8 +88,8 @@ class Quantized(nn.Module):
             use_precomputed_fake_quant: of no effect here, as there are no observers.
 
         Raises:
-            NotImplementedError: for a projection, ``reset_after=False``, ``connections``, or a qconfig that asks for another
-                dtype.
+            NotImplementedError: for a projection, ``reset_after=False``, ``coupled=True`` or ``connections``, and for a qconfig
+                that asks for another dtype.
             ValueError: if a weight has a NaN or an infinity.
         """
         reason = cls.refuses(mod)
@@ -113,6 +113,8 @@ class Quantized(nn.Module):
             return "no int8 kernel has a projection (proj_size)"
         if not getattr(mod, "reset_after", True):
             return "no int8 kernel has reset_after=False"
+        if getattr(mod, "coupled", False):
+            return "no int8 kernel has coupled=True"
         if isinstance(mod, StackOptions) and mod.connections is not None:
             return f"no int8 module has connections between its layers ({mod.connections!r})"
         qconfig: Any = getattr(mod, "qconfig", None)
