@@ -112,6 +112,8 @@ def _layer(
     refuse(cell, any(weight.hr is not None for weight in weights), reset is not None, cell_states)
     if batch_sizes is not None:
         raise NotImplementedError(PACKED)
+    if tuple(reverse) not in DIRECTIONS:
+        raise NotImplementedError("with this torch, layers with num_heads cannot be exported to ONNX: use torch 2.8 or newer")
     name, gates, attributes = OPERATORS[cell_name]
     order = order_of(cell, gates)
     hidden = weights[0].hh.shape[1]

@@ -101,11 +101,31 @@ def layer(
         NotImplementedError: for what no ONNX operator computes.
     """
     refuse(cell, weights[0].hr is not None, reset is not None, cell_states)
+    if tuple(reverse) not in DIRECTIONS:
+        return _of_heads(cell, rows, steps, states, weights, reverse)
     if torch.jit._trace.is_tracing():  # type: ignore[no-untyped-call]
         return _of_torch(cell, rows, steps, states, weights)
     if steps.batch_sizes is not None:
         raise NotImplementedError(PACKED)
     return _of_onnx(cell, rows, states, weights, reverse)
+
+
+def _of_heads(
+    cell: Cell, rows: Tensor, steps: Steps, states: States, weights: Sequence[Weights], reverse: Sequence[int]
+) -> list[Tensor]:
+    """Several recurrences a direction, the forward ones first: an operator for each of them, or each pair."""
+    heads = list(reverse).count(False)
+    outs: list[list[Tensor]] = []
+    ends: list[list[Tensor]] = []
+    for head in range(heads):
+        mine = slice(head, None, heads)
+        given = tuple([state[mine] for state in states])
+        out, *end = layer(cell, rows, steps, given, weights[mine], reverse[mine], None, False)
+        outs.append(list(out.chunk(len(weights) // heads, -1)))
+        ends.append(end)
+    # (D, heads, …): all heads of a direction follow each other.
+    out = torch.cat([part for direction in zip(*outs, strict=True) for part in direction], -1)
+    return [out, *(torch.stack(parts, 1).flatten(0, 1) for parts in zip(*ends, strict=True))]
 
 
 def _of_torch(cell: Cell, rows: Tensor, steps: Steps, states: States, weights: Sequence[Weights]) -> list[Tensor]:

@@ -206,9 +206,9 @@ def _without_counterpart(module: nn.Module) -> str | None:
         return "torch.nn has no GRU with reset_after=False"
     if getattr(module, "coupled", False):
         return "torch.nn has no LSTM with coupled=True"
-    for name in ATTRIBUTES:
+    for name, usual in ATTRIBUTES.items():
         if isinstance(module, StackOptions):
-            if getattr(module, name):
+            if getattr(module, name) != usual:
                 return f"torch.nn has no {name}" + (": set it to 0 first" if name == "weight_dropout" else "")
         elif isinstance(module, nn.RNNBase) and name in vars(module):
             return f"its attribute {name} would be hidden by the option of that name"

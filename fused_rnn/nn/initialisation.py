@@ -108,6 +108,8 @@ def init_(
     _check_options(forget_bias, recurrent_init)
     if (forget_bias is None and recurrent_init is None) or module.hidden_size == 0:
         return module
+    heads = getattr(module, "num_heads", 1)
+    hidden = module.hidden_size // heads
     suffixes = [name.removeprefix("weight_hh") for name in _names(module) if name.startswith("weight_hh")]
     forget = 0
     if forget_bias is not None:
@@ -120,10 +122,10 @@ def init_(
     with torch.no_grad():
         for suffix in suffixes:
             if recurrent_init is not None:
-                _set(module, f"weight_hh{suffix}", lambda value: _orthogonal(value, module.hidden_size, generator))
+                _set(module, f"weight_hh{suffix}", lambda value: _orthogonal(value, hidden, generator))
             if forget_bias is not None:
                 for name, number in ((f"bias_ih{suffix}", float(forget_bias)), (f"bias_hh{suffix}", 0.0)):
-                    _set(module, name, lambda value, number=number: _forget(value, forget, module.hidden_size, number))
+                    _set(module, name, lambda value, number=number: _forget(value, forget, heads, hidden, number))
     return module
 
 
@@ -192,7 +194,7 @@ def _orthogonal(value: Tensor, hidden: int, generator: torch.Generator | None) -
     return torch.cat([nn.init.orthogonal_(block, generator=generator) for block in blocks]).to(value.dtype)
 
 
-def _forget(value: Tensor, gate: int, hidden: int, number: float) -> Tensor:
+def _forget(value: Tensor, gate: int, heads: int, hidden: int, number: float) -> Tensor:
     value = value.clone()
-    value[gate * hidden : (gate + 1) * hidden] = number
+    value.view(heads, -1, hidden)[:, gate] = number
     return value

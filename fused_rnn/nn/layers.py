@@ -15,7 +15,6 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_rnn.cells import GRU as GRU_CELL
 from fused_rnn.cells import GRU_RESET_BEFORE, LSTM_COUPLED, RNN_RELU, RNN_TANH
 from fused_rnn.cells import LSTM as LSTM_CELL
-from fused_rnn.data.cell import Cell
 from fused_rnn.nn import calls, checks, symbolic
 from fused_rnn.nn.flat_weights import FlatWeights
 from fused_rnn.nn.initialisation import Initialised, keep_gates
@@ -29,17 +28,6 @@ Input = TypeVar("Input", torch.Tensor, PackedSequence)
 
 class _Layers(Quantizable, Initialised, ConnectedLayers, FlatWeights):
     """What RNN, LSTM and GRU share."""
-
-    def _run(
-        self, cell: Cell, input: Any, states: Any, lengths: Any, reset: Any, cell_states: bool = False
-    ) -> tuple[Any, Any, Any]:
-        dropout = self.dropout if self.training else 0.0
-        weights, connection = self._weights(), None
-        if self._stack_options is not None:
-            weights, connection = self._with_options(weights)
-        return calls.sequence(
-            cell, input, weights, states, self.bidirectional, self.batch_first, dropout, lengths, reset, cell_states, connection
-        )
 
 
 class RNN(_Layers):
@@ -58,7 +46,7 @@ class RNN(_Layers):
         bidirectional: whether a second recurrence walks from the last step to the first (D = 2). Default: ``False``
         device, dtype: of the parameters.
         recurrent_init: ``"orthogonal"`` draws each gate's block of ``weight_hh`` so. Default: ``None``, torch's values
-        connections, weight_dropout: as of ``LSTM``
+        connections, weight_dropout, num_heads: as of ``LSTM``
 
     Inputs: input, h_0
         - **input**: (T, N, I), (N, T, I) with ``batch_first``, (T, I) unbatched, or a PackedSequence.
@@ -100,6 +88,7 @@ class RNN(_Layers):
         recurrent_init: str | None = None,
         connections: str | None = None,
         weight_dropout: float = 0.0,
+        num_heads: int = 1,
     ) -> None: ...
 
     @overload
@@ -130,7 +119,7 @@ class RNN(_Layers):
         if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx, lengths=lengths, reset=reset)) is not None:
             return proxy  # type: ignore[no-any-return]
         cell = RNN_TANH if self.mode == "RNN_TANH" else RNN_RELU
-        out, states, _ = self._run(cell, input, None if hx is None else (hx,), lengths, reset)
+        out, states, _ = self._run(cell, input, self._weights(), None if hx is None else (hx,), lengths, reset)
         return out, states[0]
 
 
@@ -161,7 +150,7 @@ class GRU(_Layers):
         reset_after: whether the reset gate comes after the product with W_hn, as in torch.nn and cuDNN; or before it, as in Cho
             et al. 2014, ONNX's ``linear_before_reset=0`` and Keras' ``reset_after=False``. The parameters are the same, what
             they compute is not. Default: ``True``
-        connections, weight_dropout: as of ``LSTM``
+        connections, weight_dropout, num_heads: as of ``LSTM``
 
     Inputs: input, h_0
         - **input**: (T, N, I), (N, T, I) with ``batch_first``, (T, I) unbatched, or a PackedSequence.
@@ -204,6 +193,7 @@ class GRU(_Layers):
         reset_after: bool = True,
         connections: str | None = None,
         weight_dropout: float = 0.0,
+        num_heads: int = 1,
     ) -> None: ...
 
     @overload
@@ -230,7 +220,7 @@ class GRU(_Layers):
         if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx, lengths=lengths, reset=reset)) is not None:
             return proxy  # type: ignore[no-any-return]
         cell = GRU_CELL if self.reset_after else GRU_RESET_BEFORE
-        out, states, _ = self._run(cell, input, None if hx is None else (hx,), lengths, reset)
+        out, states, _ = self._run(cell, input, self._weights(), None if hx is None else (hx,), lengths, reset)
         return out, states[0]
 
 
@@ -266,6 +256,7 @@ class LSTM(_Layers):
         coupled: whether the forget gate is 1 − i, as in Greff et al. 2017 and ONNX's ``input_forget=1``. Default: ``False``
         connections: around the layers: ``"residual"``, ``"highway"`` or ``"dense"``, below. Default: ``None``
         weight_dropout: the probability of zeroing an element of ``weight_hh`` in training, below. Default: 0
+        num_heads: groups of units that read no h but their own, below. Default: 1
 
     Options of a stack that torch.nn has not. With x what layer k reads and y its output:
         - **connections="residual"** (He et al. 2016): layer k gives y + x. Around each layer that gives as many features as it
@@ -280,6 +271,8 @@ class LSTM(_Layers):
         - h_n, c_n and cell_states are the layers' own: with a residual or a highway, the output is another than h_n's last.
         - **weight_dropout** (Wan et al. 2013, Merity et al. 2018): in training, each call draws one mask over the weight_hh of
           each layer and direction, for all steps; what is left is divided by 1 − p. It may be set later.
+        - **num_heads** (Pöppel et al. 2025): ``weight_hh`` (4H, H / heads) has blocks on a diagonal. Rows of weights and biases
+          lie head after head, each with its gates; h has a head's units next to each other. Not with ``proj_size``.
 
     Inputs: input, (h_0, c_0)
         - **input**: (T, N, I), (N, T, I) with ``batch_first``, (T, I) unbatched, or a PackedSequence.
@@ -340,6 +333,7 @@ class LSTM(_Layers):
         coupled: bool = False,
         connections: str | None = None,
         weight_dropout: float = 0.0,
+        num_heads: int = 1,
     ) -> None: ...
 
     @overload
@@ -394,5 +388,5 @@ class LSTM(_Layers):
             checks.check_flag("return_cell_states", return_cell_states)
         states = calls.pair(hx, "lstm")
         cell = LSTM_COUPLED if self.coupled else LSTM_CELL
-        out, after, cells = self._run(cell, input, states, lengths, reset, return_cell_states)
+        out, after, cells = self._run(cell, input, self._weights(), states, lengths, reset, return_cell_states)
         return (out, after) if cells is None else (out, after, cells)

@@ -56,9 +56,9 @@ def quantize_dynamic(
 
     ``weight_dropout`` is about training and ends here: the modules have none, nor has what ``dequantize()`` gives.
 
-    Left alone, each with its reason in the report: modules with a projection, ``connections``, ``reset_after=False`` or
-    ``coupled=True``, and ``Recurrent``; those not on the CPU; subclasses, wrapped, parametrized, pruned or scripted modules,
-    whose weights or results may be other ones than they seem.
+    Left alone, each with its reason in the report: modules with a projection, ``connections``, ``num_heads``,
+    ``reset_after=False`` or ``coupled=True``, and ``Recurrent``; those not on the CPU; subclasses, wrapped, parametrized,
+    pruned or scripted modules, whose weights or results may be other ones than they seem.
 
     Args:
         model: the model, changed in place.

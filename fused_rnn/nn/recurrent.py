@@ -33,7 +33,7 @@ class Recurrent(StackOptions):
         dropout: the probability of zeroing an output of all layers but the last in training. Default: 0
         bidirectional: whether a second recurrence walks from the last step to the first (D = 2). Default: ``False``
         device, dtype: of the parameters.
-        connections, weight_dropout: as of ``fused_rnn.LSTM``, with H in place of P
+        connections, weight_dropout, num_heads: as of ``fused_rnn.LSTM``, with H in place of P
 
     Inputs: input, hx
         - **input**: (T, N, I), (N, T, I) with ``batch_first``, (T, I) unbatched, or a PackedSequence.
@@ -51,8 +51,8 @@ class Recurrent(StackOptions):
 
     Raises:
         TypeError: if ``cell`` is no cell, or a size is no integer.
-        ValueError: if a size is not positive, ``dropout`` or ``weight_dropout`` no probability, or ``connections`` none of
-            those, or there is no layer that could have such a one.
+        ValueError: if a size is not positive, ``dropout`` or ``weight_dropout`` no probability, ``connections`` none of those
+            or no layer could have such a one, or ``num_heads`` no divisor of H.
         NotImplementedError: in ``forward``, on a device without a backend that makes kernels of equations.
         TypeError, ValueError, RuntimeError: in ``forward``, as of ``fused_rnn.LSTM``.
 
@@ -83,8 +83,9 @@ class Recurrent(StackOptions):
         *,
         connections: str | None = None,
         weight_dropout: float = 0.0,
+        num_heads: int = 1,
     ) -> None:
-        super().__init__(connections=connections, weight_dropout=weight_dropout)
+        super().__init__(connections=connections, weight_dropout=weight_dropout, num_heads=num_heads)
         if not isinstance(cell, Definition):
             raise TypeError(f"cell: expected a cell made by fused_rnn.cell, got {type(cell).__name__}")
         for name, value in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
@@ -112,6 +113,7 @@ class Recurrent(StackOptions):
                     self.register_parameter(name, torch.nn.Parameter(values))
                 self._names.append(names)
         self._make_connections()
+        self._make_heads()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -136,14 +138,9 @@ class Recurrent(StackOptions):
     ) -> tuple[Input, Any]:
         """Run the layers; shapes and errors in the class docstring."""
         cell = self.cell.row
-        weights, connection = [Weights(*[getattr(self, name) for name in names]) for names in self._names], None
-        if self._stack_options is not None:
-            weights, connection = self._with_options(weights)
+        weights = [Weights(*[getattr(self, name) for name in names]) for names in self._names]
         states = hx
         if hx is not None:
             states = (hx,) if len(cell.states) == 1 else calls.pair(hx, cell.mode)
-        dropout = self.dropout if self.training else 0.0
-        out, after, _ = calls.sequence(
-            cell, input, weights, states, self.bidirectional, self.batch_first, dropout, lengths, reset, False, connection
-        )
+        out, after, _ = self._run(cell, input, weights, states, lengths, reset)
         return out, after[0] if len(after) == 1 else after

@@ -1,4 +1,4 @@
-"""What a stack of layers may have that torch.nn's have not: connections between its layers, and dropout of its weights."""
+"""What a stack of layers may have that torch.nn's have not: connections between its layers, dropped out weights, heads."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_rnn.data.cell import Weights
+from fused_rnn.data.cell import Cell, Weights
+from fused_rnn.nn import calls
 from fused_rnn.nn.connections import Connection, Dense, Highway, Residual
+from fused_rnn.nn.heads import join_states, split_states, split_weights
 
 __all__ = ["ATTRIBUTES", "ConnectedLayers", "StackOptions"]
 
-# The attributes that ``StackOptions`` adds to a module.
-ATTRIBUTES = ("connections", "weight_dropout")
+# The attributes that ``StackOptions`` adds to a module, and what they are by default.
+ATTRIBUTES = {"connections": None, "weight_dropout": 0.0, "num_heads": 1}
 
 _KINDS = ("residual", "highway", "dense")
 # The transform gates start mostly shut: Srivastava et al. 2015, section 2.2, whose first example this value is.
@@ -23,28 +25,39 @@ _CARRY = -1.0
 
 
 class _Options(NamedTuple):
-    connections: str | None
-    weight_dropout: float
+    connections: str | None = None
+    weight_dropout: float = 0.0
+    num_heads: int = 1
 
 
 class StackOptions(nn.Module):
-    """What RNN, LSTM, GRU and Recurrent share: the two options, and the parameters of the connections.
+    """What RNN, LSTM, GRU and Recurrent share: the options, and the parameters that they change.
 
     It reads the sizes that torch.nn.RNNBase keeps: input_size, hidden_size, num_layers, bidirectional, proj_size.
     """
 
-    # None without either option: the one thing that a plain call looks at.
+    # None without any option: the one thing that a plain call looks at.
     _stack_options: _Options | None = None
 
     input_size: int
     hidden_size: int
     num_layers: int
     bidirectional: bool
+    batch_first: bool
+    dropout: float
 
-    def __init__(self, *args: Any, connections: str | None = None, weight_dropout: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        connections: str | None = None,
+        weight_dropout: float = 0.0,
+        num_heads: int = 1,
+        **kwargs: Any,
+    ) -> None:
         _check_kind(connections)
         _check_probability(weight_dropout)
-        self._keep_options(connections, weight_dropout)
+        _check_heads(num_heads)
+        self._keep_options(_Options(connections, float(weight_dropout), num_heads))
         super().__init__(*args, **kwargs)
 
     @property
@@ -60,11 +73,16 @@ class StackOptions(nn.Module):
     @weight_dropout.setter
     def weight_dropout(self, value: float) -> None:
         _check_probability(value)
-        self._keep_options(self.connections, value)
+        self._keep_options((self._stack_options or _Options())._replace(weight_dropout=float(value)))
 
-    def _keep_options(self, connections: str | None, weight_dropout: float) -> None:
-        if connections is not None or weight_dropout:
-            self._stack_options = _Options(connections, float(weight_dropout))
+    @property
+    def num_heads(self) -> int:
+        """How many groups of units there are that do not read each other's h. It is fixed, because parameters depend on it."""
+        return 1 if self._stack_options is None else self._stack_options.num_heads
+
+    def _keep_options(self, options: _Options) -> None:
+        if options != _Options():
+            self._stack_options = options
         else:
             vars(self).pop("_stack_options", None)
 
@@ -117,14 +135,55 @@ class StackOptions(nn.Module):
             for layer in range(self._first, self.num_layers):
                 nn.init.constant_(getattr(self, f"bias_t_l{layer}"), _CARRY)
 
-    def _with_options(self, weights: list[Weights]) -> tuple[list[Weights], Connection | None]:
-        """What a call computes with: the weights, masked where they are dropped out, and the connection."""
+    def _make_heads(self) -> None:
+        """Leave the recurrent weights as many columns as a head has units.
+
+        Raises:
+            ValueError: if the units cannot be shared so, or there is a projection.
+        """
+        heads = self.num_heads
+        if heads == 1:
+            return
+        if self.hidden_size % heads:
+            raise ValueError(f"num_heads: expected a divisor of hidden_size={self.hidden_size}, got {heads}")
+        if getattr(self, "proj_size", 0):
+            raise ValueError(f"num_heads: expected 1 with proj_size, as a projection mixes the units of all heads, got {heads}")
+        for name, parameter in list(self._parameters.items()):
+            if name.startswith("weight_hh") and parameter is not None:
+                self.register_parameter(name, nn.Parameter(parameter.detach()[:, : self.hidden_size // heads].clone()))
+
+    def _run(
+        self, cell: Cell, input: Any, weights: list[Weights], states: Any, lengths: Any, reset: Any, cell_states: bool = False
+    ) -> tuple[Any, Any, Any]:
+        """Call the layers: with the weights masked where they are dropped out, and those of each head."""
+        dropout = self.dropout if self.training else 0.0
         options = self._stack_options
-        assert options is not None
+        if options is None:
+            return calls.sequence(
+                cell, input, weights, states, self.bidirectional, self.batch_first, dropout, lengths, reset, cell_states
+            )
+        heads = options.num_heads
         if options.weight_dropout and self.training:
             p = options.weight_dropout
             weights = [Weights(w.ih, torch.dropout(w.hh, p, True), w.bias_ih, w.bias_hh, w.hr) for w in weights]
-        return weights, self._connection(options.connections)
+        if heads > 1:
+            weights = split_weights(weights, heads)
+            states = None if states is None else split_states(states, heads, self.hidden_size)
+        out, after, cells = calls.sequence(
+            cell,
+            input,
+            weights,
+            states,
+            self.bidirectional,
+            self.batch_first,
+            dropout,
+            lengths,
+            reset,
+            cell_states,
+            self._connection(options.connections),
+            heads,
+        )
+        return out, after if heads == 1 else join_states(after, heads), cells
 
     def _connection(self, kind: str | None) -> Connection | None:
         if kind is None:
@@ -142,7 +201,8 @@ class StackOptions(nn.Module):
     def _described(self) -> str:
         """The options as ``extra_repr`` shows them."""
         text = "" if self.connections is None else f", connections={self.connections!r}"
-        return text + (f", weight_dropout={self.weight_dropout}" if self.weight_dropout else "")
+        text += f", weight_dropout={self.weight_dropout}" if self.weight_dropout else ""
+        return text + (f", num_heads={self.num_heads}" if self.num_heads > 1 else "")
 
 
 class ConnectedLayers(StackOptions):
@@ -151,6 +211,10 @@ class ConnectedLayers(StackOptions):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._make_connections()
+        if self.num_heads > 1:
+            self._make_heads()
+            # What is drawn depends on a block's columns.
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """As torch.nn's, and the highways carry."""
@@ -175,3 +239,10 @@ def _check_kind(connections: object) -> None:
 def _check_probability(value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
         raise ValueError(f"weight_dropout: expected a probability, 0 to 1, got {value!r}")
+
+
+def _check_heads(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"num_heads: expected an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"num_heads: expected 1 or more, got {value}")

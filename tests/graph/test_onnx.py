@@ -110,6 +110,17 @@ def test_connections(kind: str, batch_first: bool, dynamo: bool) -> None:
         assert_runs(proto, model, (torch.randn(length, number, IN),))
 
 
+@by_both
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_heads(bidirectional: bool, dynamo: bool) -> None:
+    """An operator for each head of a layer, both directions in it."""
+    model = fused_rnn.LSTM(IN, H, num_layers=2, bidirectional=bidirectional, num_heads=2).eval()
+    proto = exported(model, (torch.randn(3, 6, IN),), [{0: "T", 1: "N"}], dynamo)
+    assert operators(proto).count("LSTM") == 4
+    for length, number in ((6, 3), (9, 2), (2, 11)):
+        assert_runs(proto, model, (torch.randn(length, number, IN),))
+
+
 class _Loop(torch.nn.Module):
     """A cell at each of three steps."""
 

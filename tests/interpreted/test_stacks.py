@@ -35,3 +35,16 @@ def test_no_call_computes_with_an_earlier_mask() -> None:
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
         both = [torch.autograd.grad(each.sin().sum(), weights) for each in (out, expected)]
         torch.testing.assert_close(*both, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_heads(name: str) -> None:
+    """More recurrences than two, with lengths and resets, against the reference."""
+    module = getattr(fused_rnn, name)(3, 15, bidirectional=True, num_heads=3)
+    x, reset = torch.randn(4, 3, 3), torch.rand(4, 3) < 0.3
+    found = []
+    for backend in ("triton", "reference"):
+        with fused_rnn.backend(backend):
+            out, _ = module(x, lengths=torch.tensor([2, 4, 0]), reset=reset)
+            found.append([out, *torch.autograd.grad(out.sin().sum(), list(module.parameters()))])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
