@@ -135,11 +135,6 @@ VARIANTS: dict[str, Variant] = {
 class Loop(nn.Module):
     """One layer as a loop over time, with the parameters of ``Recurrent``; TorchScript takes it too."""
 
-    weight_ih_l0: Tensor
-    weight_hh_l0: Tensor
-    bias_ih_l0: Tensor
-    bias_hh_l0: Tensor
-
     def __init__(self, parameters: Mapping[str, Tensor], step: Callable[..., tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         self.step = step
