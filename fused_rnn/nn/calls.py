@@ -24,6 +24,7 @@ from fused_rnn.graph.tracing import quietly
 from fused_rnn.kernels.protocol import Backend, States
 from fused_rnn.nn import checks, connections
 from fused_rnn.nn.connections import Connection
+from fused_rnn.nn.heads import join_states, split_states
 
 Input = TypeVar("Input", Tensor, PackedSequence)
 
@@ -88,19 +89,21 @@ def sequence(
     """Check the arguments, run the layers, and bring the results into the shape of the input.
 
     Args: as of ``gru`` and ``lstm``; ``dropout`` is 0 where it does not apply; ``connection`` is that of the layers. With
-        ``heads``, there are the weights and the states of each head of each layer and direction (``fused_rnn.nn.heads``).
+        ``heads``, the weights are those of each head of each layer and direction (``fused_rnn.nn.heads``).
 
     Returns:
         out, the states after the last step, and with ``cell_states`` c of every step.
     """
     reverse: tuple[bool, ...] = _BOTH if bidirectional else _FORWARD
+    layers: Callable[..., Outputs] = _layers
     if heads > 1:
         reverse = tuple([back for back in reverse for _ in range(heads)])
+        layers = partial(_of_heads, heads)
     directions = len(reverse)
     if not weights or len(weights) % directions:
         checks.check_count(weights, directions)
     if isinstance(input, PackedSequence):
-        return _packed(cell, input, weights, states, reverse, dropout, lengths, reset, cell_states, connection)
+        return _packed(layers, cell, input, weights, states, reverse, dropout, lengths, reset, cell_states, connection, heads)
     batched = input.dim() == 3
     if not batched:
         checks.check_rank(cell, input)
@@ -117,12 +120,12 @@ def sequence(
         length, batch = batch, length
     backend = autograd.eager_backend(cell, input, weights[0].hh)
     if backend is None or not backend.checks:
-        _check_dense(cell, input, weights, directions, states, length, batch, connection)
+        _check_dense(cell, input, weights, directions, states, length, batch, connection, heads)
     rows = input
     try:
         steps = Steps(length, batch)
         if lengths is not None:
-            run = partial(_layers, cell, weights, reverse, dropout, cell_states, connection, backend)
+            run = partial(layers, cell, weights, reverse, dropout, cell_states, connection, backend)
             out, after, cells = padded(run, input, steps, states, reset, lengths, batched, batch_first, weights[0].hh)
         else:
             turned = False
@@ -132,7 +135,7 @@ def sequence(
             mask = None
             if reset is not None:
                 mask = (reset.t() if batch_first else reset).reshape(-1)
-            out, after, cells = _layers(
+            out, after, cells = layers(
                 cell, weights, reverse, dropout, cell_states, connection, backend, rows, steps, states, mask, True, turned
             )
             if batch_first and not turned:
@@ -140,7 +143,7 @@ def sequence(
                 out, cells = _batch_first(out, cells, plain)
     except Exception:
         # What does not fit each other has the errors of torch.
-        _check_dense(cell, input, weights, directions, states, length, batch, connection)
+        _check_dense(cell, input, weights, directions, states, length, batch, connection, heads)
         raise
     if not batched:
         out, cells = out.squeeze(1), None if cells is None else cells.squeeze(1)
@@ -158,10 +161,11 @@ def _check_dense(
     length: int,
     batch: int,
     connection: Connection | None,
+    heads: int,
 ) -> None:
     """Check a batch, (T, N, I) or (N, T, I), against the weights and the states."""
     checks.check_input(input, weights[0].ih, 3)
-    checks.check_layers(cell, input, weights, directions, states, batch, connection is not None and connection.grows)
+    checks.check_layers(cell, input, weights, directions, states, batch, connection is not None and connection.grows, heads)
     if length == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
@@ -220,6 +224,7 @@ def _ragged(
 
 
 def _packed(
+    layers: Callable[..., Outputs],
     cell: Cell,
     input: PackedSequence,
     weights: Sequence[Weights],
@@ -230,6 +235,7 @@ def _packed(
     mask: Any,
     cell_states: bool,
     connection: Connection | None,
+    heads: int,
 ) -> tuple[PackedSequence, States, PackedSequence | None]:
     """As ``sequence``: the rows of a PackedSequence are ragged steps as they stand."""
     data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -248,11 +254,11 @@ def _packed(
             sequences.check_packed_alike(mask.batch_sizes, mask.sorted_indices, batch_sizes, sorted_indices)
     # Sizes first: an index into a batch that is too small has a message that nobody understands.
     grows = connection is not None and connection.grows
-    checks.check_layers(cell, data, weights, len(reverse), states, steps.batch, grows)
+    checks.check_layers(cell, data, weights, len(reverse), states, steps.batch, grows, heads)
     if states is not None and sorted_indices is not None:
         states = tuple([state.index_select(1, sorted_indices) for state in states])
     backend = autograd.eager_backend(cell, data, weights[0].hh)
-    out, after, cells = _layers(
+    out, after, cells = layers(
         cell, weights, reverse, dropout, cell_states, connection, backend, data, steps, states, reset, True
     )
     if unsorted_indices is not None:
@@ -262,6 +268,27 @@ def _packed(
         return PackedSequence(values, batch_sizes, sorted_indices, unsorted_indices)
 
     return as_input(out), after, None if cells is None else as_input(cells)
+
+
+def _of_heads(
+    heads: int,
+    cell: Cell,
+    weights: Sequence[Weights],
+    reverse: tuple[bool, ...],
+    dropout: float,
+    cell_states: bool,
+    connection: Connection | None,
+    backend: Backend | None,
+    rows: Tensor,
+    steps: Steps,
+    states: States | None,
+    *others: Any,
+) -> Outputs:
+    """As ``_layers``, which has the states of each head."""
+    if states is not None:
+        states = split_states(states, heads, weights[0].hh.shape[1])
+    out, after, cells = _layers(cell, weights, reverse, dropout, cell_states, connection, backend, rows, steps, states, *others)
+    return out, join_states(after, heads, len(weights) // heads), cells
 
 
 def _layers(

@@ -180,11 +180,13 @@ def check_layers(
     states: Sequence[Tensor] | None,
     batch: int,
     grows: bool = False,
+    heads: int = 1,
 ) -> None:
     """Check the weights of all layers and the initial states, (L·D, N, ·) each, against each other and against the input.
 
     Args:
         grows: as of ``check_weights``.
+        heads: how many recurrences share a state between them; the weights are those of each.
 
     Raises: as ``check_weights``, ``check_state_sizes`` and ``check_same``.
     """
@@ -192,7 +194,8 @@ def check_layers(
     if states is not None:
         hh, hr = weights[0].hh, weights[0].hr
         hidden = hh.shape[1] if hr is None else hr.shape[1]
-        sizes = [(len(weights), batch, hh.shape[1] if name == "h" else hidden) for name in cell.states]
+        count = len(weights) // heads
+        sizes = [(count, batch, heads * (hh.shape[1] if name == "h" else hidden)) for name in cell.states]
         check_state_sizes(states, sizes)
         check_same(rows, "hidden", states)
     for weight in weights:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from fused_rnn.data.cell import Weights
 from fused_rnn.kernels.protocol import States
 
@@ -26,23 +28,17 @@ def split_weights(weights: Sequence[Weights], heads: int) -> list[Weights]:
     return found
 
 
-def split_states(states: States, heads: int, hidden: int) -> States:
-    """The states of the heads, (L·D·heads, N, H / heads) each, from those of the layers, (L·D, N, H), or both without N.
+def split_states(states: States, heads: int, units: int) -> States:
+    """The states of the heads, (L·D·heads, N, units) each, from those of the layers, (L·D, N, heads·units).
 
     Raises:
-        RuntimeError: if there are no H units.
+        RuntimeError: if a state has another number of units.
     """
-    found = []
-    for index, state in enumerate(states):
-        if state.dim() < 2 or state.shape[-1] != hidden:
-            which = "" if len(states) == 1 else f"[{index}]"
-            raise RuntimeError(f"Expected hidden{which} size {(*state.shape[:-1], hidden)}, got {list(state.shape)}")
-        # (L·D, N, heads, H / heads), N aside.
-        parts = state.reshape(*state.shape[:-1], heads, hidden // heads).movedim(-2, 1)
-        found.append(parts.flatten(0, 1))
-    return tuple(found)
+    # (L·D, N, heads, units). No reshape, which would find a place for any units where N is 0.
+    return tuple([torch.unflatten(state, -1, (heads, units)).movedim(-2, 1).flatten(0, 1) for state in states])
 
 
-def join_states(states: States, heads: int) -> States:
-    """The states of the layers from those of the heads."""
-    return tuple([state.reshape(-1, heads, *state.shape[1:]).movedim(1, -2).flatten(-2) for state in states])
+def join_states(states: States, heads: int, recurrences: int) -> States:
+    """The states of the L·D layers and directions from those of the heads."""
+    # Their number is given: nothing could be told from a state where N is 0.
+    return tuple([torch.unflatten(state, 0, (recurrences, heads)).movedim(1, -2).flatten(-2) for state in states])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fused_rnn.data.cell import Cell, Weights
 from fused_rnn.nn import calls
 from fused_rnn.nn.connections import Connection, Dense, Highway, Residual
-from fused_rnn.nn.heads import join_states, split_states, split_weights
+from fused_rnn.nn.heads import split_weights
 
 __all__ = ["ATTRIBUTES", "ConnectedLayers", "StackOptions"]
 
@@ -168,8 +168,7 @@ class StackOptions(nn.Module):
             weights = [Weights(w.ih, torch.dropout(w.hh, p, True), w.bias_ih, w.bias_hh, w.hr) for w in weights]
         if heads > 1:
             weights = split_weights(weights, heads)
-            states = None if states is None else split_states(states, heads, self.hidden_size)
-        out, after, cells = calls.sequence(
+        return calls.sequence(
             cell,
             input,
             weights,
@@ -183,7 +182,6 @@ class StackOptions(nn.Module):
             self._connection(options.connections),
             heads,
         )
-        return out, after if heads == 1 else join_states(after, heads), cells
 
     def _connection(self, kind: str | None) -> Connection | None:
         if kind is None:

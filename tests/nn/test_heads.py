@@ -148,6 +148,50 @@ def test_second_derivatives_transforms_and_compiling() -> None:
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("lengths", [None, torch.zeros(0, dtype=torch.long)], ids=["all", "lengths"])
+@pytest.mark.parametrize("name", GATES)
+def test_a_batch_of_no_sequence(name: str, lengths: Tensor | None, backend: str) -> None:
+    for given in (False, True):
+        ours = getattr(fused_rnn, name)(5, H, 2, bidirectional=True, num_heads=HEADS)
+        x, state = torch.randn(4, 0, 5, requires_grad=True), torch.randn(4, 0, H, requires_grad=True)
+        hx = (state, state) if name == "LSTM" else state
+        out, states = ours(x, hx if given else None, lengths=lengths)
+        assert out.shape == (4, 0, 2 * H)
+        assert all(each.shape == state.shape for each in (states if isinstance(states, tuple) else (states,)))
+        out.sum().backward()
+        assert x.grad is not None
+        assert all(parameter.grad.count_nonzero() == 0 for parameter in ours.parameters())
+        with pytest.raises(RuntimeError, match=r"Expected hidden.* size \(4, 0, 12\), got \[4, 0, 9\]"):
+            ours(x, (state[..., 3:],) * 2 if name == "LSTM" else state[..., 3:])
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("name", GATES)
+def test_states_of_wrong_shapes(name: str, batched: bool, backend: str) -> None:
+    """The messages are torch's, with the shapes that a caller knows of, and not those of the heads."""
+    ours, theirs = pair(name, num_layers=2)
+    ours, theirs = ours.float(), theirs.float()
+    x = torch.randn(4, 3, 5) if batched else torch.randn(4, 5)
+    for shape in ((2, 3, H), (2, 2, H), (3, 3, H), (2, 3, H - 1), (2, H), (1, H), (2, H - 2), (H,), (), (1, 2, 3, H)):
+        state = torch.randn(shape)
+        hx = (state, state) if name == "LSTM" else state
+        outcomes = []
+        for module in (theirs, ours):
+            try:
+                outcomes.append(tuple(module(x, hx)[0].shape))
+            except RuntimeError as error:
+                outcomes.append(str(error))
+        assert outcomes[0] == outcomes[1]
+
+
+def test_states_of_wrong_shapes_of_a_packed_input() -> None:
+    module = fused_rnn.LSTM(5, H, 2, num_heads=HEADS)
+    packed = pack_padded_sequence(torch.randn(4, 3, 5), torch.tensor([2, 4, 1]), enforce_sorted=False)
+    for shape in ((2, 2, H), (1, 3, H), (2, 3, H + HEADS), (2, H)):
+        with pytest.raises(RuntimeError, match=rf"Expected hidden\[0\] size \(2, 3, {H}\), got \{list(shape)}"):
+            module(packed, (torch.randn(shape), torch.randn(2, 3, H)))
+
+
 def test_what_a_module_keeps() -> None:
     module = fused_rnn.LSTM(3, 6, num_heads=2, recurrent_init="orthogonal", forget_bias=2.0)
     x = torch.randn(4, 2, 3)
