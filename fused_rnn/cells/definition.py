@@ -89,7 +89,7 @@ def cell(gates: str | Sequence[str], states: str | Sequence[str] = "h") -> Calla
     Raises:
         ValueError: if a name is missing or there twice; if a gate is never used, or a state is not returned; if of another gate
             than the last one, or of any in a step with two stages, the shares ``x`` and ``W`` are not simply added up; if ``W``
-            multiplies what no second stage can.
+            multiplies what no second stage can; if a number is infinite or none.
         TypeError: if the equations do something else with a value.
 
     >>> from fused_rnn.cells import sigmoid, tanh

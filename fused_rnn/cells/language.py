@@ -7,6 +7,7 @@ needs: what is kept for the backward, the backward itself, and the cell's row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -138,6 +139,9 @@ class Graph:
 
     def constant(self, number: float) -> Node:
         """A number, the same for every unit."""
+        # The text of a kernel has no word for the others.
+        if not math.isfinite(number):
+            raise ValueError(f"{self.name}: expected a finite number, got {number}")
         return self.make("constant", value=float(number))
 
     def as_node(self, value: Any) -> Node:

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn.cells.definition import Definition
 from fused_rnn.data.cell import Weights
-from fused_rnn.nn import calls
+from fused_rnn.nn import calls, symbolic
 from fused_rnn.nn.stack_options import StackOptions
 
 __all__ = ["Recurrent"]
@@ -137,6 +137,8 @@ class Recurrent(StackOptions):
         self, input: Input, hx: Any = None, *, lengths: Tensor | None = None, reset: Input | None = None
     ) -> tuple[Input, Any]:
         """Run the layers; shapes and errors in the class docstring."""
+        if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx, lengths=lengths, reset=reset)) is not None:
+            return proxy  # type: ignore[no-any-return]
         cell = self.cell.row
         weights = [Weights(*[getattr(self, name) for name in names]) for names in self._names]
         states = hx

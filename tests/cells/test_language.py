@@ -231,6 +231,8 @@ def branching(x: Any, W: Any, h: Any) -> Any:
         ),
         (fails(lambda x, W, h: (x.n + W.n(h)).exp()), AttributeError, r"exp: expected an operation of the language \(\+, -"),
         (fails(lambda x, W, h: x.n + W.n(h) + "1"), TypeError, "expected a value of the step or a number, got str"),
+        (fails(lambda x, W, h: tanh(x.n + W.n(h)) * float("inf")), ValueError, "<lambda>: expected a finite number, got inf"),
+        (fails(lambda x, W, h: tanh(x.n + W.n(h)) + float("nan")), ValueError, "<lambda>: expected a finite number, got nan"),
         (fails(lambda x, W, h: x.n + W.n(h) + True), TypeError, "expected a value of the step or a number, got bool"),
         (fails(branching), TypeError, "branching: an equation cannot branch on a value"),
         (

@@ -86,6 +86,25 @@ def test_keywords_and_states_alone() -> None:
     assert torch.equal(graph(*arguments), net(*arguments))
 
 
+@pytest.mark.parametrize("options", [{}, {"connections": "highway", "num_heads": 2}], ids=["plain", "options"])
+@pytest.mark.parametrize("cell", [fused_rnn.cells.mgu, fused_rnn.cells.lstm_coupled], ids=lambda cell: cell.row.name)
+def test_cells_of_equations(cell: Any, options: dict[str, Any]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = fused_rnn.Recurrent(cell, 4, 4, **options)
+
+        def forward(self, x: Tensor, reset: Tensor) -> Tensor:
+            out, state = self.rnn(x, reset=reset)
+            return self.rnn(out, state)[0]
+
+    net = Net()
+    graph = symbolic_trace(net)
+    assert calls(graph) == ["rnn", "rnn"]
+    arguments = torch.randn(5, 2, 4), torch.rand(5, 2) < 0.3
+    assert torch.equal(graph(*arguments), net(*arguments))
+
+
 class Paths(Tracer):
     """As the tracers of feature extractors: each node is named after the module that was called."""
 
