@@ -35,10 +35,10 @@ def split_states(states: States, heads: int, units: int) -> States:
         RuntimeError: if a state has another number of units.
     """
     # (L·D, N, heads, units). No reshape, which would find a place for any units where N is 0.
-    return tuple([torch.unflatten(state, -1, (heads, units)).movedim(-2, 1).flatten(0, 1) for state in states])
+    return tuple([torch.unflatten(state, -1, (heads, units)).transpose(1, 2).flatten(0, 1) for state in states])
 
 
 def join_states(states: States, heads: int, recurrences: int) -> States:
     """The states of the L·D layers and directions from those of the heads."""
     # Their number is given: nothing could be told from a state where N is 0.
-    return tuple([torch.unflatten(state, 0, (recurrences, heads)).movedim(1, -2).flatten(-2) for state in states])
+    return tuple([torch.unflatten(state, 0, (recurrences, heads)).transpose(1, 2).flatten(-2) for state in states])

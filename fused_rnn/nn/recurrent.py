@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn.cells.definition import Definition
 from fused_rnn.data.cell import Weights
-from fused_rnn.nn import calls, symbolic
+from fused_rnn.nn import calls, checks, symbolic
 from fused_rnn.nn.stack_options import StackOptions
 
 __all__ = ["Recurrent"]
@@ -134,9 +134,11 @@ class Recurrent(StackOptions):
         return text + self._described()
 
     def forward(
-        self, input: Input, hx: Any = None, *, lengths: Tensor | None = None, reset: Input | None = None
+        self, input: Input, hx: Any = None, *positional: None, lengths: Tensor | None = None, reset: Input | None = None
     ) -> tuple[Input, Any]:
         """Run the layers; shapes and errors in the class docstring."""
+        if positional:
+            checks.refuse_positional(self, positional)
         if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx, lengths=lengths, reset=reset)) is not None:
             return proxy  # type: ignore[no-any-return]
         cell = self.cell.row

@@ -111,14 +111,32 @@ def test_connections(kind: str, batch_first: bool, dynamo: bool) -> None:
 
 
 @by_both
+@pytest.mark.parametrize("given", [False, True], ids=["zero", "states"])
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_heads(bidirectional: bool, dynamo: bool) -> None:
+def test_heads(bidirectional: bool, given: bool, dynamo: bool) -> None:
     """An operator for each head of a layer, both directions in it."""
     model = fused_rnn.LSTM(IN, H, num_layers=2, bidirectional=bidirectional, num_heads=2).eval()
-    proto = exported(model, (torch.randn(3, 6, IN),), [{0: "T", 1: "N"}], dynamo)
+
+    def inputs(length: int, number: int) -> tuple[Any, ...]:
+        states = torch.randn(2, 4 if bidirectional else 2, number, H).unbind()
+        return (torch.randn(length, number, IN), *([states] if given else []))
+
+    proto = exported(model, inputs(6, 3), [{0: "T", 1: "N"}, *([{1: "N"}] * 2 if given else [])], dynamo)
     assert operators(proto).count("LSTM") == 4
     for length, number in ((6, 3), (9, 2), (2, 11)):
-        assert_runs(proto, model, (torch.randn(length, number, IN),))
+        assert_runs(proto, model, inputs(length, number))
+
+
+@by_both
+def test_cells_of_equations(dynamo: bool) -> None:
+    """A Recurrent of a cell that ONNX knows, which a trace calls with the defaults of keywords by position."""
+    model = fused_rnn.Recurrent(fused_rnn.cells.gru, IN, H, 2, bidirectional=True, num_heads=2).eval()
+    proto = exported(model, (torch.randn(3, 6, IN), torch.randn(4, 6, H)), [{0: "T", 1: "N"}, {1: "N"}], dynamo)
+    assert operators(proto).count("GRU") == 4
+    for length, number in ((6, 3), (9, 2)):
+        assert_runs(proto, model, (torch.randn(length, number, IN), torch.randn(4, number, H)))
+    with pytest.raises(TypeError, match=r"Recurrent.forward\(\) takes from 2 to 3 positional arguments but 4 were given"):
+        model(torch.randn(3, 6, IN), None, torch.tensor([3] * 6))
 
 
 class _Loop(torch.nn.Module):
