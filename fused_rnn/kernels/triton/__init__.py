@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fused_rnn.cells import CELLS
-from fused_rnn.kernels import import_cells
+from fused_rnn.cells import CELLS, named
+from fused_rnn.cells.definition import DEFINED
 from fused_rnn.kernels.protocol import COMPUTE, LayerCall, LayerResult, OutputGradients
 
 if TYPE_CHECKING:
@@ -42,9 +42,7 @@ def unavailable() -> str | None:
     except ImportError as error:
         return f"Triton cannot be imported ({error}); pip install triton, or a torch built for CUDA, which brings it"
     try:
-        from fused_rnn.kernels.triton import version
-
-        import_cells(__name__)
+        from fused_rnn.kernels.triton import layer, version  # noqa: F401
     except Exception as error:  # A Triton too old or too new fails in ways of its own; the caller is told which.
         return f"its kernels do not load with triton {triton.__version__} ({type(error).__name__}: {error})"
     if version.INTERPRETED:
@@ -85,7 +83,7 @@ def explain(
     """Say which regime and tiles the forward and the backward of a layer would take, and why.
 
     Args:
-        cell: the name of a row of ``fused_rnn.cells``: ``"lstm"``, ``"gru"``, ``"rnn_tanh"``, …
+        cell: the name of a cell's row: ``"lstm"``, ``"gru"``, ``"rnn_tanh"``, …, or ``mine.row.name`` of one of your own.
         hidden_size: H.
         batch: N, the number of sequences.
         dtype: of the layer.
@@ -97,7 +95,7 @@ def explain(
         two lines.
 
     Raises:
-        ValueError: if there is no such cell, or a size is below 1.
+        ValueError: if there is no such cell, the kernels cannot take it, or a size is below 1.
         RuntimeError: if no device was given and there is none, or its chip is too old.
 
     >>> from fused_rnn.kernels.triton.plan import Device
@@ -107,8 +105,12 @@ def explain(
     """
     from fused_rnn.kernels.triton import heuristic, plan
 
-    if cell not in CELLS:
-        raise ValueError(f"explain(): cell: expected one of {', '.join(CELLS)}, got {cell!r}")
+    if cell not in DEFINED:
+        raise ValueError(f"explain(): cell: expected one of {', '.join(CELLS)} or the name of a defined row, got {cell!r}")
+    row = named(cell)
+    reason = plan.refusal(row)
+    if reason is not None:
+        raise ValueError(f"explain(): cell: {cell}: {reason}")
     for name, size in (("hidden_size", hidden_size), ("batch", batch)):
         if size < 1:
             raise ValueError(f"explain(): {name}: expected 1 or more, got {size}")
@@ -121,7 +123,7 @@ def explain(
         device = device_of(torch.device("cuda") if device is None else device)
     lines = []
     for backward in (False, True):
-        call = plan.Call(CELLS[cell], backward, hidden_size, batch, 2 if bidirectional else 1, dtype, projected)
+        call = plan.Call(row, backward, hidden_size, batch, 2 if bidirectional else 1, dtype, projected)
         lines.append(plan.explain(call, heuristic.choose(call, device)))
     return "\n".join(lines)
 
@@ -131,17 +133,17 @@ class _Triton:
 
     name = "triton"
     checks = False
-    derives = False
+    derives = True
     gives_gates = False
 
     def supports(self, call: LayerCall) -> str | None:
-        """It computes every layer of a cell that it has kernels of, on a chip that is new enough."""
-        from fused_rnn.kernels.triton.recurrence import RECURRENCES
+        """It computes every layer of a cell whose states its walks can carry, on a chip that is new enough."""
+        from fused_rnn.kernels.triton.plan import refusal
 
-        cell, input = call.layer.cell.name, call.input
-        if cell not in RECURRENCES:
-            return f"it has no kernels of {cell}"
-        return None if input.dtype in COMPUTE else f"it does not compute in {input.dtype}"
+        reason = refusal(call.layer.cell)
+        if reason is not None:
+            return reason
+        return None if call.input.dtype in COMPUTE else f"it does not compute in {call.input.dtype}"
 
     def forward(self, call: LayerCall, keep: bool, batch_first: bool = False) -> LayerResult:
         """Compute a layer."""
@@ -166,8 +168,6 @@ class _Triton:
 
 def load() -> _Triton:
     """The backend."""
-    import_cells(__name__)
-
     return _Triton()
 
 

@@ -15,6 +15,7 @@ from fused_rnn.data.cell import Cell, Weights, summed_biases
 from fused_rnn.data.steps import Steps
 from fused_rnn.kernels.protocol import LayerCall, LayerResult, OutputGradients, States
 from fused_rnn.kernels.triton import products
+from fused_rnn.kernels.triton.derived import recurrence_of
 from fused_rnn.kernels.triton.recurrence import RECURRENCES, Bias, Packed, Recurrence, compute_dtype
 from fused_rnn.kernels.weight_gradients import WeightGradients, grouped, operand_of, previous_h
 
@@ -47,7 +48,7 @@ def walk_forward(
 ) -> tuple[States, Tensor]:
     """Compute a layer into ``result``; as a backend's ``whole_forward``. states: None for zero."""
     rows, recurrences = input.shape[0], len(weights)
-    recurrence = RECURRENCES[cell.name]
+    recurrence = RECURRENCES.get(cell.name) or recurrence_of(cell)
     gates, output = weights[0].hh.shape
     hidden = gates // cell.num_gates
     packed = _packed(recurrence, steps, weights, backward=False)
@@ -98,7 +99,7 @@ def walk_backward(
 ) -> tuple[Tensor, States]:
     """Walk a layer back; as a backend's ``whole_backward``. states: None for zero."""
     rows, recurrences = input.shape[0], len(weights)
-    recurrence = RECURRENCES[cell.name]
+    recurrence = RECURRENCES.get(cell.name) or recurrence_of(cell)
     hidden, output = weights[0].hh.shape[0] // cell.num_gates, weights[0].hh.shape[1]
     packed = _packed(recurrence, steps, weights, backward=True)
     saved = out if tape is None else tape
