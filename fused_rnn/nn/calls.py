@@ -22,12 +22,14 @@ from fused_rnn.graph.batch_first import transposed
 from fused_rnn.graph.derivatives import transformed
 from fused_rnn.graph.tracing import quietly
 from fused_rnn.kernels.protocol import Backend, States
-from fused_rnn.nn import checks
+from fused_rnn.nn import checks, connections
+from fused_rnn.nn.connections import Connection
 
 Input = TypeVar("Input", Tensor, PackedSequence)
 
-# One recurrence, from the first step to the last.
+# One recurrence, from the first step to the last, and another one back.
 _FORWARD = (False,)
+_BOTH = (False, True)
 
 
 def pair(hx: tuple[Tensor, Tensor] | Tensor | None, function: str) -> States | None:
@@ -80,19 +82,25 @@ def sequence(
     lengths: Tensor | None,
     reset: Any,
     cell_states: bool = False,
+    connection: Connection | None = None,
+    heads: int = 1,
 ) -> tuple[Input, States, Input | None]:
     """Check the arguments, run the layers, and bring the results into the shape of the input.
 
-    Args: as of ``gru`` and ``lstm``; ``dropout`` is 0 where it does not apply.
+    Args: as of ``gru`` and ``lstm``; ``dropout`` is 0 where it does not apply; ``connection`` is that of the layers. With
+        ``heads``, there are the weights and the states of each head of each layer and direction (``fused_rnn.nn.heads``).
 
     Returns:
         out, the states after the last step, and with ``cell_states`` c of every step.
     """
-    directions = 2 if bidirectional else 1
+    reverse: tuple[bool, ...] = _BOTH if bidirectional else _FORWARD
+    if heads > 1:
+        reverse = tuple([back for back in reverse for _ in range(heads)])
+    directions = len(reverse)
     if not weights or len(weights) % directions:
         checks.check_count(weights, directions)
     if isinstance(input, PackedSequence):
-        return _packed(cell, input, weights, states, directions, dropout, lengths, reset, cell_states)
+        return _packed(cell, input, weights, states, reverse, dropout, lengths, reset, cell_states, connection)
     batched = input.dim() == 3
     if not batched:
         checks.check_rank(cell, input)
@@ -109,12 +117,12 @@ def sequence(
         length, batch = batch, length
     backend = autograd.eager_backend(cell, input, weights[0].hh)
     if backend is None or not backend.checks:
-        _check_dense(cell, input, weights, directions, states, length, batch)
+        _check_dense(cell, input, weights, directions, states, length, batch, connection)
     rows = input
     try:
         steps = Steps(length, batch)
         if lengths is not None:
-            run = partial(_layers, cell, weights, directions, dropout, cell_states, backend)
+            run = partial(_layers, cell, weights, reverse, dropout, cell_states, connection, backend)
             out, after, cells = padded(run, input, steps, states, reset, lengths, batched, batch_first, weights[0].hh)
         else:
             turned = False
@@ -125,14 +133,14 @@ def sequence(
             if reset is not None:
                 mask = (reset.t() if batch_first else reset).reshape(-1)
             out, after, cells = _layers(
-                cell, weights, directions, dropout, cell_states, backend, rows, steps, states, mask, True, turned
+                cell, weights, reverse, dropout, cell_states, connection, backend, rows, steps, states, mask, True, turned
             )
             if batch_first and not turned:
                 plain = not (operators.traced(input, weights[0].hh) or transformed())
                 out, cells = _batch_first(out, cells, plain)
     except Exception:
         # What does not fit each other has the errors of torch.
-        _check_dense(cell, input, weights, directions, states, length, batch)
+        _check_dense(cell, input, weights, directions, states, length, batch, connection)
         raise
     if not batched:
         out, cells = out.squeeze(1), None if cells is None else cells.squeeze(1)
@@ -149,10 +157,11 @@ def _check_dense(
     states: States | None,
     length: int,
     batch: int,
+    connection: Connection | None,
 ) -> None:
     """Check a batch, (T, N, I) or (N, T, I), against the weights and the states."""
     checks.check_input(input, weights[0].ih, 3)
-    checks.check_layers(cell, input, weights, directions, states, batch)
+    checks.check_layers(cell, input, weights, directions, states, batch, connection is not None and connection.grows)
     if length == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
@@ -215,11 +224,12 @@ def _packed(
     input: PackedSequence,
     weights: Sequence[Weights],
     states: States | None,
-    directions: int,
+    reverse: tuple[bool, ...],
     dropout: float,
     lengths: Tensor | None,
     mask: Any,
     cell_states: bool,
+    connection: Connection | None,
 ) -> tuple[PackedSequence, States, PackedSequence | None]:
     """As ``sequence``: the rows of a PackedSequence are ragged steps as they stand."""
     data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -237,11 +247,14 @@ def _packed(
         if isinstance(mask, PackedSequence):
             sequences.check_packed_alike(mask.batch_sizes, mask.sorted_indices, batch_sizes, sorted_indices)
     # Sizes first: an index into a batch that is too small has a message that nobody understands.
-    checks.check_layers(cell, data, weights, directions, states, steps.batch)
+    grows = connection is not None and connection.grows
+    checks.check_layers(cell, data, weights, len(reverse), states, steps.batch, grows)
     if states is not None and sorted_indices is not None:
         states = tuple([state.index_select(1, sorted_indices) for state in states])
     backend = autograd.eager_backend(cell, data, weights[0].hh)
-    out, after, cells = _layers(cell, weights, directions, dropout, cell_states, backend, data, steps, states, reset, True)
+    out, after, cells = _layers(
+        cell, weights, reverse, dropout, cell_states, connection, backend, data, steps, states, reset, True
+    )
     if unsorted_indices is not None:
         after = tuple([state.index_select(1, unsorted_indices) for state in after])
 
@@ -254,9 +267,10 @@ def _packed(
 def _layers(
     cell: Cell,
     weights: Sequence[Weights],
-    directions: int,
+    reverse: tuple[bool, ...],
     dropout: float,
     cell_states: bool,
+    connection: Connection | None,
     backend: Backend | None,
     rows: Tensor,
     steps: Steps,
@@ -278,12 +292,14 @@ def _layers(
     Returns:
         out, the states after the walk, (L·D, N, ·) each, and with ``cell_states`` c of the last layer at every step.
     """
-    resets = None
+    resets, directions = None, len(reverse)
     if reset is not None:
         by_direction = operators if operators.traced(rows, weights[0].hh) else sequences
-        resets = by_direction.resets_by_direction(reset, steps, directions)
-    reverse = _FORWARD if directions == 1 else (False, True)
-    if backend is not None and len(weights) == directions:
+        ways = 2 if reverse[-1] else 1
+        resets = by_direction.resets_by_direction(reset, steps, ways)
+        if directions > ways:
+            resets = resets.repeat_interleave(directions // ways, 0)
+    if backend is not None and len(weights) == directions and connection is None:
         return autograd.eager_layer(
             backend, cell, rows, steps, states, weights, reverse, resets, cell_states, False, batch_first
         )
@@ -295,10 +311,14 @@ def _layers(
         if states is None:
             # They have the dtype of the module's input, whatever its layers compute in.
             states = initial_states(cell, rows, len(weights), steps.batch, weights[0])
-    if len(weights) == directions:
+    if len(weights) == directions and connection is None:
         return run(cell, rows, steps, states, weights, reverse, resets, cell_states)
     if states is not None:
         _check_state_counts(states, len(weights))
+    if connection is not None:
+        return connections.layers(
+            connection, run, cell, rows, steps, states, weights, reverse, resets, dropout, cell_states, batch_first
+        )
     ends: list[States] = []
     cells = None
     for first in range(0, len(weights), directions):
