@@ -17,15 +17,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from fused_rnn.cells import CELLS, named
 from fused_rnn.cells.definition import DEFINED
-from fused_rnn.kernels.protocol import COMPUTE, LayerCall, LayerResult, OutputGradients
+from fused_rnn.kernels.protocol import Backend
 
 if TYPE_CHECKING:
     from fused_rnn.kernels.triton.plan import Device
@@ -128,47 +126,11 @@ def explain(
     return "\n".join(lines)
 
 
-class _Triton:
-    """The backend (``fused_rnn.kernels.protocol.Backend``)."""
-
-    name = "triton"
-    checks = False
-    derives = True
-    gives_gates = False
-
-    def supports(self, call: LayerCall) -> str | None:
-        """It computes every layer of a cell whose states its walks can carry, on a chip that is new enough."""
-        from fused_rnn.kernels.triton.plan import refusal
-
-        reason = refusal(call.layer.cell)
-        if reason is not None:
-            return reason
-        return None if call.input.dtype in COMPUTE else f"it does not compute in {call.input.dtype}"
-
-    def forward(self, call: LayerCall, keep: bool, batch_first: bool = False) -> LayerResult:
-        """Compute a layer."""
-        from fused_rnn.kernels.triton import layer
-
-        return layer.forward(call, keep, batch_first)
-
-    def backward(
-        self,
-        call: LayerCall,
-        out: Tensor,
-        tape: Tensor | None,
-        gradients: OutputGradients,
-        wanted: Sequence[bool],
-        groups: int | None = None,
-    ) -> Sequence[Tensor | None]:
-        """Compute the gradients of a layer."""
-        from fused_rnn.kernels.triton import layer
-
-        return layer.backward(call, out, tape, gradients, wanted, groups)
-
-
-def load() -> _Triton:
+def load() -> Backend:
     """The backend."""
-    return _Triton()
+    from fused_rnn.kernels.triton.layer import Triton
+
+    return Triton()
 
 
 def describe() -> str:
