@@ -1,6 +1,7 @@
-"""Source that a backend in Python makes of a cell's equations: its lines, and the modules that hold it.
+"""Source that a backend makes of a cell's equations: its lines, and for those in Python the modules that hold it.
 
-A module is kept as a file in a folder of the user's, where its source can be read: by people, and by what compiles it.
+Nothing here needs torch, because the C++ cells are written where there is none. A module is kept as a file in a folder of the
+user's, where its source can be read: by people, and by what compiles it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ OPERATORS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 
 
 class Writer:
-    """Writes values as lines of Python: some of them have a name and a line, the others stand inside of those.
+    """Writes values as lines of a program: some of them have a name and a line, the others stand inside of those.
 
     Args:
         roots: what is to be computed.
@@ -56,9 +57,13 @@ class Writer:
         if not self.has_line(node):
             return source
         name = self.new_name(node)
-        self.lines.append(f"{name} = {source}")
+        self.lines.append(self.line(name, source))
         self.names[node] = name
         return name
+
+    def line(self, name: str, source: str) -> str:
+        """The line that gives a value its name."""
+        return f"{name} = {source}"
 
     def text(self) -> str:
         """The lines, indented as the body of a function."""
