@@ -15,7 +15,6 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_rnn.cells import GRU as GRU_CELL
 from fused_rnn.cells import GRU_RESET_BEFORE, RNN_RELU, RNN_TANH
 from fused_rnn.cells import LSTM as LSTM_CELL
-from fused_rnn.data.cell import Cell
 from fused_rnn.nn import calls, checks, symbolic
 from fused_rnn.nn.flat_weights import FlatWeights
 from fused_rnn.nn.initialisation import Initialised
@@ -28,14 +27,6 @@ Input = TypeVar("Input", Tensor, PackedSequence)
 
 class _Layers(Quantizable, Initialised, FlatWeights):
     """What RNN, LSTM and GRU share."""
-
-    def _run(
-        self, cell: Cell, input: Any, states: Any, lengths: Any, reset: Any, cell_states: bool = False
-    ) -> tuple[Any, Any, Any]:
-        dropout = self.dropout if self.training else 0.0
-        return calls.sequence(
-            cell, input, self._weights(), states, self.bidirectional, self.batch_first, dropout, lengths, reset, cell_states
-        )
 
 
 class RNN(_Layers):
@@ -120,11 +111,18 @@ class RNN(_Layers):
         """Run the layers; shapes and errors in the class docstring."""
         if positional:
             _refuse_positional(self, positional)
-        if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx, lengths=lengths, reset=reset)) is not None:
+        if (
+            symbolic.trace._is_fx_tracing_flag
+            and (proxy := symbolic.recorded(self, input, hx, lengths=lengths, reset=reset)) is not None
+        ):
             return proxy  # type: ignore[no-any-return]
         cell = RNN_TANH if self.mode == "RNN_TANH" else RNN_RELU
-        out, states, _ = self._run(cell, input, None if hx is None else (hx,), lengths, reset)
-        return out, states[0]
+        weights, dropout = self._weights(), self.dropout if self.training else 0.0
+        states = None if hx is None else (hx,)
+        out, after, _ = calls.sequence(
+            cell, input, weights, states, self.bidirectional, self.batch_first, dropout, lengths, reset
+        )
+        return out, after[0]
 
 
 class GRU(_Layers):
@@ -224,11 +222,18 @@ class GRU(_Layers):
         """Run the layers; shapes and errors in the class docstring."""
         if positional:
             _refuse_positional(self, positional)
-        if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx, lengths=lengths, reset=reset)) is not None:
+        if (
+            symbolic.trace._is_fx_tracing_flag
+            and (proxy := symbolic.recorded(self, input, hx, lengths=lengths, reset=reset)) is not None
+        ):
             return proxy  # type: ignore[no-any-return]
         cell = GRU_CELL if self.reset_after else GRU_RESET_BEFORE
-        out, states, _ = self._run(cell, input, None if hx is None else (hx,), lengths, reset)
-        return out, states[0]
+        weights, dropout = self._weights(), self.dropout if self.training else 0.0
+        states = None if hx is None else (hx,)
+        out, after, _ = calls.sequence(
+            cell, input, weights, states, self.bidirectional, self.batch_first, dropout, lengths, reset
+        )
+        return out, after[0]
 
 
 class LSTM(_Layers):
@@ -356,14 +361,17 @@ class LSTM(_Layers):
         """Run the layers; shapes and errors in the class docstring."""
         if positional:
             _refuse_positional(self, positional)
-        if symbolic.traced():
+        if symbolic.trace._is_fx_tracing_flag:
             keywords = {"lengths": lengths, "reset": reset, "return_cell_states": return_cell_states}
             if (proxy := symbolic.recorded(self, input, hx, **keywords)) is not None:
                 return proxy
         if return_cell_states is not False:
             checks.check_flag("return_cell_states", return_cell_states)
-        states = calls.pair(hx, "lstm")
-        out, after, cells = self._run(LSTM_CELL, input, states, lengths, reset, return_cell_states)
+        weights, dropout = self._weights(), self.dropout if self.training else 0.0
+        states, wanted = calls.pair(hx, "lstm"), return_cell_states
+        out, after, cells = calls.sequence(
+            LSTM_CELL, input, weights, states, self.bidirectional, self.batch_first, dropout, lengths, reset, wanted
+        )
         return (out, after) if cells is None else (out, after, cells)
 
 
