@@ -18,6 +18,8 @@ RUN   := $(VENV)/bin/python
 READY := $(VENV)/ready
 DOWNSTREAM := .venv-downstream
 CSRC  := $(wildcard csrc/*.* csrc/*/*.*)
+# What the C++ cells are written from.
+CELLS := $(wildcard fused_rnn/cells/*.py) fused_rnn/data/cell.py fused_rnn/kernels/cpp/derived.py
 CPP   := $(filter %.h %.hpp %.inl %.cpp,$(CSRC)) $(wildcard tests/cpp/*.h tests/cpp/*.cpp)
 PY    := fused_rnn tests benchmarks setup.py
 
@@ -68,7 +70,7 @@ format: setup ## let ruff and clang-format rewrite the sources
 setup: $(READY) ## make .venv and build the extension
 
 # With a changed pyproject.toml everything is installed again, else the extension alone is rebuilt.
-$(READY): pyproject.toml setup.py $(CSRC) | $(RUN)
+$(READY): pyproject.toml setup.py $(CSRC) $(CELLS) | $(RUN)
 	@require='$(REQUIRE_CPP)'; \
 	if [ -z "$$require" ] && ! [ -f "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ]; then \
 		require=0; \
@@ -98,7 +100,7 @@ $(RUN):
 # The sanitizers see a driver of its own, without Python. One build for each instruction set that this machine has; the flags
 # are those of setup.py.
 SANITIZE_DIR := build/sanitize
-SANITIZE_CXX := $(CXX) -std=c++17 -O1 -g -fno-omit-frame-pointer -Wno-psabi -Icsrc
+SANITIZE_CXX := $(CXX) -std=c++17 -O1 -g -fno-omit-frame-pointer -Wno-psabi -Icsrc -Ibuild/generated
 CPU_FLAGS    := $(shell grep -m1 '^flags' /proc/cpuinfo 2>/dev/null)
 ISAS         := baseline $(if $(filter avx2,$(CPU_FLAGS)),avx2) $(if $(filter avx512bw,$(CPU_FLAGS)),avx512)
 
@@ -118,8 +120,12 @@ $(SANITIZE_DIR)/%.ok: $(SANITIZE_DIR)/%
 	ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 $<
 	@touch $@
 
+# Made anew only where it would differ, so that what is built of it stays.
+build/generated/cells/equations.h: setup.py $(CELLS) $(READY)
+	$(RUN) setup.py -q write_cells
+
 define SANITIZE_RULE
-$(SANITIZE_DIR)/$(1)-$(2): $(wildcard tests/cpp/*) $(CSRC) Makefile
+$(SANITIZE_DIR)/$(1)-$(2): $(wildcard tests/cpp/*) $(CSRC) build/generated/cells/equations.h Makefile
 	@mkdir -p $$(@D)
 	$(SANITIZE_CXX) -DFUSED_RNN_ISA=$(2) $(ISA_$(2)) $(WITH_$(1)) $(SANITIZE_SRC) -o $$@
 endef

@@ -15,17 +15,19 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import os
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError, OptionError, PlatformError
 
@@ -36,7 +38,9 @@ KERNELS = [f"csrc/kernels/{name}.cpp" for name in ("backward", "forward", "other
 ELEMENTS = ("float", "double")
 # Everything else, the binding among it, is compiled once and without instruction set flags.
 COMMON = sorted(path.as_posix() for path in Path("csrc").rglob("*.cpp") if path.parent.name != "kernels")
-HEADERS = sorted(path.as_posix() for path in Path("csrc").rglob("*") if path.suffix in (".h", ".hpp", ".inl", ".def"))
+HEADERS = sorted(path.as_posix() for path in Path("csrc").rglob("*.h"))
+# Where the cells' header and their list go, which are made from the equations in fused_rnn/cells/.
+GENERATED = Path("build/generated")
 
 # Lowest first, because objects are linked in this order, after those of COMMON: of an inline function that several objects emit
 # (std::vector, say) the linker keeps the first copy, which must be one that runs on every machine.
@@ -144,6 +148,45 @@ def _hash(name: str) -> str:
     return hashlib.sha256(Path(name).read_bytes()).hexdigest()
 
 
+def write_cells() -> None:
+    """Write the cells as C++, where what is there differs."""
+    # Without the packages' own __init__: that of fused_rnn needs torch, which a build does not have.
+    bare = ["fused_rnn", "fused_rnn.data", "fused_rnn.kernels", "fused_rnn.kernels.cpp"]
+    for name in bare:
+        package = types.ModuleType(name)
+        package.__path__ = [str(Path(__file__).resolve().parent.joinpath(*name.split(".")))]
+        sys.modules[name] = package
+    try:
+        cells = importlib.import_module("fused_rnn.cells")
+        written = importlib.import_module("fused_rnn.kernels.cpp.derived")
+        definitions = list(cells.BUILT_IN.values())
+        texts = {"cells/cells.def": written.list_of(definitions), "cells/equations.h": written.header_of(definitions)}
+    finally:
+        for name in [each for each in sys.modules if each.split(".")[0] == "fused_rnn"]:
+            del sys.modules[name]
+    for name, text in texts.items():
+        path = GENERATED / name
+        if not path.exists() or path.read_text() != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+
+class WriteCells(Command):
+    """``python setup.py write_cells``: for what compiles the kernels in another way."""
+
+    description = "write the C++ header of the cells"
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = []
+
+    def initialize_options(self) -> None:
+        pass
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        write_cells()
+
+
 class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name))
@@ -189,7 +232,8 @@ class BuildKernels(build_ext):
             ]
         # An editable install would have them in a directory that is gone afterwards.
         kept = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}" if self.editable_mode else self.build_temp
-        compiler = Compiler(self, kept, ["csrc", pybind11.get_include()])
+        write_cells()
+        compiler = Compiler(self, kept, ["csrc", str(GENERATED), pybind11.get_include()])
         stale = [job for job in jobs if self.force or not compiler.is_fresh(job)]
         print(f"fused_rnn: {len(stale)} of {len(jobs)} objects to compile")
         with ThreadPoolExecutor(JOBS) as pool:
@@ -232,4 +276,4 @@ class BuildKernels(build_ext):
 # "optional" lets setuptools go on without the file that build_extension did not make.
 EXTENSION = Extension("fused_rnn._C", [*COMMON, *OF_SET, *KERNELS], depends=HEADERS, language="c++", optional=not REQUIRE_CPP)
 
-setup(ext_modules=[EXTENSION], cmdclass={"build_ext": BuildKernels})
+setup(ext_modules=[EXTENSION], cmdclass={"build_ext": BuildKernels, "write_cells": WriteCells})

@@ -281,8 +281,16 @@ def busy(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
+def variants(arguments: Sequence[str]) -> int:
+    """The command that measures cells that torch.nn lacks."""
+    from benchmarks.variants import main
+
+    return main(arguments)
+
+
 COMMANDS = {
     "busy": busy,
+    "variants": variants,
     "readme": readme,
     "show": show,
     "report": report,

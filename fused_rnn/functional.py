@@ -14,7 +14,7 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from fused_rnn.cells import GRU, GRU_RESET_BEFORE, LSTM, RNN_RELU, RNN_TANH
+from fused_rnn.cells import GRU, GRU_RESET_BEFORE, LSTM, LSTM_COUPLED, RNN_RELU, RNN_TANH
 from fused_rnn.data.cell import Weights
 from fused_rnn.nn import checks
 from fused_rnn.nn.calls import Input, pair, sequence, step
@@ -138,6 +138,7 @@ def lstm(
     training: bool = False,
     lengths: Tensor | None = None,
     reset: Input | None = None,
+    coupled: bool = False,
     return_cell_states: Literal[False] = False,
 ) -> tuple[Input, tuple[Tensor, Tensor]]: ...
 
@@ -154,6 +155,7 @@ def lstm(
     training: bool = False,
     lengths: Tensor | None = None,
     reset: Input | None = None,
+    coupled: bool = False,
     return_cell_states: Literal[True],
 ) -> tuple[Input, tuple[Tensor, Tensor], Input]: ...
 
@@ -169,6 +171,7 @@ def lstm(
     training: bool = False,
     lengths: Tensor | None = None,
     reset: Input | None = None,
+    coupled: bool = False,
     return_cell_states: bool = False,
 ) -> tuple[Input, tuple[Tensor, Tensor]] | tuple[Input, tuple[Tensor, Tensor], Input]:
     """Run an LSTM over a sequence.
@@ -178,6 +181,7 @@ def lstm(
         weights: as in ``gru``; with ``hr`` in them, h is projected to P features.
         hx: the initial (h, c), h (L·D, N, P) and c (L·D, N, H), or unbatched without N. None for zero.
         bidirectional, batch_first, dropout, training, lengths, reset: as in ``gru``.
+        coupled: whether the forget gate is 1 − i, as of ``fused_rnn.LSTM``: the weights have the rows of three gates, i, g, o.
         return_cell_states: whether c of every step is a third result.
 
     Returns:
@@ -186,14 +190,16 @@ def lstm(
 
     Raises:
         TypeError, ValueError, RuntimeError: as in ``gru``; types and messages are those of torch.nn.LSTM. TypeError if
-            ``return_cell_states`` is no bool.
+            ``return_cell_states`` or ``coupled`` is no bool.
 
-    Source: torch.nn.LSTM.
+    Source: torch.nn.LSTM; with ``coupled`` Greff et al. 2017.
     """
     checks.check_flag("return_cell_states", return_cell_states)
+    checks.check_flag("coupled", coupled)
+    cell = LSTM_COUPLED if coupled else LSTM
     given, dropout = pair(hx, "lstm"), dropout if training else 0.0
     out, (h, c), cells = sequence(
-        LSTM, input, weights, given, bidirectional, batch_first, dropout, lengths, reset, return_cell_states
+        cell, input, weights, given, bidirectional, batch_first, dropout, lengths, reset, return_cell_states
     )
     return (out, (h, c)) if cells is None else (out, (h, c), cells)
 
@@ -231,13 +237,17 @@ def gru_cell(input: Tensor, weights: Weights, hx: Tensor | None = None, *, reset
     return step(GRU if reset_after else GRU_RESET_BEFORE, input, weights, None if hx is None else (hx,))[0]
 
 
-def lstm_cell(input: Tensor, weights: Weights, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """Take one step of an LSTM; as ``gru_cell``, but the state is the pair (h, c).
+def lstm_cell(
+    input: Tensor, weights: Weights, hx: tuple[Tensor, Tensor] | None = None, *, coupled: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Take one step of an LSTM; as ``gru_cell``, but the state is the pair (h, c), and ``coupled`` as in ``lstm``.
 
     Raises:
-        ValueError, RuntimeError: as in ``gru_cell``; types and messages are those of torch.nn.LSTMCell.
+        ValueError, RuntimeError: as in ``gru_cell``; types and messages are those of torch.nn.LSTMCell. TypeError if
+            ``coupled`` is no bool.
 
     Source: torch.nn.LSTMCell.
     """
-    h, c = step(LSTM, input, weights, pair(hx, "lstm_cell"))
+    checks.check_flag("coupled", coupled)
+    h, c = step(LSTM_COUPLED if coupled else LSTM, input, weights, pair(hx, "lstm_cell"))
     return h, c

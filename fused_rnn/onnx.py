@@ -20,7 +20,7 @@ import torch
 
 from fused_rnn.cells import CELLS
 from fused_rnn.data.cell import Weights
-from fused_rnn.graph.onnx_export import DIRECTIONS, LENGTHS, OPERATORS, PACKED, refuse
+from fused_rnn.graph.onnx_export import DIRECTIONS, LENGTHS, OPERATORS, PACKED, order_of, refuse
 from fused_rnn.graph.operators import spread
 
 __all__ = ["export", "translation_table"]
@@ -112,8 +112,10 @@ def _layer(
     refuse(cell, any(weight.hr is not None for weight in weights), reset is not None, cell_states)
     if batch_sizes is not None:
         raise NotImplementedError(PACKED)
+    if tuple(reverse) not in DIRECTIONS:
+        raise NotImplementedError("with this torch, layers with num_heads cannot be exported to ONNX: use torch 2.8 or newer")
     name, gates, attributes = OPERATORS[cell_name]
-    order = [cell.gates.index(gate) for gate in gates]
+    order = order_of(cell, gates)
     hidden = weights[0].hh.shape[1]
 
     def reordered(tensor: Any) -> Any:
@@ -121,7 +123,9 @@ def _layer(
             return tensor
         # Not Split, whose results the exporter does not compute at export.
         bounds = [op.Constant(value_ints=[i * hidden]) for i in range(len(order) + 1)]
-        return op.Concat(*(op.Slice(tensor, bounds[i], bounds[i + 1]) for i in order), axis=0)
+        blocks = [None if i is None else op.Slice(tensor, bounds[i], bounds[i + 1]) for i in order]
+        # Of a gate that the cell has not, nothing is read: any block will do.
+        return op.Concat(*(blocks[0] if block is None else block for block in blocks), axis=0)
 
     def stacked(tensors: Sequence[Any]) -> Any:
         """A tensor of each direction, along a new first dimension."""

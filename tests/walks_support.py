@@ -9,7 +9,7 @@ import torch
 from tolerances import assert_close_to_reference
 from torch import Tensor
 
-from fused_rnn.cells import CELLS, EQUATIONS
+from fused_rnn.cells import CELLS, equations_of
 from fused_rnn.data.steps import Steps
 from fused_rnn.kernels import cell_modules
 from fused_rnn.kernels.by_walk.walk import Walk, walk_in
@@ -63,7 +63,7 @@ class Inputs:
 def walk_of(backend: str, cell: str) -> Walk:
     """The functions of a cell."""
     if backend == "reference":
-        return recurrence.walk(EQUATIONS[cell])
+        return recurrence.walk(equations_of(CELLS[cell]))
     if backend == "numba":
         return derived.walk_of(CELLS[cell])
     return walk_in(cell_modules(f"fused_rnn.kernels.{backend}")[cell], cell)

@@ -86,8 +86,12 @@ def check_memory(parser: Parser, weights: int, kept: int, remedy: str) -> None:
 
 
 def print_remarks(outcome: Outcome, contenders: Sequence[Contender]) -> None:
-    """Say how the training ended and how far its figures can be trusted."""
-    base, ours = contenders
+    """Say how the training ended and how far its figures can be trusted.
+
+    Args:
+        contenders: first the two that compute the same, then others.
+    """
+    base, ours = same = contenders[:2]
     if outcome is Outcome.DIVERGED:
         worse = next(c for c in contenders if c.losses and not math.isfinite(c.losses[-1]))
         print(f"stopped: the loss of {worse.name} is not finite at step {len(worse.losses)}; lower --lr or --clip-norm")
@@ -100,8 +104,8 @@ def print_remarks(outcome: Outcome, contenders: Sequence[Contender]) -> None:
         # Roundings grow from step to step, and in a training of many steps they may part the two for good. What the two compute
         # alike shows in the first steps.
         early = min(common, EARLY)
-        first = f"{apart(contenders, early):.1e} over the first {early}, " if early < common else ""
-        print(f"largest difference between the two training losses: {first}{apart(contenders):.1e} over all {common:,} steps")
+        first = f"{apart(same, early):.1e} over the first {early}, " if early < common else ""
+        print(f"largest difference between the two training losses: {first}{apart(same):.1e} over all {common:,} steps")
 
 
 class Outputs:

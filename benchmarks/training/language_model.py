@@ -16,13 +16,12 @@ import time
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from benchmarks.json_file import write_rows
 from benchmarks.training import job
 from benchmarks.training.command import training_settings
 from benchmarks.training.markov import Trigram
-from benchmarks.training.model import CharacterModel, State, cross_entropy, detach, evaluate, generate
+from benchmarks.training.model import CharacterModel, evaluate, generate, likelihood, segment_loss
 from benchmarks.training.options import Parser, parse
 from benchmarks.training.parallel import Processes, processes
 from benchmarks.training.plots import plot_race
@@ -72,8 +71,8 @@ def _run(parser: Parser, options: argparse.Namespace, group: Processes) -> int:
         tie_weights=options.tie_weights,
     )
     fused, backend = job.fused_copy(parser, model)
-    base = Contender("torch.nn", group.wrap(model), group.mean(_segment_loss), settings)
-    ours = Contender("fused_rnn", group.wrap(fused), group.mean(_segment_loss), settings)
+    base = Contender("torch.nn", group.wrap(model), group.mean(segment_loss), settings)
+    ours = Contender("fused_rnn", group.wrap(fused), group.mean(segment_loss), settings)
 
     threads = f"{group.size} processes × " * (group.size > 1) + f"{torch.get_num_threads()} threads"
     facts = (
@@ -100,7 +99,7 @@ def _run(parser: Parser, options: argparse.Namespace, group: Processes) -> int:
             # The trigram predicts the same characters from the same text as the two models do.
             predicted = held_out_symbols[: held_out.characters + 1]
             trigram = Trigram(training_symbols, len(vocabulary))
-            rows[2].measures |= _likelihood(-trigram.log_probability(predicted).mean().item())
+            rows[2].measures |= likelihood(-trigram.log_probability(predicted).mean().item())
         except KeyboardInterrupt:
             outcome = Outcome.INTERRUPTED
     try:
@@ -108,13 +107,6 @@ def _run(parser: Parser, options: argparse.Namespace, group: Processes) -> int:
     except OSError as error:
         parser.error(f"cannot write the results to {options.out}: {error.strerror or error}")
     return job.CODES[outcome]
-
-
-def _segment_loss(model: CharacterModel, batch: tuple[Tensor, Tensor, bool], state: State) -> tuple[Tensor, State]:
-    """Loss of one segment; the state goes on to the next one, without its history."""
-    inputs, targets, first = batch
-    logits, state = model(inputs, None if first else state)
-    return cross_entropy(logits, targets), detach(state)
 
 
 def _check_memory(parser: Parser, options: argparse.Namespace, symbols: int, group: Processes) -> None:
@@ -130,11 +122,6 @@ def _check_memory(parser: Parser, options: argparse.Namespace, symbols: int, gro
     job.check_memory(parser, weights * group.here, kept, "--hidden, --layers, --embedding, --batch or --bptt")
 
 
-def _likelihood(loss: float) -> dict[str, float]:
-    # A diverged model's loss has an infinite exponential, which is no reason to lose the table.
-    return {"held_out_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-
-
 def _judge(
     options: argparse.Namespace,
     vocabulary: Vocabulary,
@@ -144,7 +131,7 @@ def _judge(
 ) -> str:
     """Fill in what is measured after the training; return the text that fused_rnn's model wrote."""
     for model, row in zip(models, rows, strict=False):
-        row.measures |= _likelihood(evaluate(model, held_out))
+        row.measures |= likelihood(evaluate(model, held_out))
     written = ""
     if options.sample_length:
         style = {"temperature": options.temperature, "top_k": options.top_k, "seed": options.seed}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -80,6 +81,19 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
 def detach(state: State) -> State:
     """The same state with no history: gradients stop at the segment's start, the values go on."""
     return state.detach() if isinstance(state, Tensor) else tuple(part.detach() for part in state)
+
+
+def segment_loss(model: CharacterModel, batch: tuple[Tensor, Tensor, bool], state: State) -> tuple[Tensor, State]:
+    """Loss of one segment; the state goes on to the next one, without its history."""
+    inputs, targets, first = batch
+    logits, state = model(inputs, None if first else state)
+    return cross_entropy(logits, targets), detach(state)
+
+
+def likelihood(loss: float) -> dict[str, float]:
+    """The held-out loss and its perplexity, as figures of a row."""
+    # A diverged model's loss has an infinite exponential, which is no reason to lose the table.
+    return {"held_out_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from benchmarks.results import commit, cores, cpu_model
 from benchmarks.training.trainer import Contender, speed_up, total_speed_up
 
 # Single steps are noisy: the training loss is the mean of the last ones.
-_LAST_STEPS = 50
+LAST_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Row:
     @property
     def training_loss(self) -> float | None:
         """Mean training loss of the last steps."""
-        last = self.losses[-_LAST_STEPS:]
+        last = self.losses[-LAST_STEPS:]
         return sum(last) / len(last) if last else None
 
 
@@ -114,7 +114,7 @@ def print_table(rows: Sequence[Row], title: str, measures: Sequence[Measure] = (
         ("  everything else", [_milliseconds(row.other_seconds) for row in rows]),
         ("speed-up, median step", [_number(row.speed_up, ".2f", "×") for row in rows]),
         ("speed-up, total time", [_number(row.total_speed_up, ".2f", "×") for row in rows]),
-        (f"training loss, last {_LAST_STEPS} steps", [_number(row.training_loss, ".4f") for row in rows]),
+        (f"training loss, last {LAST_STEPS} steps", [_number(row.training_loss, ".4f") for row in rows]),
         *((measure.label, [_number(row.measures.get(measure.key), measure.form) for row in rows]) for measure in measures),
     ]
     table = Table()

@@ -1,14 +1,11 @@
-// The pointwise part of every cell, forward and backward, on one vector of units of one row.
+// Every cell: its sizes, and its pointwise part, forward and backward, on one vector of units of one row.
 //
-// `tape` and `d_gates` point at this row's first unit; block b is b * hidden further on (fused_rnn/data/cell.py names the
-// blocks). `io` loads and stores whole vectors, or the first few lanes where the units end.
-// The numbers (1), (2) … are those of the equations in fused_rnn/cells/.
+// cells/equations.h holds them. setup.py writes it from the equations in fused_rnn/cells/; after a build it is in
+// build/generated. `tape` and `d_gates` point at this row's first unit; block b is b * hidden further on
+// (fused_rnn/data/cell.py names the blocks). `io` loads and stores whole vectors, or the first few lanes where the units end.
 #pragma once
 
-#include "cells/gru.h"
-#include "cells/gru_reset_before.h"
-#include "cells/lstm.h"
-#include "cells/rnn.h"
+#include "cells/equations.h"
 #include "walk/product.h"
 
 namespace fused_rnn {

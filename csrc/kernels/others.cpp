@@ -13,11 +13,10 @@ using Element = FUSED_RNN_ELEMENT;
 #define FUSED_RNN_CELL(name, Struct)                                                 \
   template Index panel_elements<Struct<Element>, Element>(const PackArgs<Element>&); \
   template void pack<Struct<Element>, Element>(const PackArgs<Element>&);            \
-  template void step<Struct<Element>, Element>(const ForwardArgs<Element>&);
+  template void step<Struct<Element>, Element>(const ForwardArgs<Element>&);         \
+  template void unprojected<Struct<Element>, Element>(const UnprojectedArgs<Element>&);
 #include "cells/cells.def"
 
-// Of every cell with a projection.
-template void unprojected<Lstm<Element>, Element>(const UnprojectedArgs<Element>&);
 template void multiply<Element>(const MultiplyArgs<Element>&);
 template Index workspace_elements<Element>(const WeightGradientArgs<Element>&);
 template void weight_gradient<Element>(const WeightGradientArgs<Element>&);

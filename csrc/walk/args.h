@@ -112,10 +112,10 @@ template <class T>
 struct ForwardArgs {
   Sizes sizes;
   bool keep = true;          // whether the tape is written
-  Rows<T> tape;              // in, without weight_ih: gates_x; out: what the backward reads. Null if neither
+  Rows<T> tape;              // what the backward reads; null without keep
   Rows<T> out;               // (R, D, P); may be the tape itself for cells whose tape is the output
   Rows<T> cells;             // (R, D, H): where c of every step goes as well, or null
-  const T* input = nullptr;  // (R, I), or null: what gates_x are formed from on the way
+  const T* input = nullptr;  // (R, I)
   Index input_stride = 0;
   T* states[2] = {};                     // (D, N, P) and (D, N, H), updated in place; the second only where the cell has one
   bool updates_h = true;                 // whether states[0] is; a single step may leave it

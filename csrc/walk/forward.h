@@ -48,18 +48,12 @@ class ForwardWalk {
         seat_(seat),
         shared_(seat.shared()),
         workspace_(workspace),
-        in_blocks_(args.weight_ih && in_blocks(batch.size())),
-        blocks_(args.keep        ? Cell::kTape
-                : args.weight_ih ? 0
-                                 : Cell::kGates),
+        in_blocks_(in_blocks(batch.size())),
+        blocks_(args.keep ? Cell::kTape : 0),
         fetches_(outgrows_caches<T>(args.sizes, blocks_ * hidden_ + output_)),
         h_(args.states[0] + d * steps_.batch * output_),
         c_(Cell::kHasC ? args.states[1] + d * steps_.batch * hidden_ : nullptr),
-        scratch_(steps_.batch, batch.size(),
-                 !args.weight_ih ? 0
-                 : in_blocks_    ? kInputRows
-                                 : batch.size(),
-                 kTwoStages<Cell> ? 2 : 1) {
+        scratch_(steps_.batch, batch.size(), in_blocks_ ? kInputRows : batch.size(), kTwoStages<Cell> ? 2 : 1) {
     take(0);
   }
 
@@ -144,9 +138,9 @@ class ForwardWalk {
     }
   }
 
-  // Weights of the inputs whose products a step forms itself, and the rows that they multiply; null for none.
+  // Weights of the inputs whose products a step forms itself, and the rows that they multiply; null where they are there.
   const Matrix<T>* find_inputs(const Matrix<T>* weights, Index first, Index n) const {
-    if (!weights || in_blocks_) return nullptr;
+    if (in_blocks_) return nullptr;
     for (Index j = 0; j < n; ++j) scratch_.inputs.get()[j] = args_.input + (first + j) * args_.input_stride;
     return weights + d_;
   }
@@ -219,7 +213,6 @@ class ForwardWalk {
     const T* bias = args_.bias ? args_.bias + d_ * kBias<Cell> * hidden_ : nullptr;
     ForwardPoint<T> p;
     p.tape = args_.tape ? args_.tape.at(first + j, d_) + unit : nullptr;
-    p.gates_x = args_.weight_ih ? nullptr : p.tape;
     p.hidden = hidden_;
     p.bias = bias ? bias + unit : nullptr;
     p.h_previous = rows_before()[j] + unit;
@@ -275,15 +268,14 @@ template <class Cell, class T>
 void forward(const ForwardArgs<T>& args) {
   const Sizes& s = args.sizes;
   if (s.steps.batch == 0 || s.steps.length == 0) return;
-  Groups groups(s, step_cost<T>(s, Cell::kGates, 40 * Cell::kGates, args.weight_ih ? args.weight_ih->inner : 0,
-                                kTwoStages<Cell> ? 2 : 1));
+  Groups groups(s, step_cost<T>(s, Cell::kGates, 40 * Cell::kGates, args.weight_ih->inner, kTwoStages<Cell> ? 2 : 1));
   const Buffer<T> zeros(s.output);
   const bool hands_on = args.weight_hr || (kTwoStages<Cell> && !args.keep);
   const Buffer<T> within(hands_on ? s.recurrences * s.steps.batch * s.hidden : 0);
   T* const m = hands_on ? within.get() : nullptr;
   const int members = groups.plan().unit_parts;
   // Of a group. A thread that does all its work alone needs no more.
-  const bool blocks = args.weight_ih && in_blocks(groups.smallest_part());
+  const bool blocks = in_blocks(groups.smallest_part());
   const Index vectors = blocks ? members * member_vectors<Cell>(args, members) : 0;
   const Memory workspace(static_cast<std::size_t>(groups.plan().groups * vectors) * sizeof(Vec<T>));
   groups.run([&](Index d, Range batch, int workspace_of, Seat& seat) {

@@ -193,7 +193,6 @@ class Int8Walk {
       }
       const Index unit = block * kInt8Columns + lane, row = batch_.begin + j;
       ForwardPoint<T> p;
-      p.gates_x = nullptr;
       p.tape = nullptr;
       p.hidden = hidden_;
       p.bias = args_.bias ? args_.bias + d_ * kBias<Cell> * hidden_ + unit : nullptr;

@@ -53,20 +53,22 @@ void multiply(const MultiplyArgs<T>& p) {
   });
 }
 
-// o * tanh(c) of every row, or what a cell with a projection has in its place.
+// What a projection multiplies, of every row; of the cells that have one.
 template <class Cell, class T>
-void unprojected(const UnprojectedArgs<T>& p) {
-  parallel(threads_for(static_cast<double>(p.rows) * p.hidden * sizeof(T), p.threads), [&](int rank, int size) {
-    const Range mine = share(p.rows, size, rank);
-    for (Index row = mine.begin; row < mine.end; ++row) {
-      for (Index v = 0; v < vectors_of(p.hidden, kLanes<T>); ++v) {
-        const Index unit = v * kLanes<T>;
-        with_io<T>(p.hidden, v, [&](auto io, Index) {
-          io.store(p.to + row * p.hidden + unit, Cell::unprojected(io, p.tape + row * p.tape_stride + unit, p.hidden));
-        });
+void unprojected([[maybe_unused]] const UnprojectedArgs<T>& p) {
+  if constexpr (Cell::kProjection) {
+    parallel(threads_for(static_cast<double>(p.rows) * p.hidden * sizeof(T), p.threads), [&](int rank, int size) {
+      const Range mine = share(p.rows, size, rank);
+      for (Index row = mine.begin; row < mine.end; ++row) {
+        for (Index v = 0; v < vectors_of(p.hidden, kLanes<T>); ++v) {
+          const Index unit = v * kLanes<T>;
+          with_io<T>(p.hidden, v, [&](auto io, Index) {
+            io.store(p.to + row * p.hidden + unit, Cell::unprojected(io, p.tape + row * p.tape_stride + unit, p.hidden));
+          });
+        }
       }
-    }
-  });
+    });
+  }
 }
 
 }  // namespace FUSED_RNN_ISA

@@ -25,7 +25,6 @@ struct First {
 // One vector of units of one row in the forward. Pointers are at its first unit.
 template <class T>
 struct ForwardPoint {
-  const T* gates_x;     // block 0, or null: then the product holds them, a part that stays apart after the gates
   T* tape;              // block 0
   Index hidden;         // from one block to the next
   const T* bias;        // block 0, or null
@@ -37,11 +36,28 @@ struct ForwardPoint {
   T* operand;           // what the later gates' product reads; cells with such gates only
 };
 
-// Block `b` of gates_x, as far as they are apart from the product, and of the bias.
+// A gate's sum before its activation: its share of the products, and block `b` of the bias.
 template <class T, class Io>
-inline Vec<T> input(Io io, const ForwardPoint<T>& p, Index b) {
-  const Vec<T> x = p.gates_x ? io.load(p.gates_x + b * p.hidden) : Vec<T>{};
-  return p.bias ? x + io.load(p.bias + b * p.hidden) : x;
+inline Vec<T> gate(Io io, const ForwardPoint<T>& p, Index b, Vec<T> products) {
+  return p.bias ? products + io.load(p.bias + b * p.hidden) : products;
+}
+
+template <class T>
+inline Vec<T> sigmoid(Vec<T> x) {
+  activate<T, 1, 0>(&x);
+  return x;
+}
+
+// x < 0 is false for NaN, which passes as it does in torch.
+template <class T>
+inline Vec<T> relu(Vec<T> x) {
+  return x < Vec<T>{} ? Vec<T>{} : x;
+}
+
+// y where x is positive, else zero: the derivative of relu. NaN in x lets y pass.
+template <class T>
+inline Vec<T> where_positive(Vec<T> x, Vec<T> y) {
+  return x <= Vec<T>{} ? Vec<T>{} : y;
 }
 
 // The same in the backward.

@@ -129,7 +129,6 @@ class Step {
     const Index unit = v * kLanes<T>;
     with_io<T>(hidden_, v, [&](auto io, Index) {
       ForwardPoint<T> p;
-      p.gates_x = nullptr;
       p.tape = args_.tape ? args_.tape.at(row, d) + unit : nullptr;
       p.hidden = hidden_;
       p.bias = args_.bias ? args_.bias + d * kBias<Cell> * hidden_ + unit : nullptr;

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fused_rnn.cells.derivation import Derived, Row, derive
-from fused_rnn.cells.in_torch import equations_of
 from fused_rnn.cells.language import trace
 from fused_rnn.data.cell import Cell
-from fused_rnn.data.equations import Equations
+
+if TYPE_CHECKING:
+    from fused_rnn.data.equations import Equations
 
 __all__ = ["DEFINED", "Definition", "Row", "built_in", "cell"]
 
@@ -26,7 +27,6 @@ class Definition:
     Attributes:
         body: the equations.
         derived: what follows from them.
-        equations: one step in plain torch.
     """
 
     def __init__(
@@ -35,13 +35,20 @@ class Definition:
         functools.update_wrapper(self, body)
         self.body = body
         self.derived: Derived = derive(trace(body.__name__, gates, states, body), row)
-        self.equations: Equations = equations_of(self.derived, body)
         DEFINED[self.row.name] = self
 
     @property
     def row(self) -> Cell:
         """The cell as data."""
         return self.derived.cell
+
+    @functools.cached_property
+    def equations(self) -> Equations:
+        """One step in plain torch."""
+        # Here, and not above: setup.py reads the definitions where there is no torch.
+        from fused_rnn.cells.in_torch import equations_of
+
+        return equations_of(self.derived, self.body)
 
     def __call__(self, x: Any, W: Any, *states: Any) -> Any:
         """The body."""

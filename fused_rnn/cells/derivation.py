@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from fused_rnn.cells.language import ACTIVATIONS, Graph, Node, evaluate, order
 from fused_rnn.data.cell import Cell
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,6 +221,11 @@ def _backward(graph: Graph, roots: Sequence[Node], gradients: Sequence[Node]) ->
         elif node.operation == "relu":
             give(node.operands[0], graph.make("where_positive", node, d))
     return received
+
+
+def gradients_of(derived: Derived) -> dict[Node, Node]:
+    """The gradients that values receive in the first stage of the backward, from those of the states after the step."""
+    return _backward(derived.graph, derived.graph.after, derived.gradients)
 
 
 def _depends(node: Node, gates: Container[Node]) -> bool:

@@ -28,10 +28,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -187,26 +187,3 @@ def initial_states(cell: Cell, like: Tensor, recurrences: int, batch: int, weigh
     """Zero states of so many recurrences, (·, N, P) and (·, N, H), in the dtype and on the device of ``like``."""
     hidden, output = weights.hh.shape[0] // cell.num_gates, weights.hh.shape[1]
     return tuple([like.new_zeros((recurrences, batch, hidden if i else output)) for i in range(len(cell.states))])
-
-
-def summed_biases(cell: Cell, weights: Sequence[Weights], dtype: torch.dtype) -> Tensor | None:
-    """The bias that the kernel adds, (D, blocks of ``Cell.bias``·H), or None where no direction has one."""
-    apart = (len(cell.bias) - cell.num_gates) * (weights[0].hh.shape[0] // cell.num_gates)
-    blocks: list[Tensor] = []
-    for weight in weights:
-        ih, hh = weight.bias_ih, weight.bias_hh
-        if ih is None or hh is None:
-            if all(weight.bias_ih is None and weight.bias_hh is None for weight in weights):
-                return None
-            zero = weight.hh.new_zeros(weight.hh.shape[0])
-            ih, hh = zero if ih is None else ih, zero if hh is None else hh
-        # In float32 from the start: the sum of two biases is not rounded to a narrower dtype.
-        if ih.dtype != dtype:
-            ih, hh = ih.to(dtype), hh.to(dtype)
-        if apart:
-            both = torch.cat((ih, hh[-apart:]))
-            both[: -2 * apart].add_(hh[:-apart])
-            blocks.append(both)
-        else:
-            blocks.append(ih + hh)
-    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).view(len(weights), -1)

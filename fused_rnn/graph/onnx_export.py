@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn.cells import GRU, GRU_RESET_BEFORE, LSTM, RNN_RELU, RNN_TANH
+from fused_rnn.cells import GRU, GRU_RESET_BEFORE, LSTM, LSTM_COUPLED, RNN_RELU, RNN_TANH
 from fused_rnn.data import torch_private
 from fused_rnn.data.cell import Cell, Weights
 from fused_rnn.data.steps import Steps
@@ -22,6 +22,8 @@ from fused_rnn.kernels.protocol import States
 # The operator, its order of gates (torch's first letter: ONNX calls g "c", and n "h"), and its attributes.
 OPERATORS: dict[str, tuple[str, str, dict[str, Any]]] = {
     LSTM.name: ("LSTM", "iofg", {}),
+    # The operator has rows for f all the same, and reads none of them.
+    LSTM_COUPLED.name: ("LSTM", "iofg", {"input_forget": 1}),
     # As torch and cuDNN: the reset gate is applied after the product with W_hn.
     GRU.name: ("GRU", "zrn", {"linear_before_reset": 1}),
     GRU_RESET_BEFORE.name: ("GRU", "zrn", {"linear_before_reset": 0}),
@@ -56,6 +58,11 @@ def refuse(cell: Cell, projected: bool, reset: bool, cell_states: bool) -> None:
         raise NotImplementedError("no ONNX operator gives c of every step: export a model without return_cell_states")
     if cell.name not in OPERATORS:
         raise NotImplementedError(f"no ONNX operator computes the cell {cell.name!r}")
+
+
+def order_of(cell: Cell, gates: str) -> list[int | None]:
+    """The blocks of torch's weights in ONNX's order of gates; None for a gate that the cell has not."""
+    return [cell.gates.index(gate) if gate in cell.gates else None for gate in gates]
 
 
 def wanted() -> bool:
@@ -94,11 +101,31 @@ def layer(
         NotImplementedError: for what no ONNX operator computes.
     """
     refuse(cell, weights[0].hr is not None, reset is not None, cell_states)
+    if tuple(reverse) not in DIRECTIONS:
+        return _of_heads(cell, rows, steps, states, weights, reverse)
     if torch.jit._trace.is_tracing():  # type: ignore[no-untyped-call]
         return _of_torch(cell, rows, steps, states, weights)
     if steps.batch_sizes is not None:
         raise NotImplementedError(PACKED)
     return _of_onnx(cell, rows, states, weights, reverse)
+
+
+def _of_heads(
+    cell: Cell, rows: Tensor, steps: Steps, states: States, weights: Sequence[Weights], reverse: Sequence[int]
+) -> list[Tensor]:
+    """Several recurrences a direction, the forward ones first: an operator for each of them, or each pair."""
+    heads = list(reverse).count(False)
+    outs: list[list[Tensor]] = []
+    ends: list[list[Tensor]] = []
+    for head in range(heads):
+        mine = slice(head, None, heads)
+        given = tuple([state[mine] for state in states])
+        out, *end = layer(cell, rows, steps, given, weights[mine], reverse[mine], None, False)
+        outs.append(list(out.chunk(len(weights) // heads, -1)))
+        ends.append(end)
+    # (D, heads, …): all heads of a direction follow each other.
+    out = torch.cat([part for direction in zip(*outs, strict=True) for part in direction], -1)
+    return [out, *(torch.stack(parts, 1).flatten(0, 1) for parts in zip(*ends, strict=True))]
 
 
 def _of_torch(cell: Cell, rows: Tensor, steps: Steps, states: States, weights: Sequence[Weights]) -> list[Tensor]:
@@ -116,13 +143,14 @@ def _of_torch(cell: Cell, rows: Tensor, steps: Steps, states: States, weights: S
 
 def _of_onnx(cell: Cell, rows: Tensor, states: States, weights: Sequence[Weights], reverse: Sequence[int]) -> list[Tensor]:
     name, gates, attributes = OPERATORS[cell.name]
-    order = [cell.gates.index(gate) for gate in gates]
+    order = order_of(cell, gates)
     hidden, directions = weights[0].hh.shape[1], len(weights)
 
     def reordered(tensor: Tensor) -> Tensor:
         if len(order) == 1:
             return tensor
-        return torch.cat([tensor[i * hidden : (i + 1) * hidden] for i in order])
+        unread = tensor.new_zeros(hidden, *tensor.shape[1:])
+        return torch.cat([unread if i is None else tensor[i * hidden : (i + 1) * hidden] for i in order])
 
     def biases(weight: Weights) -> Tensor:
         zero = rows.new_zeros(len(order) * hidden)

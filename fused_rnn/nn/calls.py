@@ -22,13 +22,14 @@ from fused_rnn.graph.batch_first import transposed
 from fused_rnn.graph.derivatives import transformed
 from fused_rnn.graph.tracing import quietly
 from fused_rnn.kernels.protocol import Backend, States
-from fused_rnn.nn import checks
+from fused_rnn.nn import checks, connections
+from fused_rnn.nn.connections import Connection
 
 Input = TypeVar("Input", Tensor, PackedSequence)
 
-# By the number of directions: whether each goes from the last step to the first.
-_REVERSE = ((), (False,), (False, True))
-_FORWARD = _REVERSE[1]
+# One recurrence, from the first step to the last, and another one back.
+_FORWARD = (False,)
+_BOTH = (False, True)
 
 
 def pair(hx: tuple[Tensor, Tensor] | Tensor | None, function: str) -> States | None:
@@ -94,25 +95,32 @@ def sequence(
     lengths: Tensor | None,
     reset: Any,
     cell_states: bool = False,
+    connection: Connection | None = None,
+    heads: int = 1,
 ) -> tuple[Input, States, Input | None]:
     """Check the arguments, run the layers, and bring the results into the shape of the input.
 
-    Args: as of ``gru`` and ``lstm``; ``dropout`` is 0 where it does not apply.
+    Args: as of ``gru`` and ``lstm``; ``dropout`` is 0 where it does not apply; ``connection`` is that of the layers. With
+        ``heads``, there are the weights and the states of each head of each layer and direction (``fused_rnn.nn.heads``).
 
     Returns:
         out, the states after the last step, and with ``cell_states`` c of every step.
     """
-    directions = 2 if bidirectional else 1
+    reverse: tuple[bool, ...] = _BOTH if bidirectional else _FORWARD
+    if heads > 1:
+        reverse = tuple([back for back in reverse for _ in range(heads)])
+    directions = len(reverse)
     if not weights or len(weights) % directions:
         checks.check_count(weights, directions)
     if isinstance(input, PackedSequence):
         first = weights[0]
         checks.check_input(input.data, first.ih, 2)
         backend = autograd.eager_backend(cell, input.data, first.hh)
-        run = partial(_layers, cell, weights, directions, dropout, cell_states, backend, as_dense=True)
+        run = partial(_layers, cell, weights, reverse, dropout, cell_states, connection, backend, as_dense=True)
+        grows = connection is not None and connection.grows
 
         def check(rows: Tensor, states: States | None, batch: int) -> None:
-            checks.check_layers(cell, rows, weights, directions, states, batch)
+            checks.check_layers(cell, rows, weights, directions, states, batch, grows)
 
         return packed(run, check, input, states, lengths, reset, first.ih)
     batched = input.dim() == 3
@@ -127,10 +135,10 @@ def sequence(
         reset = checks.check_reset(reset, tuple(input.shape[:2]), input)
     backend = autograd.eager_backend(cell, input, weights[0].hh)
     if backend is None or not backend.checks:
-        _check_dense(cell, input, weights, directions, states, batch_first)
+        _check_dense(cell, input, weights, directions, states, batch_first, connection)
     try:
         plain = None
-        dense = lengths is None and reset is None and not cell_states and len(weights) == 1
+        dense = lengths is None and reset is None and not cell_states and connection is None and len(weights) == 1
         if dense and backend is not None and backend.checks and not torch.is_grad_enabled():
             rows = input.transpose(0, 1).contiguous() if batch_first else input
             plain = backend.plain_forward(cell, rows, states, weights[0], False, batch_first)  # type: ignore[attr-defined]
@@ -138,11 +146,11 @@ def sequence(
             out, after = plain
             cells = None
         else:
-            run = partial(_layers, cell, weights, directions, dropout, cell_states, backend)
+            run = partial(_layers, cell, weights, reverse, dropout, cell_states, connection, backend)
             out, after, cells = _dense(run, input, weights[0].hh, states, backend, lengths, reset, batched, batch_first)
     except Exception:
         # What does not fit each other has the errors of torch.
-        _check_dense(cell, input, weights, directions, states, batch_first)
+        _check_dense(cell, input, weights, directions, states, batch_first, connection)
         raise
     if not batched:
         out, cells = out.squeeze(1), None if cells is None else cells.squeeze(1)
@@ -152,13 +160,20 @@ def sequence(
 
 @quietly
 def _check_dense(
-    cell: Cell, input: Tensor, weights: Sequence[Weights], directions: int, states: States | None, batch_first: bool
+    cell: Cell,
+    input: Tensor,
+    weights: Sequence[Weights],
+    directions: int,
+    states: States | None,
+    batch_first: bool,
+    connection: Connection | None,
 ) -> None:
     """Check a batch, (T, N, I) or (N, T, I), against the weights and the states."""
     if states is not None:
         checks.check_state_ranks(states, True)
     checks.check_input(input, weights[0].ih, 3)
-    checks.check_layers(cell, input, weights, directions, states, input.shape[0 if batch_first else 1])
+    batch, grows = input.shape[0 if batch_first else 1], connection is not None and connection.grows
+    checks.check_layers(cell, input, weights, directions, states, batch, grows)
     if input.shape[1 if batch_first else 0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
@@ -291,9 +306,10 @@ def packed(
 def _layers(
     cell: Cell,
     weights: Sequence[Weights],
-    directions: int,
+    reverse: tuple[bool, ...],
     dropout: float,
     cell_states: bool,
+    connection: Connection | None,
     backend: Backend | None,
     rows: Tensor,
     steps: Steps,
@@ -315,12 +331,14 @@ def _layers(
     Returns:
         out, the states after the walk, (L·D, N, ·) each, and with ``cell_states`` c of the last layer at every step.
     """
-    resets = None
+    resets, directions = None, len(reverse)
     if reset is not None:
         by_direction = operators if operators.traced(rows, weights[0].hh) else sequences
-        resets = by_direction.resets_by_direction(reset, steps, directions)
-    reverse = _REVERSE[directions]
-    if backend is not None and len(weights) == directions:
+        ways = 2 if reverse[-1] else 1
+        resets = by_direction.resets_by_direction(reset, steps, ways)
+        if directions > ways:
+            resets = resets.repeat_interleave(directions // ways, 0)
+    if backend is not None and len(weights) == directions and connection is None:
         return autograd.eager_layer(
             backend, cell, rows, steps, states, weights, reverse, resets, cell_states, False, batch_first
         )
@@ -332,47 +350,21 @@ def _layers(
         if states is None:
             # They have the dtype of the module's input, whatever its layers compute in.
             states = initial_states(cell, rows, len(weights), steps.batch, weights[0])
-    if len(weights) == directions:
+    if len(weights) == directions and connection is None:
         return run(cell, rows, steps, states, weights, reverse, resets, cell_states)
     if states is not None:
         _check_state_counts(states, len(weights))
+    if connection is not None:
+        return connections.layers(
+            connection, run, cell, rows, steps, states, weights, reverse, resets, dropout, cell_states, batch_first
+        )
 
     def one(rows: Tensor, before: States | None, part: slice, last: bool) -> Outputs:
         if last and batch_first:
             return run(cell, rows, steps, before, weights[part], reverse, resets, cell_states, False, True)
         return run(cell, rows, steps, before, weights[part], reverse, resets, cell_states and last)
 
-    return layer_after_layer(one, len(weights), directions, dropout, rows, states)
-
-
-def layer_after_layer(
-    run: Callable[[Tensor, States | None, slice, bool], Outputs],
-    count: int,
-    directions: int,
-    dropout: float,
-    rows: Tensor,
-    states: States | None,
-) -> Outputs:
-    """Run layer after layer, with dropout between them.
-
-    Args:
-        run: one of them: of its rows, the states before it, which of the L·D weights are its own, and whether it is the last.
-        count: L·D.
-        directions: D.
-        dropout, rows, states: as of ``_layers``, which says what is returned.
-    """
-    ends: list[States] = []
-    cells = None
-    for first in range(0, count, directions):
-        if first and dropout:
-            rows = torch.dropout(rows, dropout, True)
-        part = slice(first, first + directions)
-        before = None if states is None else tuple([state[part] for state in states])
-        rows, end, cells = run(rows, before, part, part.stop == count)
-        ends.append(end)
-    if len(ends) == 1:
-        return rows, ends[0], cells
-    return rows, tuple([torch.cat(parts) for parts in zip(*ends, strict=True)]), cells
+    return connections.layer_after_layer(one, len(weights), directions, dropout, rows, states)
 
 
 @quietly

@@ -7,14 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rnn.cells import GRU, GRU_RESET_BEFORE, LSTM, RNN_RELU, RNN_TANH
+from fused_rnn.cells import GRU, GRU_RESET_BEFORE, LSTM, LSTM_COUPLED, RNN_RELU, RNN_TANH
 from fused_rnn.data.cell import Cell, Weights
 from fused_rnn.kernels.protocol import States
 from fused_rnn.nn import calls, checks, symbolic
-from fused_rnn.nn.initialisation import Initialised
+from fused_rnn.nn.initialisation import Initialised, keep_gates
 from fused_rnn.nn.qconfig import Quantizable
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
+
+
+_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class _Cell(Quantizable, Initialised, torch.nn.modules.rnn.RNNCellBase):
@@ -105,9 +108,6 @@ class GRUCell(_Cell, torch.nn.GRUCell):
     torch.Size([3, 20])
     """
 
-    # For cells that torch.nn's constructor made or an earlier version pickled.
-    reset_after: bool = True
-
     def __init__(
         self,
         input_size: int,
@@ -124,10 +124,6 @@ class GRUCell(_Cell, torch.nn.GRUCell):
         super().__init__(input_size, hidden_size, bias, **options)
         if not reset_after:
             self.reset_after = False
-
-    def extra_repr(self) -> str:
-        """As torch.nn's, and the options that were given."""
-        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; shapes and errors in the class docstring."""
@@ -146,6 +142,7 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
         device, dtype: of the parameters.
         forget_bias: what the forget gate's bias_ih + bias_hh start with: the value and zero. Default: ``None``, random
         recurrent_init: ``"orthogonal"`` draws each gate's block of ``weight_hh`` so. Default: ``None``, torch's values
+        coupled: whether the forget gate is 1 − i; as in ``LSTM``: three gates, i, g, o. Default: ``False``
 
     Inputs: input (N, I) or (I,); the pair (h, c), each (N, H) or (H,), default zero.
     Outputs: the pair (h, c) after the step, each (N, H) or (H,).
@@ -154,7 +151,8 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
     from U(−1/√H, 1/√H). The equations are those of ``LSTM``.
 
     Raises:
-        ValueError, RuntimeError: with torch.nn.LSTMCell's messages.
+        ValueError, RuntimeError: with torch.nn.LSTMCell's messages; TypeError if ``coupled`` is no bool, ValueError for
+            ``forget_bias`` with it.
 
     >>> h, c = LSTMCell(10, 20)(torch.randn(3, 10))
     >>> h.shape
@@ -171,13 +169,18 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
         *,
         forget_bias: float | None = None,
         recurrent_init: str | None = None,
+        coupled: bool = False,
     ) -> None:
+        checks.check_coupled(coupled, forget_bias)
         options = {"device": device, "dtype": dtype, "forget_bias": forget_bias, "recurrent_init": recurrent_init}
         super().__init__(input_size, hidden_size, bias, **options)
+        if coupled:
+            self.coupled = True
+            keep_gates(self, _NAMES, LSTM_COUPLED)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Take one step; shapes and errors in the class docstring."""
         if symbolic.trace._is_fx_tracing_flag and (proxy := symbolic.recorded(self, input, hx)) is not None:
             return proxy  # type: ignore[no-any-return]
-        h, c = self._step(LSTM, input, calls.pair(hx, "lstm_cell"))
+        h, c = self._step(LSTM_COUPLED if self.coupled else LSTM, input, calls.pair(hx, "lstm_cell"))
         return h, c

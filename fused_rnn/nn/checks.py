@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,8 +125,11 @@ def check_count(weights: Sequence[Weights], directions: int) -> None:
 
 
 @quietly
-def check_weights(cell: Cell, weights: Sequence[Weights], directions: int) -> None:
+def check_weights(cell: Cell, weights: Sequence[Weights], directions: int, grows: bool = False) -> None:
     """Raise unless the weights of all layers fit together.
+
+    Args:
+        grows: whether each layer reads what the one before it reads as well, not its output alone.
 
     Raises:
         ValueError: if there is a projection in a cell that has none.
@@ -144,8 +148,8 @@ def check_weights(cell: Cell, weights: Sequence[Weights], directions: int) -> No
     bias, hr_shape = (gates,), (projected, hidden)
     ih_shape, hh_shape = (gates, first.ih.shape[1]), (gates, projected)
     for index, weight in enumerate(weights):
-        if index == directions:
-            ih_shape = (gates, directions * projected)
+        if index and index % directions == 0:
+            ih_shape = (gates, directions * projected + (ih_shape[1] if grows else 0))
         ih, hh, bias_ih, bias_hh, hr = weight
         if (
             ih.shape != ih_shape
@@ -169,13 +173,22 @@ def _raise_weight_shape(weight: Weights, expected: tuple[tuple[int, ...] | None,
 
 @quietly
 def check_layers(
-    cell: Cell, rows: Tensor, weights: Sequence[Weights], directions: int, states: Sequence[Tensor] | None, batch: int
+    cell: Cell,
+    rows: Tensor,
+    weights: Sequence[Weights],
+    directions: int,
+    states: Sequence[Tensor] | None,
+    batch: int,
+    grows: bool = False,
 ) -> None:
     """Check the weights of all layers and the initial states, (L·D, N, ·) each, against each other and against the input.
 
+    Args:
+        grows: as of ``check_weights``.
+
     Raises: as ``check_weights``, ``check_state_sizes`` and ``check_same``.
     """
-    check_weights(cell, weights, directions)
+    check_weights(cell, weights, directions, grows)
     if states is not None:
         hh, hr = weights[0].hh, weights[0].hr
         hidden = hh.shape[1] if hr is None else hr.shape[1]
@@ -306,3 +319,29 @@ def check_flag(name: str, value: object) -> None:
     """Raise TypeError unless a switch is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
+def check_coupled(coupled: object, forget_bias: object) -> None:
+    """Raise TypeError unless ``coupled`` is a bool, ValueError if there is to be a forget gate's bias all the same."""
+    check_flag("coupled", coupled)
+    if coupled and forget_bias is not None:
+        raise ValueError(f"forget_bias: expected None with coupled=True, whose forget gate is 1 - i, got {forget_bias}")
+
+
+def refuse_proj_size(kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for a ``proj_size`` of what is no LSTM."""
+    if "proj_size" in kwargs:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+
+
+def refuse_positional(module: torch.nn.Module, positional: tuple[Any, ...]) -> None:
+    """Raise TypeError for keywords that are given by position.
+
+    torch.onnx.export(dynamo=False) gives the defaults of keywords so: these alone, and there alone, are let pass.
+    """
+    # A flag has become a tensor there.
+    none = all(value is None or value is False or (torch.is_tensor(value) and not value.any()) for value in positional)
+    if none and torch.onnx.is_in_onnx_export():
+        return
+    name = type(module).__name__
+    raise TypeError(f"{name}.forward() takes from 2 to 3 positional arguments but {3 + len(positional)} were given")

@@ -19,6 +19,7 @@ from fused_rnn.nn import layers as modules
 from fused_rnn.nn.checks import DTYPES, check_flag
 from fused_rnn.nn.flat_weights import FlatWeights
 from fused_rnn.nn.initialisation import OPTIONS, Initialised
+from fused_rnn.nn.stack_options import ATTRIBUTES, StackOptions
 
 __all__ = ["Conversion", "convert", "revert"]
 
@@ -86,7 +87,8 @@ def convert(model: Model, report: list[Conversion] | None = None, *, keep_class:
     Left alone, each with its reason in the report: other subclasses and modules derived from ``torch.nn.RNNBase`` or
     ``RNNCellBase``, which may compute anything; modules of which ``forward``, or a method that it calls, was replaced on the
     instance; scripted and traced modules; modules quantized or prepared for it; parameters of a dtype that the kernels do not
-    compute in, or of a tensor subclass.
+    compute in, or of a tensor subclass; modules with an attribute that has the name of an option here (``connections``,
+    ``weight_dropout``).
 
     torch.jit.script compiles no kernel of this package: revert before it. torch.fx.symbolic_trace takes the modules whole, as
     those of torch.nn.
@@ -133,6 +135,9 @@ def convert(model: Model, report: list[Conversion] | None = None, *, keep_class:
 
 def revert(model: Model, report: list[Conversion] | None = None) -> Model:
     """Undo ``convert``: give every fused module in ``model`` the class of torch.nn of the same name.
+
+    Left alone, each with its reason in the report: what torch.nn has not (``reset_after=False``, ``connections``,
+    ``weight_dropout``), and subclasses, which may compute anything.
 
     Args:
         model: the model, changed in place.
@@ -183,8 +188,8 @@ def _swap(
         plain = plain_class(before)
         target = target_of(plain)
         reason = target if isinstance(target, str) else kinship(module, plain) if target is None else obstacle(module)
-        if reason is None and target is not None and not getattr(module, "reset_after", True):
-            reason = "torch.nn has no GRU with reset_after=False"
+        if reason is None and target is not None:
+            reason = _without_counterpart(module)
         if reason is None:
             if target is None:
                 continue
@@ -193,6 +198,21 @@ def _swap(
             also = tuple(path for path in paths.get(id(module), ()) if path != name)
             report.append(Conversion(name, before, type(module), reason, also))
     return model
+
+
+def _without_counterpart(module: nn.Module) -> str | None:
+    """What a module of either kind has and the other kind has not, so that it cannot become one."""
+    if not getattr(module, "reset_after", True):
+        return "torch.nn has no GRU with reset_after=False"
+    if getattr(module, "coupled", False):
+        return "torch.nn has no LSTM with coupled=True"
+    for name, usual in ATTRIBUTES.items():
+        if isinstance(module, StackOptions):
+            if getattr(module, name) != usual:
+                return f"torch.nn has no {name}" + (": set it to 0 first" if name == "weight_dropout" else "")
+        elif isinstance(module, nn.RNNBase) and name in vars(module):
+            return f"its attribute {name} would be hidden by the option of that name"
+    return None
 
 
 def plain_class(cls: type[nn.Module]) -> type[nn.Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils import parametrize
 
-from fused_rnn.cells import CELLS
+from fused_rnn.cells import CELLS, LSTM_COUPLED
 from fused_rnn.data.cell import Cell
 
-__all__ = ["OPTIONS", "Initialised", "init_"]
+__all__ = ["OPTIONS", "Initialised", "init_", "keep_gates"]
 
 # The attributes that ``Initialised`` adds to a module.
 OPTIONS = ("forget_bias", "recurrent_init")
@@ -29,11 +30,14 @@ class Initialised(nn.Module):
     Attributes:
         forget_bias: what bias_ih + bias_hh of an LSTM's forget gate start with; None for torch.nn's random values.
         recurrent_init: ``"orthogonal"``, or None for torch.nn's random values.
+        reset_after, coupled: which cell it is; a GRU has the first, an LSTM the second.
     """
 
     # For modules that torch.nn's constructor made or an earlier version pickled.
     forget_bias: float | None = None
     recurrent_init: str | None = None
+    reset_after: bool = True
+    coupled: bool = False
 
     def __init__(self, *args: Any, forget_bias: float | None = None, recurrent_init: str | None = None, **kwargs: Any) -> None:
         _check_options(forget_bias, recurrent_init)
@@ -62,7 +66,7 @@ class Initialised(nn.Module):
             text += f", forget_bias={self.forget_bias}"
         if self.recurrent_init is not None:
             text += f", recurrent_init={self.recurrent_init!r}"
-        return text
+        return text + ("" if self.reset_after else ", reset_after=False") + (", coupled=True" if self.coupled else "")
 
 
 def init_(
@@ -104,6 +108,8 @@ def init_(
     _check_options(forget_bias, recurrent_init)
     if (forget_bias is None and recurrent_init is None) or module.hidden_size == 0:
         return module
+    heads = getattr(module, "num_heads", 1)
+    hidden = module.hidden_size // heads
     suffixes = [name.removeprefix("weight_hh") for name in _names(module) if name.startswith("weight_hh")]
     forget = 0
     if forget_bias is not None:
@@ -116,11 +122,21 @@ def init_(
     with torch.no_grad():
         for suffix in suffixes:
             if recurrent_init is not None:
-                _set(module, f"weight_hh{suffix}", lambda value: _orthogonal(value, module.hidden_size, generator))
+                _set(module, f"weight_hh{suffix}", lambda value: _orthogonal(value, hidden, generator))
             if forget_bias is not None:
                 for name, number in ((f"bias_ih{suffix}", float(forget_bias)), (f"bias_hh{suffix}", 0.0)):
-                    _set(module, name, lambda value, number=number: _forget(value, forget, module.hidden_size, number))
+                    _set(module, name, lambda value, number=number: _forget(value, forget, heads, hidden, number))
     return module
+
+
+def keep_gates(module: nn.Module, names: Iterable[str], cell: Cell) -> None:
+    """Leave the parameters of a new module of torch.nn's shapes as many gates as a cell has, whatever they are drawn from."""
+    rows = cell.num_gates * module.hidden_size  # type: ignore[operator]
+    for name in names:
+        parameter = module._parameters.get(name)
+        # A projection has no gates.
+        if parameter is not None and not name.startswith("weight_hr"):
+            module.register_parameter(name, nn.Parameter(parameter.detach()[:rows].clone()))
 
 
 def _check_options(forget_bias: object, recurrent_init: object) -> None:
@@ -142,6 +158,8 @@ def _check_options(forget_bias: object, recurrent_init: object) -> None:
 
 def _cell_of(module: nn.Module) -> Cell | None:
     """The row of a module, by torch's name of what it computes; None if the table has none."""
+    if getattr(module, "coupled", False):
+        return LSTM_COUPLED
     mode = getattr(module, "mode", None)
     if mode is None:
         # A single step: its class, or a base of it, is named after the mode; RNNCell has two.
@@ -176,7 +194,7 @@ def _orthogonal(value: Tensor, hidden: int, generator: torch.Generator | None) -
     return torch.cat([nn.init.orthogonal_(block, generator=generator) for block in blocks]).to(value.dtype)
 
 
-def _forget(value: Tensor, gate: int, hidden: int, number: float) -> Tensor:
+def _forget(value: Tensor, gate: int, heads: int, hidden: int, number: float) -> Tensor:
     value = value.clone()
-    value[gate * hidden : (gate + 1) * hidden] = number
+    value.view(heads, -1, hidden)[:, gate] = number
     return value

@@ -13,19 +13,20 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn.cells import GRU as GRU_CELL
-from fused_rnn.cells import GRU_RESET_BEFORE, RNN_RELU, RNN_TANH
+from fused_rnn.cells import GRU_RESET_BEFORE, LSTM_COUPLED, RNN_RELU, RNN_TANH
 from fused_rnn.cells import LSTM as LSTM_CELL
 from fused_rnn.nn import calls, checks, symbolic
 from fused_rnn.nn.flat_weights import FlatWeights
-from fused_rnn.nn.initialisation import Initialised
+from fused_rnn.nn.initialisation import Initialised, keep_gates
 from fused_rnn.nn.qconfig import Quantizable
+from fused_rnn.nn.stack_options import ConnectedLayers
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
-Input = TypeVar("Input", Tensor, PackedSequence)
+Input = TypeVar("Input", torch.Tensor, PackedSequence)
 
 
-class _Layers(Quantizable, Initialised, FlatWeights):
+class _Layers(Quantizable, Initialised, ConnectedLayers, FlatWeights):
     """What RNN, LSTM and GRU share."""
 
 
@@ -45,6 +46,7 @@ class RNN(_Layers):
         bidirectional: whether a second recurrence walks from the last step to the first (D = 2). Default: ``False``
         device, dtype: of the parameters.
         recurrent_init: ``"orthogonal"`` draws each gate's block of ``weight_hh`` so. Default: ``None``, torch's values
+        connections, weight_dropout, num_heads: as of ``LSTM``
 
     Inputs: input, h_0
         - **input**: (T, N, I), (N, T, I) with ``batch_first``, (T, I) unbatched, or a PackedSequence.
@@ -84,13 +86,16 @@ class RNN(_Layers):
         dtype: Any = None,
         *,
         recurrent_init: str | None = None,
+        connections: str | None = None,
+        weight_dropout: float = 0.0,
+        num_heads: int = 1,
     ) -> None: ...
 
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _refuse_proj_size(kwargs)
+        checks.refuse_proj_size(kwargs)
         if len(args) > 3:
             nonlinearity, args = args[3], args[:3] + args[4:]
         else:
@@ -110,19 +115,15 @@ class RNN(_Layers):
     ) -> tuple[Input, Tensor]:
         """Run the layers; shapes and errors in the class docstring."""
         if positional:
-            _refuse_positional(self, positional)
+            checks.refuse_positional(self, positional)
         if (
             symbolic.trace._is_fx_tracing_flag
             and (proxy := symbolic.recorded(self, input, hx, lengths=lengths, reset=reset)) is not None
         ):
             return proxy  # type: ignore[no-any-return]
         cell = RNN_TANH if self.mode == "RNN_TANH" else RNN_RELU
-        weights, dropout = self._weights(), self.dropout if self.training else 0.0
-        states = None if hx is None else (hx,)
-        out, after, _ = calls.sequence(
-            cell, input, weights, states, self.bidirectional, self.batch_first, dropout, lengths, reset
-        )
-        return out, after[0]
+        out, states, _ = self._run(cell, input, self._weights(), None if hx is None else (hx,), lengths, reset)
+        return out, states[0]
 
 
 class GRU(_Layers):
@@ -152,6 +153,7 @@ class GRU(_Layers):
         reset_after: whether the reset gate comes after the product with W_hn, as in torch.nn and cuDNN; or before it, as in Cho
             et al. 2014, ONNX's ``linear_before_reset=0`` and Keras' ``reset_after=False``. The parameters are the same, what
             they compute is not. Default: ``True``
+        connections, weight_dropout, num_heads: as of ``LSTM``
 
     Inputs: input, h_0
         - **input**: (T, N, I), (N, T, I) with ``batch_first``, (T, I) unbatched, or a PackedSequence.
@@ -177,9 +179,6 @@ class GRU(_Layers):
     torch.Size([5, 3, 20])
     """
 
-    # For modules that torch.nn's constructor made or an earlier version pickled.
-    reset_after: bool = True
-
     @overload
     def __init__(
         self,
@@ -195,21 +194,20 @@ class GRU(_Layers):
         *,
         recurrent_init: str | None = None,
         reset_after: bool = True,
+        connections: str | None = None,
+        weight_dropout: float = 0.0,
+        num_heads: int = 1,
     ) -> None: ...
 
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
     def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
-        _refuse_proj_size(kwargs)
+        checks.refuse_proj_size(kwargs)
         checks.check_flag("reset_after", reset_after)
         super().__init__("GRU", *args, **kwargs)
         if not reset_after:
             self.reset_after = False
-
-    def extra_repr(self) -> str:
-        """As torch.nn's, and the options that were given."""
-        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
     def forward(
         self,
@@ -221,19 +219,15 @@ class GRU(_Layers):
     ) -> tuple[Input, Tensor]:
         """Run the layers; shapes and errors in the class docstring."""
         if positional:
-            _refuse_positional(self, positional)
+            checks.refuse_positional(self, positional)
         if (
             symbolic.trace._is_fx_tracing_flag
             and (proxy := symbolic.recorded(self, input, hx, lengths=lengths, reset=reset)) is not None
         ):
             return proxy  # type: ignore[no-any-return]
         cell = GRU_CELL if self.reset_after else GRU_RESET_BEFORE
-        weights, dropout = self._weights(), self.dropout if self.training else 0.0
-        states = None if hx is None else (hx,)
-        out, after, _ = calls.sequence(
-            cell, input, weights, states, self.bidirectional, self.batch_first, dropout, lengths, reset
-        )
-        return out, after[0]
+        out, states, _ = self._run(cell, input, self._weights(), None if hx is None else (hx,), lengths, reset)
+        return out, states[0]
 
 
 class LSTM(_Layers):
@@ -251,6 +245,8 @@ class LSTM(_Layers):
 
     With ``proj_size`` P > 0, :math:`h_t = W_{hr} (o_t \odot \tanh(c_t))` has P features; otherwise P is H below.
 
+    With ``coupled=True``, :math:`f_t = 1 - i_t`: there are three gates, i, g, o, and 3H in place of 4H below.
+
     Args:
         input_size: features of the input, I.
         hidden_size: hidden units, H.
@@ -263,6 +259,27 @@ class LSTM(_Layers):
         device, dtype: of the parameters.
         forget_bias: what the forget gates' bias_ih + bias_hh start with: the value and zero. Default: ``None``, random
         recurrent_init: ``"orthogonal"`` draws each gate's block of ``weight_hh`` so. Default: ``None``, torch's values
+        coupled: whether the forget gate is 1 − i, as in Greff et al. 2017 and ONNX's ``input_forget=1``. Default: ``False``
+        connections: around the layers: ``"residual"``, ``"highway"`` or ``"dense"``, below. Default: ``None``
+        weight_dropout: the probability of zeroing an element of ``weight_hh`` in training, below. Default: 0
+        num_heads: groups of units that read no h but their own, below. Default: 1
+
+    Options of a stack that torch.nn has not. With x what layer k reads and y its output:
+        - **connections="residual"** (He et al. 2016): what comes out of layer k is y + x. Around each layer that gives as many
+          features as it reads, D·P: all but the first, and the first where ``input_size`` is D·P.
+        - **connections="highway"** (Srivastava et al. 2015, Zhang et al. 2016): t ⊙ y + (1 − t) ⊙ x with the gate
+          t = σ(W_t x + b_t), around the same layers. ``weight_t_l{k}`` (D·P, D·P) is drawn as the others; ``bias_t_l{k}``
+          (D·P,), there with ``bias=False`` too, starts at −1, so that x is carried at first.
+        - **connections="dense"** (Huang et al. 2017): layer k reads the input of the module and the outputs of all layers
+          before it, and ``weight_ih_l{k}`` has I + k·D·P columns. The output is the last layer's.
+        - ``dropout`` is inside of a connection: a layer reads dropout(x), and x itself is added, gated and carried. Of a dense
+          one each y is dropped out once, for all layers that read it; the module's input never is.
+        - h_n, c_n and cell_states are the layers' own: with a residual or a highway, the output is another than h_n's last.
+        - **weight_dropout** (Wan et al. 2013, Merity et al. 2018): in training, each call draws one mask over the weight_hh of
+          each layer and direction, the same at all steps, and what is left is divided by 1 − p. Gradients reach the weights
+          through the mask. It may be set later: ``rnn.weight_dropout = 0.2``.
+        - **num_heads** (Pöppel et al. 2025): ``weight_hh`` (4H, H / heads) has blocks on a diagonal. Rows of weights and biases
+          lie head after head, each with its gates; h has a head's units next to each other. Not with ``proj_size``.
 
     Inputs: input, (h_0, c_0)
         - **input**: (T, N, I), (N, T, I) with ``batch_first``, (T, I) unbatched, or a PackedSequence.
@@ -292,7 +309,8 @@ class LSTM(_Layers):
 
     Raises:
         TypeError, ValueError, RuntimeError: with torch.nn.LSTM's messages, in the constructor and in ``forward``; TypeError and
-            ValueError for keywords of a wrong type or shape, or lengths that are not 0 … T.
+            ValueError for keywords of a wrong type or shape, or lengths that are not 0 … T; ValueError for ``forget_bias``
+            with ``coupled``, which has no such gate.
 
     >>> rnn = LSTM(10, 20, 2)
     >>> output, (h_n, c_n) = rnn(torch.randn(5, 3, 10), (torch.randn(2, 3, 20), torch.randn(2, 3, 20)))
@@ -319,13 +337,21 @@ class LSTM(_Layers):
         *,
         forget_bias: float | None = None,
         recurrent_init: str | None = None,
+        coupled: bool = False,
+        connections: str | None = None,
+        weight_dropout: float = 0.0,
+        num_heads: int = 1,
     ) -> None: ...
 
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, coupled: bool = False, **kwargs: Any) -> None:
+        checks.check_coupled(coupled, kwargs.get("forget_bias"))
         super().__init__("LSTM", *args, **kwargs)
+        if coupled:
+            self.coupled = True
+            keep_gates(self, self._flat_weights_names, LSTM_COUPLED)
 
     @overload
     def forward(
@@ -360,34 +386,14 @@ class LSTM(_Layers):
     ) -> Any:
         """Run the layers; shapes and errors in the class docstring."""
         if positional:
-            _refuse_positional(self, positional)
+            checks.refuse_positional(self, positional)
         if symbolic.trace._is_fx_tracing_flag:
             keywords = {"lengths": lengths, "reset": reset, "return_cell_states": return_cell_states}
             if (proxy := symbolic.recorded(self, input, hx, **keywords)) is not None:
                 return proxy
         if return_cell_states is not False:
             checks.check_flag("return_cell_states", return_cell_states)
-        weights, dropout = self._weights(), self.dropout if self.training else 0.0
-        states, wanted = calls.pair(hx, "lstm"), return_cell_states
-        out, after, cells = calls.sequence(
-            LSTM_CELL, input, weights, states, self.bidirectional, self.batch_first, dropout, lengths, reset, wanted
-        )
+        states = calls.pair(hx, "lstm")
+        cell = LSTM_COUPLED if self.coupled else LSTM_CELL
+        out, after, cells = self._run(cell, input, self._weights(), states, lengths, reset, return_cell_states)
         return (out, after) if cells is None else (out, after, cells)
-
-
-def _refuse_proj_size(kwargs: dict[str, Any]) -> None:
-    if "proj_size" in kwargs:
-        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-
-
-def _refuse_positional(module: torch.nn.Module, positional: tuple[Any, ...]) -> None:
-    """Raise TypeError for keywords that are given by position.
-
-    torch.onnx.export(dynamo=False) gives the defaults of keywords so: these alone, and there alone, are let pass.
-    """
-    # A flag has become a tensor there.
-    none = all(value is None or value is False or (torch.is_tensor(value) and not value.any()) for value in positional)
-    if none and torch.onnx.is_in_onnx_export():
-        return
-    name = type(module).__name__
-    raise TypeError(f"{name}.forward() takes from 2 to 3 positional arguments but {3 + len(positional)} were given")

@@ -54,9 +54,11 @@ def quantize_dynamic(
     As torch's function, this one puts the model into evaluation mode. There are no gradients, and no way back but
     ``module.dequantize()``. The modules run on the CPU with the C++ backend.
 
-    Left alone, each with its reason in the report: modules with a projection or ``reset_after=False``, and ``Recurrent``; those
-    not on the CPU; subclasses, wrapped, parametrized, pruned or scripted modules, whose weights or results may be other ones
-    than they seem.
+    ``weight_dropout`` is about training and ends here: the modules have none, nor has what ``dequantize()`` gives.
+
+    Left alone, each with its reason in the report: modules with a projection, ``connections``, ``num_heads``,
+    ``reset_after=False`` or ``coupled=True``, and ``Recurrent``; those not on the CPU; subclasses, wrapped, parametrized,
+    pruned or scripted modules, whose weights or results may be other ones than they seem.
 
     Args:
         model: the model, changed in place.
@@ -192,7 +194,8 @@ def _become(module: nn.Module, made: Quantized) -> None:
     for name in vars(type(made)._FLOAT_MODULE(1, 1)):
         if name not in _ANY:
             state.pop(name, None)
-    state.pop("_flat_weights", None)
+    for name in ("_flat_weights", "_stack_options"):
+        state.pop(name, None)
     module.__class__ = type(made)
     for name, value in vars(made).items():
         if name not in _ANY:

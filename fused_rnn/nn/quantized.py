@@ -20,6 +20,7 @@ from fused_rnn.data.int8 import Packed, packed, quantized, unpacked
 from fused_rnn.kernels.protocol import Int8Weights
 from fused_rnn.nn import calls, checks, quantized_calls, symbolic
 from fused_rnn.nn import layers as layer_modules
+from fused_rnn.nn.stack_options import StackOptions
 
 __all__ = ["QuantizedGRU", "QuantizedLSTM", "QuantizedRNN"]
 
@@ -87,7 +88,8 @@ class Quantized(nn.Module):
             use_precomputed_fake_quant: of no effect here, as there are no observers.
 
         Raises:
-            NotImplementedError: for a projection, ``reset_after=False``, or a qconfig that asks for another dtype.
+            NotImplementedError: for a projection, ``reset_after=False``, ``coupled=True``, ``connections`` or ``num_heads``,
+                and for a qconfig that asks for another dtype.
             ValueError: if a weight has a NaN or an infinity.
         """
         reason = cls.refuses(mod)
@@ -111,6 +113,12 @@ class Quantized(nn.Module):
             return "no int8 kernel has a projection (proj_size)"
         if not getattr(mod, "reset_after", True):
             return "no int8 kernel has reset_after=False"
+        if getattr(mod, "coupled", False):
+            return "no int8 kernel has coupled=True"
+        if isinstance(mod, StackOptions) and mod.connections is not None:
+            return f"no int8 module has connections between its layers ({mod.connections!r})"
+        if isinstance(mod, StackOptions) and mod.num_heads > 1:
+            return f"no int8 module has several heads (num_heads={mod.num_heads})"
         qconfig: Any = getattr(mod, "qconfig", None)
         dtype = torch.qint8 if qconfig is None else qconfig.weight().dtype
         if dtype != torch.qint8:

@@ -19,7 +19,7 @@ from fused_rnn.data.steps import Steps
 from fused_rnn.graph import int8, operators
 from fused_rnn.graph.autograd import Outputs
 from fused_rnn.kernels.protocol import Int8Weights, States
-from fused_rnn.nn import calls, checks
+from fused_rnn.nn import calls, checks, connections
 
 
 class Stack(NamedTuple):
@@ -146,7 +146,7 @@ def _layers(
             stack.cell, stack.hidden_size, weights, reverse, rows, steps, before, resets, wanted, batch_first=turned
         )
 
-    return calls.layer_after_layer(one, len(stack.weights), stack.directions, stack.dropout, rows, states)
+    return connections.layer_after_layer(one, len(stack.weights), stack.directions, stack.dropout, rows, states)
 
 
 def _computed(input: Tensor) -> Tensor:

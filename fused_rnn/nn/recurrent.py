@@ -12,13 +12,14 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_rnn.cells.definition import Definition
 from fused_rnn.data.cell import Weights
 from fused_rnn.nn import calls
+from fused_rnn.nn.stack_options import StackOptions
 
 __all__ = ["Recurrent"]
 
 Input = TypeVar("Input", Tensor, PackedSequence)
 
 
-class Recurrent(torch.nn.Module):
+class Recurrent(StackOptions):
     r"""A stack of recurrences of a cell that was made by ``fused_rnn.cell``.
 
     Args:
@@ -32,6 +33,7 @@ class Recurrent(torch.nn.Module):
         dropout: the probability of zeroing an output of all layers but the last in training. Default: 0
         bidirectional: whether a second recurrence walks from the last step to the first (D = 2). Default: ``False``
         device, dtype: of the parameters.
+        connections, weight_dropout, num_heads: as of ``fused_rnn.LSTM``, with H in place of P
 
     Inputs: input, hx
         - **input**: (T, N, I), (N, T, I) with ``batch_first``, (T, I) unbatched, or a PackedSequence.
@@ -49,7 +51,8 @@ class Recurrent(torch.nn.Module):
 
     Raises:
         TypeError: if ``cell`` is no cell, or a size is no integer.
-        ValueError: if a size is not positive, or ``dropout`` no probability.
+        ValueError: if a size is not positive, ``dropout`` or ``weight_dropout`` no probability, ``connections`` none of those
+            or no layer could have such a one, or ``num_heads`` no divisor of H.
         NotImplementedError: in ``forward``, on a device without a backend that makes kernels of equations.
         TypeError, ValueError, RuntimeError: in ``forward``, as of ``fused_rnn.LSTM``.
 
@@ -77,8 +80,12 @@ class Recurrent(torch.nn.Module):
         bidirectional: bool = False,
         device: Any = None,
         dtype: Any = None,
+        *,
+        connections: str | None = None,
+        weight_dropout: float = 0.0,
+        num_heads: int = 1,
     ) -> None:
-        super().__init__()
+        super().__init__(connections=connections, weight_dropout=weight_dropout, num_heads=num_heads)
         if not isinstance(cell, Definition):
             raise TypeError(f"cell: expected a cell made by fused_rnn.cell, got {type(cell).__name__}")
         for name, value in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
@@ -105,13 +112,16 @@ class Recurrent(torch.nn.Module):
                     values = torch.empty(shape, device=device, dtype=dtype)
                     self.register_parameter(name, torch.nn.Parameter(values))
                 self._names.append(names)
+        self._make_connections()
+        self._make_heads()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew, from U(−1/√H, 1/√H)."""
+        """Draw all parameters anew, from U(−1/√H, 1/√H); but a highway's bias is −1."""
         bound = 1 / math.sqrt(self.hidden_size)
         for parameter in self.parameters():
             torch.nn.init.uniform_(parameter, -bound, bound)
+        self._shut_gates()
 
     def extra_repr(self) -> str:
         """The cell, the sizes, and what is not as by default."""
@@ -121,7 +131,7 @@ class Recurrent(torch.nn.Module):
             value = getattr(self, name)
             if value != default:
                 text += f", {name}={value}"
-        return text
+        return text + self._described()
 
     def forward(
         self, input: Input, hx: Any = None, *, lengths: Tensor | None = None, reset: Input | None = None
@@ -132,8 +142,5 @@ class Recurrent(torch.nn.Module):
         states = hx
         if hx is not None:
             states = (hx,) if len(cell.states) == 1 else calls.pair(hx, cell.mode)
-        dropout = self.dropout if self.training else 0.0
-        out, after, _ = calls.sequence(
-            cell, input, weights, states, self.bidirectional, self.batch_first, dropout, lengths, reset
-        )
+        out, after, _ = self._run(cell, input, weights, states, lengths, reset)
         return out, after[0] if len(after) == 1 else after

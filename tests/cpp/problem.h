@@ -45,7 +45,6 @@ struct Problem {
       row += count;
     }
     rows = row;
-    gates_x = draw(rows * D * cell.tape * H);
     bias = draw(D * cell.bias * H);
     weight_hh = draw(D * cell.gates * H * P);
     weight_hr = draw(D * P * H);
@@ -95,7 +94,7 @@ struct Problem {
   Index rows, inputs;
   std::vector<std::int64_t> batch_sizes, offsets;
   std::vector<char> reverse, reset;
-  std::vector<T> gates_x, bias, weight_hh, weight_hr, weight_ih, input, h_0, c_0, d_out, d_cells;
+  std::vector<T> bias, weight_hh, weight_hr, weight_ih, input, h_0, c_0, d_out, d_cells;
 };
 
 // Memory on a vector's boundary without a spare byte at its end.

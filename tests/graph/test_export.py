@@ -188,7 +188,11 @@ ONNX = {
     "rnn_relu": ("RNN", {"nonlinearity": "relu", "num_layers": 2, "bidirectional": True}, "RNN", 2),
     "lstm": ("LSTM", {"num_layers": 2, "bidirectional": True, "dropout": 0.5}, "LSTM", 2),
     "lstm_plain": ("LSTM", {}, "LSTM", 1),
+    "lstm_coupled": ("LSTM", {"num_layers": 2, "bidirectional": True, "coupled": True}, "LSTM", 2),
+    "lstm_coupled_plain": ("LSTM", {"bias": False, "coupled": True}, "LSTM", 1),
     "gru": ("GRU", {"batch_first": True, "bidirectional": True}, "GRU", 1),
+    "lstm_heads": ("LSTM", {"num_layers": 2, "bidirectional": True, "num_heads": 2}, "LSTM", 4),
+    "gru_heads": ("GRU", {"num_heads": 4}, "GRU", 4),
     "gru_reset_before": ("GRU", {"num_layers": 2, "bidirectional": True, "reset_after": False}, "GRU", 2),
     "gru_reset_before_plain": ("GRU", {"bias": False, "reset_after": False}, "GRU", 1),
 }

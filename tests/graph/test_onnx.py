@@ -96,6 +96,31 @@ def test_layers(case: str, given: bool, dynamo: bool) -> None:
         assert_runs(proto, model, inputs(length, number))
 
 
+@by_both
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("kind", ["residual", "highway", "dense"])
+def test_connections(kind: str, batch_first: bool, dynamo: bool) -> None:
+    """Each layer is ONNX's own operator, and ONNX's own sums and products are around it; masks of weights are not exported."""
+    options = {"num_layers": 3, "bidirectional": True, "batch_first": batch_first, "dropout": 0.5, "weight_dropout": 0.5}
+    model = fused_rnn.LSTM(IN, H, **options, connections=kind).eval()
+    sizes = {0: "N", 1: "T"} if batch_first else {0: "T", 1: "N"}
+    proto = exported(model, (torch.randn(3, 6, IN),), [sizes], dynamo)
+    assert operators(proto).count("LSTM") == 3
+    for length, number in ((6, 3), (9, 2), (2, 11)):
+        assert_runs(proto, model, (torch.randn(length, number, IN),))
+
+
+@by_both
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_heads(bidirectional: bool, dynamo: bool) -> None:
+    """An operator for each head of a layer, both directions in it."""
+    model = fused_rnn.LSTM(IN, H, num_layers=2, bidirectional=bidirectional, num_heads=2).eval()
+    proto = exported(model, (torch.randn(3, 6, IN),), [{0: "T", 1: "N"}], dynamo)
+    assert operators(proto).count("LSTM") == 4
+    for length, number in ((6, 3), (9, 2), (2, 11)):
+        assert_runs(proto, model, (torch.randn(length, number, IN),))
+
+
 class _Loop(torch.nn.Module):
     """A cell at each of three steps."""
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn import Weights, reference
-from fused_rnn.cells import CELLS, EQUATIONS
+from fused_rnn.cells import CELLS, equations_of
 from fused_rnn.data.cell import Cell
 from fused_rnn.data.steps import Steps
 from fused_rnn.kernels.reference import recurrence
@@ -115,7 +115,7 @@ def test_kernels_are_the_layer(name: str, projection: int, steps: Steps, resets:
         )
     )
 
-    pack, forward, backward = recurrence.walk(EQUATIONS[name])
+    pack, forward, backward = recurrence.walk(equations_of(CELLS[name]))
     detached = [Weights(*(None if tensor is None else tensor.detach() for tensor in weight)) for weight in weights]
     # Rows that no step works on hold NaN: nothing may read them.
     tape = torch.full((rows, 2, len(cell.tape) * hidden), math.nan, dtype=dtype)
@@ -188,7 +188,7 @@ def _span(steps: Steps, t: int) -> tuple[int, int]:
 def test_tape_holds_what_the_table_says(name: str) -> None:
     """The states are in it, and the part that stays apart."""
     cell, n, hidden = CELLS[name], 2, 3
-    equations = EQUATIONS[name]
+    equations = equations_of(CELLS[name])
     gates_x, gates_h = torch.randn(2, n, cell.num_gates * hidden, dtype=torch.float64)
     before = tuple(torch.randn(n, hidden, dtype=torch.float64) for _ in cell.states)
     after, tape = equations.step(gates_x, gates_h, before)
@@ -206,7 +206,7 @@ def test_tape_holds_what_the_table_says(name: str) -> None:
 def test_the_table_says_what_the_equations_do(name: str) -> None:
     """``direct`` and ``apart``, by the derivatives of one step; in the tests of kernels, a wrong one is a wrong number."""
     cell, n, hidden = CELLS[name], 2, 3
-    step = EQUATIONS[name].step
+    step = equations_of(CELLS[name]).step
     gates_x, gates_h = torch.randn(2, n, cell.num_gates * hidden, dtype=torch.float64).unbind()
     before = tuple(torch.randn(n, hidden, dtype=torch.float64) for _ in cell.states)
     given = [tensor.clone().requires_grad_() for tensor in (gates_x, gates_h, *before)]
@@ -221,7 +221,7 @@ def test_the_table_says_what_the_equations_do(name: str) -> None:
 @pytest.mark.parametrize("name", CELLS)
 def test_backward_of_saturated_gates_is_finite(name: str) -> None:
     cell, hidden = CELLS[name], 2
-    pack, forward, backward = recurrence.walk(EQUATIONS[name])
+    pack, forward, backward = recurrence.walk(equations_of(CELLS[name]))
     steps, gates = Steps(2, 1), cell.num_gates * hidden
     tape = torch.zeros(2, 1, len(cell.tape) * hidden)
     tape[..., :gates] = 200.0

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fused_rnn.data.cell import Weights, summed_biases
+from fused_rnn.data.biases import summed_biases
+from fused_rnn.data.cell import Weights
 from fused_rnn.data.steps import Steps
 from fused_rnn.kernels.by_walk.walk import Walk
 from fused_rnn.kernels.memory import empty

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_rnn.cells import EQUATIONS, equations_of
+from fused_rnn.cells import CELLS, equations_of
 from fused_rnn.data.cell import Cell, Weights
 from fused_rnn.data.steps import Steps
 from fused_rnn.kernels.protocol import Backend
@@ -27,7 +27,7 @@ def load() -> Backend:
     """The backend."""
     from fused_rnn.kernels.by_walk import WalkBackend
 
-    return WalkBackend("reference", EQUATIONS, lambda cell: recurrence.walk(equations_of(cell)), derives=True)
+    return WalkBackend("reference", CELLS, lambda cell: recurrence.walk(equations_of(cell)), derives=True)
 
 
 def describe() -> str:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_rnn.data.cell import Cell, Weights, summed_biases
+from fused_rnn.data.biases import summed_biases
+from fused_rnn.data.cell import Cell, Weights
 from fused_rnn.data.steps import Steps
 from fused_rnn.kernels.protocol import LayerCall, LayerResult, OutputGradients, States
 from fused_rnn.kernels.triton import products
