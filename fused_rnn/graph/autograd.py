@@ -139,7 +139,7 @@ def eager_layer(
                 # As apply of the class itself, without binding the arguments to the forward's signature: all come by position.
                 if loop is None:
                     apply = super(torch.autograd.Function, Recorded).apply
-                    out, *rest = apply(layer, result, batch_first, reset, *operands)  # type: ignore[no-untyped-call]
+                    out, *rest = apply((layer, result, batch_first, reset), *operands)  # type: ignore[no-untyped-call]
                 else:
                     apply = super(torch.autograd.Function, RecordedStep).apply
                     given = operands[: 1 + len(cell.states)]

@@ -18,10 +18,12 @@ from fused_rnn.graph.gradients import cut, gradients, unwrapped
 from fused_rnn.graph.kept import Kept
 from fused_rnn.graph.loops import Loop
 from fused_rnn.kernels.protocol import (
+    Backend,
     GateBackend,
     Layer,
     LayerCall,
     LayerResult,
+    OutputGradients,
     StepOperands,
 )
 from fused_rnn.kernels.weight_gradients import operand_of
@@ -40,19 +42,17 @@ class Recorded(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, layer: Layer, result: LayerResult, batch_first: bool, reset: Tensor | None, *operands: Tensor | None
+        ctx: Any, computed: tuple[Layer, LayerResult, bool, Tensor | None], *operands: Tensor | None
     ) -> tuple[Any, ...]:
         """Keep what the backward needs, and give the results to the graph."""
-        ctx.batch_first = batch_first
-        _keep(ctx, layer, reset, operands, result.out, result.tape, inside_transform=False)
-        if result.cell_states is None:
-            return (result.out, *result.states)
-        return (result.out, *result.states, result.cell_states)
+        layer, (out, states, cells, tape), ctx.batch_first, reset = computed
+        _keep(ctx, layer, reset, operands, out, tape, inside_transform=False)
+        return (out, *states) if cells is None else (out, *states, cells)
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
         """The gradients of the operands."""
-        return (None, None, None, None, *_back(ctx, d_outputs, ctx.needs_input_grad[4:], ctx.batch_first))
+        return (None, *_back(ctx, d_outputs, ctx.needs_input_grad[1:], ctx.batch_first))
 
 
 class RecordedStep(torch.autograd.Function):
@@ -189,8 +189,12 @@ def _back(
         d_outputs = turned_back(ctx, tensors, d_outputs)
     if _is_special(ctx, d_outputs):
         return _back_in_general(ctx, tensors, d_outputs, wanted)
-    reset, out, tape, *operands = tensors
-    return gradients(ctx.layer, wanted, None, reset, out, tape, d_outputs, operands)
+    # As `gradients`, in line: of a small layer's backward a third is Python.
+    layer, (reset, out, tape, *operands), (d_out, *d_states) = ctx.layer, tensors, d_outputs
+    d_cells = d_states.pop() if layer.cell_states else None
+    of_results = tuple.__new__(OutputGradients, (d_out, d_states, d_cells))
+    backend: Backend = layer.backend
+    return backend.backward(LayerCall.of(layer, operands, reset), out, tape, of_results, wanted)
 
 
 def _is_special(ctx: Any, d_outputs: Sequence[Tensor | None]) -> bool:

@@ -31,9 +31,7 @@ def gradients(
     d_out, *d_states = d_outputs
     d_cells = d_states.pop() if layer.cell_states else None
     call = LayerCall.of(layer, tensors, reset)
-    # As the class does it, in half the time.
-    of_results = tuple.__new__(OutputGradients, (d_out, d_states, d_cells))
-    return layer.backend.backward(call, out, tape, of_results, wanted, groups)
+    return layer.backend.backward(call, out, tape, OutputGradients(d_out, d_states, d_cells), wanted, groups)
 
 
 def cut(call: BackwardCall, rest: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:

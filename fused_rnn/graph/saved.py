@@ -26,7 +26,7 @@ def save(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
 
 def tensors(ctx: Any) -> list[Any]:
     """What was given to ``save``."""
-    found = list(ctx.saved_tensors)
+    found = [*ctx.saved_tensors]
     for place in ctx.absent:
         found.insert(place, None)
     return found

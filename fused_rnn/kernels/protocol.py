@@ -80,7 +80,10 @@ class LayerCall(NamedTuple):
         """The call with these ``operands()``."""
         first = 1 + len(layer.cell.states)
         # As the classes do it, in half the time.
-        weights = [tuple.__new__(Weights, operands[i : i + 5]) for i in range(first, len(operands), 5)]
+        if len(operands) == first + 5:
+            weights = [tuple.__new__(Weights, operands[first:])]
+        else:
+            weights = [tuple.__new__(Weights, operands[i : i + 5]) for i in range(first, len(operands), 5)]
         # All of the states are given, or none.
         states = None if operands[1] is None else tuple(operands[1:first])
         return tuple.__new__(LayerCall, (layer, operands[0], states, weights, reset))
