@@ -45,12 +45,13 @@ def load_jobs(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def table(jobs: Mapping[str, Sequence[Row]]) -> list[str]:
-    """The Markdown lines of a table, a line per training."""
+    """The Markdown lines of a table, a line per training; one on another machine than the first of them says on which."""
     lines = [
         "| job | held out | `torch.nn` | `fused_rnn` | ms a step, `torch.nn` | `fused_rnn` | times as fast "
         "| recurrent layers alone |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
+    usual = _machine(next((row for rows in jobs.values() for row in rows), {}))
     for name, rows in jobs.items():
         key, words, form = JOBS[name]
         for base, ours in _pairs(rows):
@@ -58,8 +59,17 @@ def table(jobs: Mapping[str, Sequence[Row]]) -> list[str]:
             steps = (_shown(_scaled(row.get("median_seconds")), ".1f") for row in (base, ours))
             alone = _ratio(base.get("rnn_seconds"), ours.get("rnn_seconds"))
             figures = (*quality, *steps, _shown(ours.get("speed_up"), ".2f", "×"), _shown(alone, ".2f", "×"))
-            lines.append(f"| {ours.get('title', name)} | {words} | " + " | ".join(figures) + " |")
+            title, here = ours.get("title", name), _machine(ours)
+            if here != usual and str(ours.get("cpu")) not in title:
+                title += f"; on {here}"
+            lines.append(f"| {title} | {words} | " + " | ".join(figures) + " |")
     return lines if len(lines) > 2 else []
+
+
+def _machine(row: Row) -> str:
+    """The processor and the threads of a training: times on another than most rows' have to say so."""
+    threads = row.get("threads")
+    return f"{row.get('cpu')}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def _pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:

@@ -133,42 +133,23 @@ VARIANTS: dict[str, Variant] = {
 
 
 class Loop(nn.Module):
-    """One layer as a loop over time, with the parameters of ``Recurrent``."""
+    """One layer as a loop over time, with the parameters of ``Recurrent``; TorchScript takes it too."""
 
     def __init__(self, parameters: Mapping[str, Tensor], step: Callable[..., tuple[Tensor, Tensor]]) -> None:
         super().__init__()
-        self._step = step
+        self.step = step
         for name, value in parameters.items():
             self.register_parameter(name, nn.Parameter(value.detach().clone()))
 
     def forward(self, input: Tensor, h: Tensor, c: Tensor) -> Tensor:
         """Input (T, B, I), states (B, H); returns h of every step."""
-        x, outs = F.linear(input, self.weight_ih_l0, self.bias_ih_l0), []
+        x = F.linear(input, self.weight_ih_l0, self.bias_ih_l0)
+        # TorchScript wants to be told.
+        outs: list[Tensor] = []
         for t in range(input.shape[0]):
-            h, c = self._step(x[t], h, c, self.weight_hh_l0, self.bias_hh_l0)
+            h, c = self.step(x[t], h, c, self.weight_hh_l0, self.bias_hh_l0)
             outs.append(h)
         return torch.stack(outs)
-
-
-def _scripted(loop: Loop) -> nn.Module:
-    """The same as TorchScript has it: the step is a function that the loop calls."""
-    traced = torch.jit.script(loop._step)
-
-    class Scripted(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            for name, value in loop.named_parameters():
-                self.register_parameter(name, nn.Parameter(value.detach().clone()))
-            self.step = traced
-
-        def forward(self, input: Tensor, h: Tensor, c: Tensor) -> Tensor:
-            x, outs = F.linear(input, self.weight_ih_l0, self.bias_ih_l0), []
-            for t in range(input.shape[0]):
-                h, c = self.step(x[t], h, c, self.weight_hh_l0, self.bias_hh_l0)
-                outs.append(h)
-            return torch.stack(outs)
-
-    return Scripted()
 
 
 def _provider(module: nn.Module, call: Callable[..., Tensor], input: Tensor, d_out: Tensor, training: bool) -> Provider:
@@ -199,7 +180,7 @@ def providers_of(
         found[f"our {variant.beside}"] = _provider(beside, lambda x: _on(backend, beside, x), input, d_out, training)
     loop = Loop(parameters, variant.step)
     found["loop"] = _provider(loop, lambda x: loop(x, zeros, zeros), input, d_out, training)
-    scripted = _scripted(loop)
+    scripted = torch.jit.script(Loop(parameters, torch.jit.script(variant.step)))
     found["TorchScript"] = _provider(scripted, lambda x: scripted(x, zeros, zeros), input, d_out, training)
     if compiled and T <= MOST_UNROLLED and compiling.unavailable() is None:
         unrolled = Loop(parameters, variant.step)
@@ -208,7 +189,7 @@ def providers_of(
     exact = Loop({name: value.double() for name, value in parameters.items()}, variant.step)
     wide = _provider(exact, lambda x: exact(x, zeros.double(), zeros.double()), input.double(), d_out.double(), training)
     with torch.set_grad_enabled(training):
-        return found, list(wide.step())
+        return found, [value.detach() for value in wide.step()]
 
 
 def _on(backend: str | None, module: Any, input: Tensor) -> Tensor:
@@ -230,7 +211,7 @@ def measure(name: str, shape: str, mode: str, seconds: float, compiled: bool = T
     for who, provider in found.items():
         rows[who] = {"cell": name, "shape": shape, "mode": mode, "provider": who, "status": "ok"}
         with torch.set_grad_enabled(training), provider.scope():
-            results = provider.step()
+            results = [value.detach() for value in provider.step()]
         if who.startswith("our "):
             continue
         error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(results, exact, strict=True))

@@ -72,8 +72,12 @@ def _step(module: torch.nn.RNNBase, suffix: str, x: Tensor, states: list[Tensor]
         # torch.lstm_cell knows no projection: its h is o ⊙ tanh(c), whatever the size of the h that comes in.
         gates = torch.nn.functional.linear(x, parameters[0], parameters[2])
         gates = gates + torch.nn.functional.linear(states[0], parameters[1], parameters[3])
-        i, f, g, o = gates.chunk(4, -1)
-        c = f.sigmoid() * states[1] + i.sigmoid() * g.tanh()
+        if getattr(module, "coupled", False):
+            i, g, o = gates.chunk(3, -1)
+            c = (1 - i.sigmoid()) * states[1] + i.sigmoid() * g.tanh()
+        else:
+            i, f, g, o = gates.chunk(4, -1)
+            c = f.sigmoid() * states[1] + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
         return [h @ getattr(module, f"weight_hr_{suffix}").t() if module.proj_size else h, c]
     if not getattr(module, "reset_after", True):

@@ -23,6 +23,7 @@ MODULES: dict[str, tuple[Callable[..., Any], int]] = {
     "gru": (fused_rnn.GRU, 1),
     "gru_reset_before": (lambda *sizes, **options: fused_rnn.GRU(*sizes, reset_after=False, **options), 1),
     "lstm": (fused_rnn.LSTM, 2),
+    "coupled": (lambda *sizes, **options: fused_rnn.LSTM(*sizes, coupled=True, **options), 2),
     "projected": (lambda *sizes, **options: fused_rnn.LSTM(*sizes, proj_size=5, **options), 2),
     "recurrent": (lambda *sizes, **options: fused_rnn.Recurrent(fused_rnn.cells.gru_reset_before, *sizes, **options), 1),
 }
@@ -40,6 +41,7 @@ def layer_of(module: Any, layer: int) -> Any:
     found = SimpleNamespace(
         mode=module.mode if row is None else row.mode,
         reset_after=getattr(module, "reset_after", True) if row is None else row.name != "gru_reset_before",
+        coupled=getattr(module, "coupled", False),
         num_layers=1,
         bidirectional=module.bidirectional,
         proj_size=getattr(module, "proj_size", 0),

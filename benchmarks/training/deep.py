@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,7 +131,9 @@ def _run(parser: Parser, options: argparse.Namespace) -> int:
         f"training: {options.steps:,} steps each, {torch.get_num_threads()} threads, fused_rnn on {backend}",
         flush=True,
     )
+    facts = {"backend": backend, "symbols": len(vocabulary), "load_at_start": os.getloadavg()[0]}
     outcome = race(contenders, training.segment, settings)
+    facts["load_at_end"] = os.getloadavg()[0]
     rows = [contender_row(contender, contenders[0], options.batch * options.bptt) for contender in contenders]
     if outcome in (Outcome.FINISHED, Outcome.TIME_LIMIT):
         try:
@@ -142,7 +145,7 @@ def _run(parser: Parser, options: argparse.Namespace) -> int:
         # torch.nn has no such stack to compare the time with.
         row.speed_up = row.total_speed_up = None
     try:
-        agree = _report(options, outcome, title, stacks, rows, {"backend": backend, "symbols": len(vocabulary)})
+        agree = _report(options, outcome, title, stacks, rows, facts)
     except OSError as error:
         parser.error(f"cannot write the results to {options.out}: {error.strerror or error}")
     return job.CODES[outcome] or int(not agree)

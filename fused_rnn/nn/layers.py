@@ -265,19 +265,18 @@ class LSTM(_Layers):
         num_heads: groups of units that read no h but their own, below. Default: 1
 
     Options of a stack that torch.nn has not. With x what layer k reads and y its output:
-        - **connections="residual"** (He et al. 2016): what comes out of layer k is y + x. Around each layer that gives as many
-          features as it reads, D·P: all but the first, and the first where ``input_size`` is D·P.
-        - **connections="highway"** (Srivastava et al. 2015, Zhang et al. 2016): t ⊙ y + (1 − t) ⊙ x with the gate
+        - **connections="residual"** (He et al. 2016): layer k gives y + x. Around each layer that gives as many features as it
+          reads, D·P: all but the first, and the first where ``input_size`` is D·P.
+        - **connections="highway"** (Srivastava et al. 2015, Zhang et al. 2016): layer k gives t ⊙ y + (1 − t) ⊙ x with the gate
           t = σ(W_t x + b_t), around the same layers. ``weight_t_l{k}`` (D·P, D·P) is drawn as the others; ``bias_t_l{k}``
-          (D·P,), there with ``bias=False`` too, starts at −1, so that x is carried at first.
+          (D·P,), there with ``bias=False`` too, starts at −1: x is carried at first.
         - **connections="dense"** (Huang et al. 2017): layer k reads the input of the module and the outputs of all layers
           before it, and ``weight_ih_l{k}`` has I + k·D·P columns. The output is the last layer's.
         - ``dropout`` is inside of a connection: a layer reads dropout(x), and x itself is added, gated and carried. Of a dense
-          one each y is dropped out once, for all layers that read it; the module's input never is.
+          one each y is dropped out once, for all layers; the module's input never is.
         - h_n, c_n and cell_states are the layers' own: with a residual or a highway, the output is another than h_n's last.
         - **weight_dropout** (Wan et al. 2013, Merity et al. 2018): in training, each call draws one mask over the weight_hh of
-          each layer and direction, the same at all steps, and what is left is divided by 1 − p. Gradients reach the weights
-          through the mask. It may be set later: ``rnn.weight_dropout = 0.2``.
+          each layer and direction, for all steps; what is left is divided by 1 − p. It may be set later.
         - **num_heads** (Pöppel et al. 2025): ``weight_hh`` (4H, H / heads) has blocks on a diagonal. Rows of weights and biases
           lie head after head, each with its gates; h has a head's units next to each other. Not with ``proj_size``.
 

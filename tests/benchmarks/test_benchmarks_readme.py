@@ -136,6 +136,13 @@ def test_a_job_that_was_stopped_has_no_quality_to_show():
     assert jobs.table({"classifier": rows[:1]}) == []
 
 
+def test_a_job_of_another_machine_names_it():
+    here, there = {"cpu": "A", "threads": 2}, {"cpu": "B", "threads": 1}
+    trained = {"tagger": [row | here for row in job_rows()], "classifier": [row | there for row in job_rows()]}
+    lines = jobs.table(trained)[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| Digits, last", "| Digits, last; on B, 1 thread"]
+
+
 def test_pictures_that_cannot_be_written_are_one_line(folder):
     (folder / "results" / "pictures").write_text("in the way")
     with pytest.raises(results.ResultsError, match="cannot write to"):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from benchmarks_support import no_pause, run_info  # noqa: F401, a fixture for every test
+from torch import Tensor
 
 from benchmarks import variants
 from benchmarks.__main__ import main
@@ -28,16 +28,16 @@ def test_everybody_computes_the_same_cell(name: str, mode: str) -> None:
         assert ("error" in row) != row["provider"].startswith("our ")
 
 
-def test_a_wrong_result_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        h, c = variants._mgu(*args)
-        return h * 1.01, c
+def _wrong(x: Tensor, h: Tensor, c: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.tanh(x[:, : h.shape[1]] + h), c
 
-    monkeypatch.setitem(variants.VARIANTS, "mgu", variants.Variant(variants.VARIANTS["mgu"].cell, wrong, 2))
+
+def test_a_wrong_result_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(variants.VARIANTS, "mgu", variants.Variant(variants.VARIANTS["mgu"].cell, _wrong, 2))
     rows = variants.measure("mgu", "3x5x8", "inference", 1e-9, compiled=False)
     # The loop in float64 is that of the loops.
     assert {row["provider"]: row["status"] for row in rows}["ours"] == "wrong"
-    page = variants.markdown({"run": {**run_info(), "command": ["python"]}, "rows": rows})
+    page = variants.markdown({"run": {**run_info(), "command": ["python"], "commit": "0"}, "rows": rows})
     assert "mgu inference 3x5x8, ours: an error of" in page
 
 

@@ -63,6 +63,7 @@ def test_trains_with_and_without_connections(run, tmp_path, cell):
         assert all(norm > 0 for norm in row["first_gradients"])
         assert row["perplexity"] == pytest.approx(math.exp(row["held_out_loss"]), rel=2e-5)
         assert row["outcome"] == "finished"
+        assert min(row["load_at_start"], row["load_at_end"]) >= 0
     if cell == "lstm":
         # What connections are for: the gradient reaches the first layers.
         share = [row["first_gradients"][0] / row["first_gradients"][-1] for row in rows]
