@@ -34,8 +34,8 @@ _BOTH = (False, True)
 
 def pair(hx: tuple[Tensor, Tensor] | Tensor | None, function: str) -> States | None:
     """A pair of states; raises as torch's ``function`` does where it is none."""
-    if hx is None:
-        return None
+    if hx is None or (type(hx) is tuple and len(hx) == 2):
+        return hx
     if isinstance(hx, Tensor):
         raise TypeError(f"{function}(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
     if len(hx) != 2:
@@ -106,6 +106,20 @@ def sequence(
     Returns:
         out, the states after the last step, and with ``cell_states`` c of every step.
     """
+    one = len(weights) == 1 and lengths is None and reset is None and not (bidirectional or cell_states)
+    if one and connection is None and type(input) is Tensor and input.dim() == 3 and not torch.is_grad_enabled():
+        # Such a call's tensors say all that there is to say.
+        backend = autograd.eager_backend(cell, input, weights[0].hh)
+        if backend is not None and backend.checks:
+            rows = input.transpose(0, 1).contiguous() if batch_first else input
+            try:
+                plain: Any = backend.plain_forward(cell, rows, states, weights[0], False, batch_first)  # type: ignore[attr-defined]
+            except Exception:
+                # What does not fit each other has the errors of torch.
+                _check_dense(cell, input, weights, 1, states, batch_first, None)
+                raise
+            if plain is not None:
+                return (*plain, None)
     reverse: tuple[bool, ...] = _BOTH if bidirectional else _FORWARD
     if heads > 1:
         reverse = tuple([back for back in reverse for _ in range(heads)])
@@ -137,17 +151,8 @@ def sequence(
     if backend is None or not backend.checks:
         _check_dense(cell, input, weights, directions, states, batch_first, connection)
     try:
-        plain = None
-        dense = lengths is None and reset is None and not cell_states and connection is None and len(weights) == 1
-        if dense and backend is not None and backend.checks and not torch.is_grad_enabled():
-            rows = input.transpose(0, 1).contiguous() if batch_first else input
-            plain = backend.plain_forward(cell, rows, states, weights[0], False, batch_first)  # type: ignore[attr-defined]
-        if plain is not None:
-            out, after = plain
-            cells = None
-        else:
-            run = partial(_layers, cell, weights, reverse, dropout, cell_states, connection, backend)
-            out, after, cells = _dense(run, input, weights[0].hh, states, backend, lengths, reset, batched, batch_first)
+        run = partial(_layers, cell, weights, reverse, dropout, cell_states, connection, backend)
+        out, after, cells = _dense(run, input, weights[0].hh, states, backend, lengths, reset, batched, batch_first)
     except Exception:
         # What does not fit each other has the errors of torch.
         _check_dense(cell, input, weights, directions, states, batch_first, connection)
