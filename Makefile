@@ -19,7 +19,7 @@ READY := $(VENV)/ready
 DOWNSTREAM := .venv-downstream
 CSRC  := $(wildcard csrc/*.* csrc/*/*.*)
 # What the C++ cells are written from.
-CELLS := $(wildcard fused_rnn/cells/*.py) fused_rnn/data/cell.py fused_rnn/kernels/cpp/derived.py
+CELLS := $(wildcard fused_rnn/cells/*.py) fused_rnn/data/cell.py fused_rnn/kernels/written.py $(wildcard fused_rnn/kernels/cpp/*.py)
 CPP   := $(filter %.h %.hpp %.inl %.cpp,$(CSRC)) $(wildcard tests/cpp/*.h tests/cpp/*.cpp)
 PY    := fused_rnn tests benchmarks setup.py
 

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from fused_rnn.data.cell import Weights
+from fused_rnn.kernels.protocol import LayerResult
 
 def cells() -> list[dict[str, Any]]: ...
 def isas() -> list[str]: ...
@@ -33,7 +34,16 @@ def layer_forward(
     threads: int,
     batch_first: bool = False,
     sharing: str = "auto",
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None]: ...
+) -> LayerResult: ...
+def plain_forward(
+    cell: str,
+    input: Tensor,
+    states: Sequence[Tensor] | None,
+    weights: Weights,
+    step: bool,
+    threads: int,
+    batch_first: bool = False,
+) -> tuple[Tensor, tuple[Tensor, ...]] | None: ...
 def has_vnni() -> bool: ...
 def int8_forward(
     cell: str,

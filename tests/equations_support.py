@@ -9,6 +9,12 @@ def rnn(x, W, h):
     return tanh(x.h + W.h(h))
 
 
+# The same with another name of the gate: what the backward reads is the output.
+@cell(gates="n")
+def rnn_of_n(x, W, h):
+    return tanh(x.n + W.n(h))
+
+
 @cell(gates="h")
 def rnn_relu(x, W, h):
     return relu(x.h + W.h(h))

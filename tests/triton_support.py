@@ -16,14 +16,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from fused_rnn import kernels
 from fused_rnn.data.steps import Steps
 from fused_rnn.kernels.triton import recurrence, walk
+from fused_rnn.kernels.triton.derived import recurrence_of
 from fused_rnn.kernels.triton.heuristic import shared_bytes
 from fused_rnn.kernels.triton.plan import PART, Call, Device, Plan
-
-# The cells make themselves known.
-kernels.import_cells("fused_rnn.kernels.triton")
 
 # Bytes of the stack of a thread, where registers did not suffice. Kernels that hold their weights in registers fill all of them
 # on purpose, and before the walk they have more in hand: a tile of float32 beside the planes it is cut into. That is paid once.
@@ -139,7 +136,7 @@ def _launched(call: Call, plan: Plan, everything: bool, monkeypatch: pytest.Monk
         later = _of_library(call, len(cell.later)) if cell.later else None
     packed = recurrence.Packed(plan, weights, None, later)
     reverse = (False, True)[:d]
-    ours = recurrence.RECURRENCES[cell.name]
+    ours = recurrence_of(cell)
     with monkeypatch.context() as patch:
         run = walk.Walk.run
         patch.setattr(walk.Walk, "run", recorded)

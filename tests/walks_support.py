@@ -9,10 +9,10 @@ import torch
 from tolerances import assert_close_to_reference
 from torch import Tensor
 
-from fused_rnn.cells import CELLS, equations_of
+from fused_rnn.cells import equations_of, named
+from fused_rnn.cells.definition import DEFINED
 from fused_rnn.data.steps import Steps
-from fused_rnn.kernels import cell_modules
-from fused_rnn.kernels.by_walk.walk import Walk, walk_in
+from fused_rnn.kernels.by_walk.walk import Walk
 from fused_rnn.kernels.numba import derived
 from fused_rnn.kernels.reference import recurrence
 
@@ -63,10 +63,14 @@ class Inputs:
 def walk_of(backend: str, cell: str) -> Walk:
     """The functions of a cell."""
     if backend == "reference":
-        return recurrence.walk(equations_of(CELLS[cell]))
+        return recurrence.walk(equations_of(named(cell)))
     if backend == "numba":
-        return derived.walk_of(CELLS[cell])
-    return walk_in(cell_modules(f"fused_rnn.kernels.{backend}")[cell], cell)
+        return derived.walk_of(named(cell))
+    assert backend == "triton"
+    # Where Triton is not installed, this cannot be imported.
+    from triton_walks import walk_of
+
+    return walk_of(named(cell))
 
 
 def make_steps(case: Case) -> Steps:
@@ -82,7 +86,7 @@ def make_steps(case: Case) -> Steps:
 
 def make_inputs(cell_name: str, case: Case) -> Inputs:
     """Fresh numbers of a size that keeps the gates away from saturation."""
-    cell, steps = CELLS[cell_name], make_steps(case)
+    cell, steps = named(cell_name), make_steps(case)
     generator = torch.Generator().manual_seed(zlib.crc32(f"{cell_name} {case}".encode()))
 
     def randn(*shape: int) -> Tensor:
@@ -113,7 +117,7 @@ def make_inputs(cell_name: str, case: Case) -> Inputs:
 
 def run(backend: str, cell_name: str, case: Case, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
     """Forward and backward of one backend, in the way that the case says; returns all that they wrote."""
-    cell, steps = CELLS[cell_name], inputs.steps
+    cell, steps = named(cell_name), inputs.steps
     walk = walk_of(backend, cell_name)
     h = case.hidden
     p = case.projection or h
@@ -192,7 +196,10 @@ def run(backend: str, cell_name: str, case: Case, inputs: Inputs, dtype: torch.d
         assert torch.all(columns == PADDING), "written past the end of a row"
     dead = ~inputs.live
     assert torch.equal(out[dead].nan_to_num(9), out_given[dead].nan_to_num(9)), "written a row that no step works on"
-    result = {"tape": tape[inputs.live], "out": out[inputs.live], "d_gates": d_gates[inputs.live]}
+    # Blocks that no backward reads may hold anything.
+    read = [i for i, block in enumerate(cell.tape) if cell.tape_is_out or block in DEFINED[cell_name].derived.kept]
+    blocks = tape[inputs.live].unflatten(2, (len(cell.tape), h))[:, :, read]
+    result = {"tape": blocks, "out": out[inputs.live], "d_gates": d_gates[inputs.live]}
     for name, state, d_state in zip(cell.states, states, d_states, strict=True):
         result[f"{name}_n"], result[f"d_{name}_0"] = state, d_state
     return result

@@ -16,9 +16,8 @@ from benchmarks.gpu.cases import BATCH, CELLS, HIDDEN
 from benchmarks.gpu.clock import Clock
 from fused_rnn import cells
 from fused_rnn.data.steps import Steps
-from fused_rnn.kernels import cell_modules
-from fused_rnn.kernels.by_walk.walk import walk_in
 from fused_rnn.kernels.triton import heuristic, launch, plan, tuned
+from fused_rnn.kernels.triton.derived import recurrence_of
 from fused_rnn.kernels.triton.plan import Call
 
 STEPS = 64
@@ -52,7 +51,7 @@ def candidates(call: Call, device: plan.Device) -> Iterator[dict[str, Any]]:
 def kernel_call(call: Call, where: torch.device) -> Callable[[], None]:
     """One walk of the kernels alone, with the plan that is in force when this is made."""
     cell, d, n, h = call.cell, call.directions, call.batch, call.hidden
-    kernels = walk_in(cell_modules("fused_rnn.kernels.triton")[cell.name], cell.name)
+    kernels = recurrence_of(cell)
     steps, reverse = Steps(STEPS, n), (False, True)[:d]
     rows = STEPS * n
 
@@ -64,10 +63,11 @@ def kernel_call(call: Call, where: torch.device) -> Callable[[], None]:
     tape, states = buffer(len(cell.tape) * h), tuple(torch.zeros(d, n, h, device=where) for _ in cell.states)
     out = tape if cell.tape_is_out else buffer(h)
     if not call.backward:
-        return lambda: kernels.forward(tape, out, states, packed, None, steps, reverse, None, True)
+        return lambda: kernels.forward(tape, out, states, states, packed, None, steps, reverse, None, True)
     d_gates, d_out = buffer(len(cell.d_gates) * h), buffer(h)
     states_0 = tuple(torch.zeros_like(state) for state in states)
-    return lambda: kernels.backward(d_gates, states, d_out, None, tape, out, states_0, packed, steps, 0, STEPS, reverse, None)
+    walked = (tape, out, states_0, packed, steps, 0, STEPS, reverse, None)
+    return lambda: kernels.backward(d_gates, states, states, d_out, None, *walked)
 
 
 def tune(where: torch.device, seconds: float, path: Path, tell: Callable[[str], None]) -> int:

@@ -92,9 +92,7 @@ inline py::object int8_forward(const std::string& cell, const py::object& input,
     args.vnni = vnni && has_vnni();
     run(args);
   }
-  py::tuple after(call.state_count() - call.step);
-  for (int i = call.step; i < call.state_count(); ++i) after[static_cast<std::size_t>(i - call.step)] = outputs.states[i].owner;
-  return py::make_tuple(outputs.out.owner, after, outputs.cells ? outputs.cells.owner : py::none());
+  return py::make_tuple(outputs.out.owner, outputs.after(call), outputs.cells ? outputs.cells.owner : py::none());
 }
 
 }  // namespace fused_rnn

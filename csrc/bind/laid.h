@@ -116,13 +116,17 @@ class Laid {
         args.panels = panels_.get() + i * elements;
         kernels.pack[call.cell](args);
         matrix.data = args.panels;
-      } else {
+      } else if constexpr (!std::is_same_v<S, T>) {
         computed_.push_back(std::move(weight));
       }
-      matrices_.push_back(matrix);
+      if (count <= kFew) {
+        few_[i] = matrix;
+      } else {
+        many_.push_back(matrix);
+      }
     }
   }
-  const Matrix<T>* get() const { return matrices_.data(); }
+  const Matrix<T>* get() const { return many_.empty() ? few_ : many_.data(); }
 
  private:
   // The input's weights are laid out as they are needed where the kernels take all rows in one turn, or large ones in two.
@@ -154,8 +158,10 @@ class Laid {
   }
 
   Room<T> panels_;
-  std::vector<Computed<S, T>> computed_;  // weights that are read in place
-  std::vector<Matrix<T>> matrices_;
+  std::vector<Computed<S, T>> computed_;  // weights that are read where their copies are
+  static constexpr Index kFew = 2;
+  Matrix<T> few_[kFew];
+  std::vector<Matrix<T>> many_;
 };
 
 }  // namespace fused_rnn

@@ -24,15 +24,18 @@ inline bool has_rows(const Tensor& matrix) {
   return (columns <= 1 || matrix.stride(1) == 1) && (matrix.shape(0) <= 1 || matrix.stride(0) >= columns);
 }
 
-// Reads a tensor of the given sizes, or None; a copy is made where the kernels cannot read the memory as it is: a view with the
-// other sign, or strides that they do not know. Names and sizes are put together for an error alone.
-inline Operand read(py::handle object, const char* name, Dtype dtype, std::initializer_list<Index> sizes,
-                    bool strided = false) {
+// A tensor whose memory holds the numbers themselves: of a view with the other sign, a copy.
+inline Operand take(py::handle object) {
   Operand operand;
-  if (object.is_none()) return operand;
   operand.owner = py::reinterpret_borrow<py::object>(object);
   if (Tensor::is_negated(object)) operand.owner = operand.owner.attr("resolve_neg")();
   operand.tensor = Tensor(operand.owner);
+  return operand;
+}
+
+// Checks its dtype and sizes; it becomes a copy where the kernels do not know its strides. Names and sizes are put together for
+// an error alone.
+inline void fit(Operand& operand, const char* name, Dtype dtype, std::initializer_list<Index> sizes, bool strided = false) {
   const Tensor& tensor = operand.tensor;
   bool fits = tensor.dtype() == dtype && tensor.dimensions() == static_cast<int>(sizes.size());
   for (int i = 0; fits && i < tensor.dimensions(); ++i) fits = tensor.shape(i) == sizes.begin()[i];
@@ -44,12 +47,21 @@ inline Operand read(py::handle object, const char* name, Dtype dtype, std::initi
     operand.owner = operand.owner.attr("contiguous")();
     operand.tensor = Tensor(operand.owner);
   }
+}
+
+// Reads a tensor of the given sizes, or None.
+inline Operand read(py::handle object, const char* name, Dtype dtype, std::initializer_list<Index> sizes,
+                    bool strided = false) {
+  if (object.is_none()) return {};
+  Operand operand = take(object);
+  fit(operand, name, dtype, sizes, strided);
   return operand;
 }
 
 // The parameters of one recurrence; the biases and hr may be absent.
 struct WeightOperands {
   Operand ih, hh, bias_ih, bias_hh, hr;
+  bool any() const { return ih || hh || bias_ih || bias_hh || hr; }
 };
 constexpr std::size_t kWeights = 5;
 
@@ -92,13 +104,33 @@ struct LayerCall {
       refuse("weights", std::to_string(reverse_flags.size()) + ", one for each recurrence",
              std::to_string(weights_object.size()));
     }
-    const Tensor x(input_object);
-    dtype = x.dtype();
-    if (dtype > Dtype::kFloat16) refuse("input", "float32, float64, bfloat16 or float16", dtype_name(dtype));
-    read_input(input_object);
+    take_input(input_object);
+    fit_input();
+    weights.reserve(weights_object.size());
     for (const py::handle& one : weights_object) read_weights(one);
     read_states(states_object);
     reset = read(reset_object, "reset", Dtype::kBool, {recurrences(), rows});
+    check_step();
+  }
+
+  // One recurrence over dense steps, whose sizes are those of the input, (T, N, I) or for a step (N, I).
+  LayerCall(const std::string& cell_name, const py::object& input_object, const py::object& states_object,
+            const py::object& weights_object, bool is_step, int thread_count)
+      : kernels(*current().load()),
+        cell(cell_index(cell_name)),
+        shape(kernels.shapes[cell]),
+        like(input_object),
+        reverse(new bool[1]{false}),
+        step(is_step),
+        threads(thread_count),
+        sharing(Sharing::kAuto) {
+    if (threads < 1) refuse("threads", "1 or more", std::to_string(threads));
+    take_input(input_object);
+    check_dimensions("input", input.tensor, step ? 2 : 3);
+    read_steps(step ? 1 : input.tensor.shape(0), input.tensor.shape(step ? 0 : 1), py::none());
+    fit_input();
+    read_weights(weights_object);
+    read_states(states_object);
     check_step();
   }
 
@@ -115,13 +147,11 @@ struct LayerCall {
         threads(thread_count),
         sharing(Sharing::kAuto) {
     if (threads < 1) refuse("threads", "1 or more", std::to_string(threads));
-    const Tensor x(input_object);
-    dtype = x.dtype();
-    if (dtype > Dtype::kFloat16) refuse("input", "float32, float64, bfloat16 or float16", dtype_name(dtype));
-    check_dimensions("input", x, 2);
+    take_input(input_object);
+    check_dimensions("input", input.tensor, 2);
     steps.length = 1;
-    steps.batch = rows = x.shape(0);
-    inputs = x.shape(1);
+    steps.batch = rows = input.tensor.shape(0);
+    inputs = input.tensor.shape(1);
   }
 
   // A layer whose weights are of another kind than the input: the caller reads them, and here there are biases alone, pairs of
@@ -133,7 +163,6 @@ struct LayerCall {
       : kernels(*current().load()),
         cell(cell_index(cell_name)),
         shape(kernels.shapes[cell]),
-        dtype(Dtype::kFloat32),
         like(input_object),
         hidden(units),
         output(units),
@@ -144,7 +173,9 @@ struct LayerCall {
     sharing = sharing_of(sharing_name);
     read_steps(length, batch, batch_sizes_object);
     read_reverse(reverse_flags);
-    read_input(input_object);
+    take_input(input_object);
+    dtype = Dtype::kFloat32;
+    fit_input();
     for (const py::handle& one : biases) {
       const py::sequence pair = py::reinterpret_borrow<py::sequence>(one);
       weights.emplace_back();
@@ -165,6 +196,16 @@ struct LayerCall {
   Index gate_columns() const { return shape.gates * hidden; }
   bool projected() const { return static_cast<bool>(weights[0].hr); }
   Index input_stride() const { return by_rows ? (rows > 1 ? input.tensor.stride(0) : inputs) : inputs; }
+
+  // Runs f without the lock of the interpreter, unless that takes longer to give away and to get back than f does.
+  template <class F>
+  void work(F&& f) const {
+    constexpr double kFewMultiplications = 1 << 16;
+    const double each = static_cast<double>(gate_columns()) * static_cast<double>(inputs + output);
+    if (each * static_cast<double>(rows * recurrences()) <= kFewMultiplications) return f();
+    const py::gil_scoped_release release;
+    f();
+  }
 
   // Steps t_begin .. t_end - 1 of recurrences d .. d + count - 1: what one call of the kernels works on. Its rows begin at
   // `row`.
@@ -231,14 +272,23 @@ struct LayerCall {
     steps.offsets = offsets.data();
   }
 
-  void read_input(const py::object& object) {
-    const Tensor x(object);
+  void take_input(const py::object& object) {
+    input = take(object);
+    dtype = input.tensor.dtype();
+    if (dtype > Dtype::kFloat16) refuse("input", "float32, float64, bfloat16 or float16", dtype_name(dtype));
+  }
+
+  void fit_input() {
+    const Tensor& x = input.tensor;
     by_rows = x.dimensions() == 2;
     if (!by_rows && x.dimensions() != 3) refuse("input", "(R, I) or (T, N, I)", text(x));
     inputs = x.shape(x.dimensions() - 1);
-    input = by_rows ? read(object, "input", dtype, {rows, inputs}, true)
-                    : read(object, "input", dtype, {steps.length, steps.batch, inputs});
-    if (!by_rows && !batch_sizes.empty()) refuse("input", "(R, I) with batch_sizes", text(x));
+    if (by_rows) {
+      fit(input, "input", dtype, {rows, inputs}, true);
+    } else {
+      fit(input, "input", dtype, {steps.length, steps.batch, inputs});
+      if (!batch_sizes.empty()) refuse("input", "(R, I) with batch_sizes", text(x));
+    }
   }
 
   void check_step() const {
@@ -256,10 +306,12 @@ struct LayerCall {
   void read_weights(py::handle given) {
     const py::tuple one = as_tuple(given);
     if (one.size() != kWeights) refuse("weights", "ih, hh, bias_ih, bias_hh and hr", std::to_string(one.size()));
-    const py::object hh = one[1], hr = one[4];
-    if (hh.is_none()) refuse("weight_hh", "a tensor", "None");
+    const auto at = [&](std::size_t i) { return py::handle(PyTuple_GET_ITEM(one.ptr(), static_cast<py::ssize_t>(i))); };
+    const py::handle hr = at(4);
+    if (at(0).is_none() || at(1).is_none()) refuse("weights", "weight_ih and weight_hh", "None");
+    Operand hh = take(at(1));
     if (weights.empty()) {
-      const Tensor first(hh);
+      const Tensor& first = hh.tensor;
       check_dimensions("weight_hh", first, 2);
       if (first.shape(0) % shape.gates) refuse("weight_hh", std::to_string(shape.gates) + " * H rows", text(first));
       hidden = first.shape(0) / shape.gates;
@@ -267,15 +319,18 @@ struct LayerCall {
       if (!hr.is_none() && !shape.has_projection) refuse("weight_hr", "None for this cell", "a tensor");
       if (hr.is_none() && hidden != output) refuse("weight_hr", "weights, as P is not H", "None");
       if (!hidden || !output) refuse("weight_hh", "at least one unit", text(first));
-    }
-    const Index gates = shape.gates * hidden;
-    if (!weights.empty() && hr.is_none() == static_cast<bool>(weights[0].hr))
+    } else if (hr.is_none() == projected()) {
       refuse("weight_hr", "one for each recurrence or none", "some");
-    weights.push_back({read(py::object(one[0]), "weight_ih", dtype, {gates, inputs}, true),
-                       read(hh, "weight_hh", dtype, {gates, output}, true), read(py::object(one[2]), "bias_ih", dtype, {gates}),
-                       read(py::object(one[3]), "bias_hh", dtype, {gates}),
-                       read(hr, "weight_hr", dtype, {output, hidden}, true)});
-    if (!weights.back().ih || !weights.back().hh) refuse("weights", "weight_ih and weight_hh", "None");
+    }
+    const Index gates = gate_columns();
+    weights.emplace_back();
+    WeightOperands& taken = weights.back();
+    taken.ih = read(at(0), "weight_ih", dtype, {gates, inputs}, true);
+    fit(hh, "weight_hh", dtype, {gates, output}, true);
+    taken.hh = std::move(hh);
+    taken.bias_ih = read(at(2), "bias_ih", dtype, {gates});
+    taken.bias_hh = read(at(3), "bias_hh", dtype, {gates});
+    taken.hr = read(hr, "weight_hr", dtype, {output, hidden}, true);
   }
 
   void read_states(const py::object& object) {

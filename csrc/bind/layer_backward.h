@@ -40,11 +40,9 @@ struct LayerGradients {
     if (wanted.size() != all) refuse("wanted", std::to_string(all) + " flags", std::to_string(wanted.size()));
     std::size_t place = 0;
     const auto next = [&] { return static_cast<bool>(py::bool_(py::object(wanted[place++]))); };
-    const bool input_wanted = next();
-    d_input = call.by_rows ? new_tensor(input_wanted, call.like, call.dtype, call.dtype, {call.rows, call.inputs})
-                           : new_tensor(input_wanted, call.like, call.dtype, call.dtype, {call.steps.length, N, call.inputs});
+    d_input = LayerOutputs::rows_of(next(), call.input, call, call.inputs, false);
     for (int i = 0; i < call.state_count(); ++i) {
-      d_states[i] = LayerOutputs::new_state(next(), call, i);
+      d_states[i] = LayerOutputs::new_state(next(), call.states[i], call, i);
       if (i < call.step) continue;
       const py::object after = d_states_objects[static_cast<std::size_t>(i - call.step)];
       d_states_after[i] = call.step ? read(after, "d_states", call.dtype, {N, call.state_size(i)})
@@ -53,11 +51,11 @@ struct LayerGradients {
     // The biases themselves need not be there: no gradient reads them.
     for (const WeightOperands& weights : call.weights) {
       WeightResults results;
-      results.ih = new_tensor(next(), call.like, call.dtype, call.dtype, {gates, call.inputs});
-      results.hh = new_tensor(next(), call.like, call.dtype, call.dtype, {gates, P});
-      results.bias_ih = new_tensor(next(), call.like, call.dtype, call.dtype, {gates});
-      results.bias_hh = new_tensor(next(), call.like, call.dtype, call.dtype, {gates});
-      results.hr = new_tensor(next() && weights.hr, call.like, call.dtype, call.dtype, {P, H});
+      results.ih = new_tensor(next(), weights.ih, call.like, call.dtype, {gates, call.inputs});
+      results.hh = new_tensor(next(), weights.hh, call.like, call.dtype, {gates, P});
+      results.bias_ih = new_tensor(next(), weights.bias_ih, call.like, call.dtype, {gates});
+      results.bias_hh = new_tensor(next(), results.bias_ih, call.like, call.dtype, {gates});
+      results.hr = new_tensor(next() && weights.hr, weights.hr, call.like, call.dtype, {P, H});
       d_weights.push_back(std::move(results));
     }
     const Dtype computed = call.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
@@ -65,8 +63,9 @@ struct LayerGradients {
   }
 
   py::tuple results() const {
-    py::list all;
-    const auto append = [&](const Operand& operand) { all.append(operand ? operand.owner : py::none()); };
+    py::tuple all(1 + static_cast<std::size_t>(state_count) + kWeights * d_weights.size() + static_cast<bool>(d_gates));
+    std::size_t place = 0;
+    const auto append = [&](const Operand& operand) { all[place++] = operand ? operand.owner : py::none(); };
     append(d_input);
     for (int i = 0; i < 2; ++i) {
       if (i < state_count) append(d_states[i]);
@@ -75,7 +74,7 @@ struct LayerGradients {
       for (const Operand* each : {&weights.ih, &weights.hh, &weights.bias_ih, &weights.bias_hh, &weights.hr}) append(*each);
     }
     if (d_gates) append(d_gates);
-    return py::tuple(all);
+    return all;
   }
   int state_count = 1;
 };
@@ -197,7 +196,9 @@ class LayerBackward {
     stretch_ = at_once_ ? call.steps.length
                         : std::max<Index>(1, std::max(kGradientStretchRows, kGradientBytes / row_bytes) /
                                                  std::max<Index>(1, call.steps.batch));
-    for (const WeightResults& results : io.d_weights) sums_.push_back(std::make_unique<WeightGradients<S, T>>(call, results));
+    for (const WeightResults& results : io.d_weights) {
+      sums_.push_back(results.any() ? std::make_unique<WeightGradients<S, T>>(call, results) : nullptr);
+    }
   }
 
   void run() {
@@ -206,7 +207,9 @@ class LayerBackward {
     const Index most_rows = std::min(call_.rows, stretch_ * call_.steps.batch);
     if (!io_.d_gates) gates_ = Room<T>(most_rows * together * columns_);
     for (Index d = 0; d < D_; d += together) walk(d, together);
-    for (const auto& sums : sums_) sums->finish();
+    for (const auto& sums : sums_) {
+      if (sums) sums->finish();
+    }
     d_input_.finish(call_);
     if constexpr (!kStored) {
       for (int i = 0; i < call_.state_count(); ++i) {
@@ -309,15 +312,14 @@ class LayerBackward {
 
   // What the weights of these recurrences receive from one stretch.
   void sum_up(const LayerCall::Span& own, const LayerCall::Span& near, const BackwardArgs<T>& args) {
-    const bool any =
-        std::any_of(sums_.begin() + own.d, sums_.begin() + own.d + own.count, [](const auto& sums) { return sums->wanted(); });
-    if (!any) return;
+    const auto first = sums_.begin() + own.d;
+    if (std::all_of(first, first + own.count, [](const auto& sums) { return !sums; })) return;
     const Computed<S, T> x(call_, call_.input.tensor.data<const S>() + own.row * call_.input_stride(), own.rows, call_.inputs,
                            call_.input_stride());
     const Part<T> input = {x.at, own.rows, x.stride};
     for (Index i = 0; i < own.count; ++i) {
-      WeightGradients<S, T>& sums = *sums_[static_cast<std::size_t>(own.d + i)];
-      if (!sums.wanted()) continue;
+      if (!first[i]) continue;
+      WeightGradients<S, T>& sums = *first[i];
       std::unique_ptr<PreviousH<T>> h;
       if (sums.reads_h()) {
         h.reset(new PreviousH<T>(call_, own, near, args.out.at(0, i), args.out.row_stride,
@@ -365,10 +367,7 @@ inline py::object layer_backward(const std::string& cell, const py::object& inpu
   const LayerCall call(cell, input, states, weights, length, batch, batch_sizes, reverse, reset, step, threads, sharing);
   LayerGradients io(call, out, tape, d_out, d_cells, d_states, wanted, gates_wanted);
   io.state_count = call.state_count();
-  {
-    const py::gil_scoped_release release;
-    with_types(call.dtype, [&](auto s, auto t) { LayerBackward<decltype(s), decltype(t)>(call, io).run(); });
-  }
+  call.work([&] { with_types(call.dtype, [&](auto s, auto t) { LayerBackward<decltype(s), decltype(t)>(call, io).run(); }); });
   return io.results();
 }
 

@@ -14,34 +14,34 @@ struct LayerOutputs {
 
   LayerOutputs(const LayerCall& call, bool keep, bool cell_states, bool batch_first) {
     const Index D = call.recurrences(), H = call.hidden;
-    out = rows_of(true, call, D * call.output, batch_first);
-    cells = rows_of(cell_states, call, D * H, batch_first);
+    const Operand& like_out =
+        call.input.tensor.shape(call.input.tensor.dimensions() - 1) == D * call.output ? call.input : call.states[0];
+    out = rows_of(true, like_out, call, D * call.output, batch_first);
+    cells = rows_of(cell_states, out, call, D * H, batch_first);
     tape = new_tensor(keep && !call.shape.tape_is_out, call.like, call.dtype, call.dtype, {call.rows, D, call.tape_columns()});
-    for (int i = call.step; i < call.state_count(); ++i) {
-      const Operand& before = i ? states[i - 1] : out;
-      states[i] = is_state(before, call, i) ? new_alike(before) : new_state(true, call, i);
-    }
+    for (int i = call.step; i < call.state_count(); ++i) states[i] = new_state(true, i ? states[i - 1] : out, call, i);
   }
 
-  // Whether a tensor that was made for something else has the sizes of a state, and is small.
-  static bool is_state(const Operand& other, const LayerCall& call, int i) {
-    const Index sizes[] = {call.recurrences(), call.steps.batch, call.state_size(i)};
-    return !call.step && other && other.tensor.dimensions() == 3 && std::equal(sizes, sizes + 3, other.tensor.sizes()) &&
-           other.tensor.contiguous() && is_small(other.tensor);
+  // The states after the walk, for Python.
+  py::tuple after(const LayerCall& call) const {
+    py::tuple all(call.state_count() - call.step);
+    for (int i = call.step; i < call.state_count(); ++i) all[static_cast<std::size_t>(i - call.step)] = states[i].owner;
+    return all;
   }
 
-  static Operand new_state(bool wanted, const LayerCall& call, int i) {
+  // `other` has perhaps the sizes of the new tensor, here and below.
+  static Operand new_state(bool wanted, const Operand& other, const LayerCall& call, int i) {
     const Index N = call.steps.batch, size = call.state_size(i);
-    return call.step ? new_tensor(wanted, call.like, call.dtype, call.dtype, {N, size})
-                     : new_tensor(wanted, call.like, call.dtype, call.dtype, {call.recurrences(), N, size});
+    return call.step ? new_tensor(wanted, other, call.like, call.dtype, {N, size})
+                     : new_tensor(wanted, other, call.like, call.dtype, {call.recurrences(), N, size});
   }
 
   // A tensor with rows as the input has them.
-  static Operand rows_of(bool wanted, const LayerCall& call, Index columns, bool batch_first) {
+  static Operand rows_of(bool wanted, const Operand& other, const LayerCall& call, Index columns, bool batch_first) {
     const Index T = call.steps.length, N = call.steps.batch;
-    if (call.by_rows) return new_tensor(wanted, call.like, call.dtype, call.dtype, {call.rows, columns});
+    if (call.by_rows) return new_tensor(wanted, other, call.like, call.dtype, {call.rows, columns});
     if (wanted && batch_first) return new_turned(call.like, call.dtype, T, N, columns);
-    return new_tensor(wanted, call.like, call.dtype, call.dtype, {T, N, columns});
+    return new_tensor(wanted, other, call.like, call.dtype, {T, N, columns});
   }
 };
 
@@ -204,12 +204,17 @@ void run_forward(const LayerCall& call, const LayerOutputs& outputs, bool keep) 
   }
 }
 
+inline void run_forward(const LayerCall& call, const LayerOutputs& outputs, bool keep) {
+  call.work(
+      [&] { with_types(call.dtype, [&](auto s, auto t) { run_forward<decltype(s), decltype(t)>(call, outputs, keep); }); });
+}
+
 // input (R, I), or (T, N, I) of dense steps; states (D, N, ·) each, or None for zero; weights: ih, hh, bias_ih, bias_hh and hr
-// of each recurrence, the last three may be None. Returns out, (R, D·P) or (T, N, D·P); the states after the walk; with
-// cell_states c of every step, else None; and with `keep` the tape (R, D, ·), None where it is the output. With `step`, input
-// (N, I) and states (N, ·) are those of a cell, and h is not among the states after it: out is h. With `batch_first`, an out
-// and a c of every step of three dimensions are (N, T, ·), in the same memory. Raises ValueError for what does not fit each
-// other.
+// of each recurrence, the last three may be None. Returns a LayerResult: out, (R, D·P) or (T, N, D·P); the states after the
+// walk; with cell_states c of every step, else None; and with `keep` the tape (R, D, ·), None where it is the output. With
+// `step`, input (N, I) and states (N, ·) are those of a cell, and h is not among the states after it: out is h. With
+// `batch_first`, an out and a c of every step of three dimensions are (N, T, ·), in the same memory. Raises ValueError for what
+// does not fit each other.
 inline py::object layer_forward(const std::string& cell, const py::object& input, const py::object& states,
                                 const py::sequence& weights, Index length, Index batch, const py::object& batch_sizes,
                                 const py::sequence& reverse, const py::object& reset, bool keep, bool cell_states, bool step,
@@ -217,14 +222,37 @@ inline py::object layer_forward(const std::string& cell, const py::object& input
   const LayerCall call(cell, input, states, weights, length, batch, batch_sizes, reverse, reset, step, threads, sharing);
   if (cell_states && !call.shape.has_c) refuse("cell_states", "False for a cell without c", "True");
   const LayerOutputs outputs(call, keep, cell_states, batch_first);
-  {
-    const py::gil_scoped_release release;
-    with_types(call.dtype, [&](auto s, auto t) { run_forward<decltype(s), decltype(t)>(call, outputs, keep); });
+  run_forward(call, outputs, keep);
+  // A named tuple as its class makes it, in a fraction of the time.
+  auto* type = reinterpret_cast<PyTypeObject*>(Makers::get().layer_result.ptr());
+  const auto result = py::reinterpret_steal<py::object>(type->tp_alloc(type, 4));
+  if (!result) throw py::error_already_set();
+  py::ssize_t place = 0;
+  const auto put = [&](const py::object& item) {
+    PyTuple_SET_ITEM(result.ptr(), place++, (item ? item : py::none()).inc_ref().ptr());
+  };
+  put(outputs.out.owner);
+  put(outputs.after(call));
+  put(outputs.cells.owner);
+  put(outputs.tape.owner);
+  return result;
+}
+
+// As layer_forward, of one recurrence over dense steps, (T, N, I) or for a step (N, I), of which nothing is kept; weights:
+// those of the recurrence. Returns out and the states after the walk; or None, with nothing done, where a tensor is of a class
+// of its own.
+inline py::object plain_forward(const std::string& cell, const py::object& input, const py::object& states,
+                                const py::tuple& weights, bool step, int threads, bool batch_first) {
+  const auto other = [](const py::handle& each) { return !each.is_none() && !Tensor::is_plain(each); };
+  if (other(input) || std::any_of(weights.begin(), weights.end(), other)) return py::none();
+  if (!states.is_none()) {
+    const py::tuple given = as_tuple(states);
+    if (std::any_of(given.begin(), given.end(), other)) return py::none();
   }
-  py::tuple after(call.state_count() - call.step);
-  for (int i = call.step; i < call.state_count(); ++i) after[static_cast<std::size_t>(i - call.step)] = outputs.states[i].owner;
-  const auto given = [](const Operand& operand) { return operand ? operand.owner : py::none(); };
-  return py::make_tuple(outputs.out.owner, after, given(outputs.cells), given(outputs.tape));
+  const LayerCall call(cell, input, states, weights, step, threads);
+  const LayerOutputs outputs(call, false, false, batch_first);
+  run_forward(call, outputs, false);
+  return py::make_tuple(outputs.out.owner, outputs.after(call));
 }
 
 }  // namespace fused_rnn

@@ -78,7 +78,7 @@ inline py::object loop_gradients(const std::string& cell, const py::sequence& st
       }
       WeightGradients<S, T> sums(call, results);
       const Part<T> of_h[2] = {h.all(), {nullptr, 0, call.output}}, of_input = input.all();
-      if (sums.wanted()) sums.add(d_gates.all().data, columns, rows, of_input, of_h, nullptr, operand.all());
+      if (results.any()) sums.add(d_gates.all().data, columns, rows, of_input, of_h, nullptr, operand.all());
       sums.finish();
     });
   }

@@ -33,6 +33,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("length"), py::arg("batch"), py::arg("batch_sizes"), py::arg("reverse"), py::arg("reset"), py::arg("keep"),
         py::arg("cell_states"), py::arg("step"), py::arg("threads"), py::arg("batch_first") = false,
         py::arg("sharing") = "auto", "Run a layer: out, the states after it, c of every step or None, and the tape or None.");
+  m.def("plain_forward", &plain_forward, py::arg("cell"), py::arg("input"), py::arg("states"), py::arg("weights"),
+        py::arg("step"), py::arg("threads"), py::arg("batch_first") = false,
+        "Run one recurrence over dense steps of plain tensors: out and the states after it, or None for others.");
   m.def("int8_forward", &int8_forward, py::arg("cell"), py::arg("input"), py::arg("states"), py::arg("hidden"),
         py::arg("weights"), py::arg("length"), py::arg("batch"), py::arg("batch_sizes"), py::arg("reverse"), py::arg("reset"),
         py::arg("cell_states"), py::arg("step"), py::arg("threads"), py::arg("batch_first") = false,

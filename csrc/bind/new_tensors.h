@@ -29,15 +29,16 @@ inline bool is_small(const Tensor& tensor) {
   throw std::runtime_error("expected a new tensor of torch.empty's kind, got another from a mode or a patched torch");
 }
 
-// What makes new tensors, looked up once.
+// What makes new tensors and results of them, looked up once.
 struct Makers {
-  py::object empty, empty_like, float32;
+  py::object empty, empty_like, float32, layer_result;
   py::str new_empty_strided = "new_empty_strided", transpose = "transpose_", dtype = "dtype", device = "device";
 
   Makers() {
     const py::module_ torch = py::module_::import("torch");
     empty = py::module_::import("fused_rnn.kernels.memory").attr("empty");
     empty_like = torch.attr("empty_like");
+    layer_result = py::module_::import("fused_rnn.kernels.protocol").attr("LayerResult");
     float32 = torch.attr("float32");
   }
   static const Makers& get() {
@@ -95,12 +96,21 @@ inline Operand new_tensor(bool wanted, py::handle like, Dtype like_dtype, Dtype 
   return made(makers.empty(shape, kind, like.attr(makers.device)), dtype, sizes.begin(), strides, dimensions);
 }
 
-// A new tensor of the dtype and the sizes of another that `new_tensor` made, both small.
+// A new tensor of the dtype and the sizes of another, which has the strides of a new one; both small.
 inline Operand new_alike(const Operand& other) {
   PyObject* result = PyObject_CallOneArg(Makers::get().empty_like.ptr(), other.owner.ptr());
   if (!result) throw py::error_already_set();
   const Tensor& tensor = other.tensor;
   return made(py::reinterpret_steal<py::object>(result), tensor.dtype(), tensor.sizes(), tensor.strides(), tensor.dimensions());
+}
+
+// As new_tensor, in the dtype of `like`; where another tensor is what is asked for, it is made like that: torch is told less.
+inline Operand new_tensor(bool wanted, const Operand& other, py::handle like, Dtype dtype, std::initializer_list<Index> sizes) {
+  if (wanted && other && other.tensor.dtype() == dtype && other.tensor.is_dense(sizes) && is_small(other.tensor) &&
+      Tensor::is_plain(other.owner)) {
+    return new_alike(other);
+  }
+  return new_tensor(wanted, like, dtype, dtype, sizes);
 }
 
 // A new tensor (T, N, columns) that Python sees as (N, T, columns), in the dtype of `like`: not as a view, because autograd

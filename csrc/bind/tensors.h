@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -85,7 +86,13 @@ class Tensor {
   }
 
   // Whether the memory holds the numbers with the other sign, as that of z.conj().imag does.
-  static bool is_negated(py::handle tensor) { return method(tensor, Names::get().is_neg).ptr() == Py_True; }
+  static bool is_negated(py::handle tensor) {
+    const Names& names = Names::get();
+    if (!names.negated || !is_plain(tensor)) return method(tensor, names.is_neg).ptr() == Py_True;
+    PyObject* result = names.negated(tensor.ptr(), nullptr);
+    if (!result) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(result).ptr() == Py_True;
+  }
 
   // Whether an object is a torch.Tensor or a torch.nn.Parameter, and not of a class derived from them.
   static bool is_plain(py::handle object) {
@@ -117,6 +124,16 @@ class Tensor {
     }
     return true;
   }
+  // Whether it has these sizes, and the strides that torch gives a new tensor of them: also to an axis of one index.
+  bool is_dense(std::initializer_list<Index> sizes) const {
+    if (dimensions_ != static_cast<int>(sizes.size())) return false;
+    Index expected = 1;
+    for (int i = dimensions_; i-- > 0;) {
+      if (shape_[i] != sizes.begin()[i] || strides_[i] != expected) return false;
+      expected *= std::max<Index>(1, shape_[i]);
+    }
+    return true;
+  }
   template <class T>
   T* data() const {
     return static_cast<T*>(data_);
@@ -129,6 +146,8 @@ class Tensor {
             stride = intern("stride"), data_ptr = intern("data_ptr");
     py::object tensor, parameter;
     std::array<py::object, static_cast<std::size_t>(Dtype::kOther)> dtypes;
+    // What is_neg of a plain tensor calls, where that is a function of C without arguments.
+    PyCFunction negated = nullptr;
     const dlpack::Exchange* exchange = nullptr;
 
     Names() {
@@ -137,6 +156,11 @@ class Tensor {
       parameter = torch.attr("nn").attr("Parameter");
       dtypes = {torch.attr("float32"), torch.attr("float64"), torch.attr("bfloat16"), torch.attr("float16"),
                 torch.attr("int64"),   torch.attr("bool"),    torch.attr("int32"),    torch.attr("int8")};
+      const py::object method = tensor.attr(is_neg);
+      if (Py_IS_TYPE(method.ptr(), &PyMethodDescr_Type)) {
+        const PyMethodDef* def = reinterpret_cast<PyMethodDescrObject*>(method.ptr())->d_method;
+        if (def->ml_flags == METH_NOARGS) negated = def->ml_meth;
+      }
       const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
       if (!PyCapsule_IsValid(capsule.ptr(), dlpack::kCapsule)) return;
       const auto* table = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsule));

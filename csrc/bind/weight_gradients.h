@@ -53,7 +53,6 @@ class WeightGradients {
     bias_ = bias_ih_.at ? bias_ih_.at : apart_ && bias_hh_.at ? sums_.get() : bias_hh_.at;
   }
 
-  bool wanted() const { return ih_.at || hh_.at || bias_ || hr_.at; }
   bool reads_h() const { return hh_.at || (apart_ && bias_hh_.at); }
   bool reads_tape() const { return hr_.at; }
 

@@ -67,7 +67,7 @@ class Row:
     """What a cell's row says beside what follows from its equations.
 
     Attributes:
-        name, mode, forget, in_one_piece, module: as in ``fused_rnn.data.cell.Cell``.
+        name, mode, forget, in_one_piece: as in ``fused_rnn.data.cell.Cell``.
         projects: whether h may be projected.
     """
 
@@ -76,7 +76,6 @@ class Row:
     forget: str | None = None
     in_one_piece: bool = False
     projects: bool = False
-    module: str = ""
 
 
 def derive(graph: Graph, given: Row | None = None) -> Derived:
@@ -144,7 +143,6 @@ def _given(graph: Graph, kept: dict[str, Node], given: Row) -> dict[str, Any]:
         "forget": given.forget,
         "in_one_piece": given.in_one_piece,
         "projected": projected if given.projects else None,
-        "module": given.module,
     }
 
 

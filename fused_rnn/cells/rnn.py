@@ -11,13 +11,13 @@ from fused_rnn.cells.definition import Row, built_in
 from fused_rnn.cells.language import relu, tanh
 
 
-@built_in(Row("rnn_tanh", "RNN_TANH", module="rnn"), gates="h")
+@built_in(Row("rnn_tanh", "RNN_TANH"), gates="h")
 def rnn_tanh(x: Any, W: Any, h: Any) -> Any:
     """One step."""
     return tanh(x.h + W.h(h))  # (1) h = tanh(W_ih x + b_ih + W_hh h₋ + b_hh)
 
 
-@built_in(Row("rnn_relu", "RNN_RELU", module="rnn"), gates="h")
+@built_in(Row("rnn_relu", "RNN_RELU"), gates="h")
 def rnn_relu(x: Any, W: Any, h: Any) -> Any:
     """One step."""
     return relu(x.h + W.h(h))  # (1) h = max(0, W_ih x + b_ih + W_hh h₋ + b_hh)

@@ -56,7 +56,6 @@ class Cell:
         projected: what a projection (``weight_hr``) multiplies, from the blocks of the tape. None: h cannot be projected.
         in_one_piece: torch.nn runs a dense layer of it on a CPU in one piece (oneDNN), which decides dtypes under autocast.
         derived: whether its kernels are made from its equations (``fused_rnn.cells.derivation``), where a backend makes them.
-        module: the file that holds it in each backend's folder; the name if not given.
     """
 
     name: str
@@ -76,11 +75,8 @@ class Cell:
     projected: Callable[[Sequence[Tensor]], Tensor] | None = field(default=None, kw_only=True)
     in_one_piece: bool = field(default=False, kw_only=True)
     derived: bool = field(default=False, kw_only=True)
-    module: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
-        if not self.module:
-            object.__setattr__(self, "module", self.name)
         for name in ("gates", "states", "tape", "d_gates"):
             blocks = getattr(self, name)
             if not blocks or len(set(blocks)) < len(blocks):

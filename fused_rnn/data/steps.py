@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -92,6 +93,9 @@ class Steps:
         with torch_private.WithoutTransforms():
             return Steps(self.length, self.batch // size, self.batch_sizes // size, self.offsets // size)
 
+
+# The steps of a dense batch, which nobody changes: to make them anew takes longer than to find them.
+dense_steps = functools.lru_cache(Steps)
 
 _captured: list[object] = []
 

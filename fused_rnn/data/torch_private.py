@@ -6,12 +6,14 @@ They have the names that this package uses. Dynamo knows the functions by what t
 from __future__ import annotations
 
 import torch
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad as forward_ad
 
 # What a call is inside of.
 dispatch_modes = torch._C._len_torch_dispatch_stack
 jit_tracing = torch._C._is_tracing
 any_autocast = torch._C._is_any_autocast_enabled
+dynamo_compiling = torch.compiler.is_dynamo_compiling
+plain_dispatch = torch.Tensor.__torch_dispatch__
 backward_run = torch._C._current_graph_task_id
 no_torch_function = torch._C._disabled_torch_function_impl
 TracerWarning = torch.jit._trace.TracerWarning

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
 from fused_rnn.data import torch_private
 from fused_rnn.data.cell import Cell, Weights
@@ -82,9 +82,20 @@ def _functionalized() -> bool:
 
 def eager_backend(cell: Cell, input: Tensor, weight: Tensor) -> Backend | None:
     """The backend of a call that nothing but its kernels is to see, and that has work for them; None for any other."""
-    if operators.traced(input, weight) or transformed() or torch_private.any_autocast():
-        return None
-    if input.is_meta or input.numel() == 0 or weight.numel() == 0:
+    # `operators.traced` and `transformed` once more: here each frame of Python is a part of a small layer's call.
+    if (
+        torch_private.dynamo_compiling()
+        or torch_private.dispatch_modes()
+        or type(input).__torch_dispatch__ is not torch_private.plain_dispatch
+        or type(weight).__torch_dispatch__ is not torch_private.plain_dispatch
+        or torch_private.jit_tracing()
+        or torch_private.transforms_active()
+        or torch_private.forward_ad._current_level >= 0
+        or torch_private.any_autocast()
+        or input.is_meta
+        or input.numel() == 0
+        or weight.numel() == 0
+    ):
         return None
     return dispatch.choose(input.device, cell)
 
@@ -107,7 +118,7 @@ def eager_layer(
     Args:
         batch_first: as in ``fused_rnn.kernels.protocol.Backend.forward``.
     """
-    if has_torch_function_variadic(input, *weights[0], *(states or ())):
+    if has_torch_function_unary(input) or has_torch_function(weights[0]) or (states and has_torch_function(states)):
         tensors = [input, *(states or ()), *(each for one in weights for each in one if each is not None)]
         # Of subclasses alone: a mode sees what torch computes around the kernels.
         if any(overrides(tensor) for tensor in tensors):
@@ -128,7 +139,7 @@ def eager_layer(
                 # As apply of the class itself, without binding the arguments to the forward's signature: all come by position.
                 if loop is None:
                     apply = super(torch.autograd.Function, Recorded).apply
-                    out, *rest = apply(layer, result, batch_first, reset, *operands)  # type: ignore[no-untyped-call]
+                    out, *rest = apply((layer, result, batch_first, reset), *operands)  # type: ignore[no-untyped-call]
                 else:
                     apply = super(torch.autograd.Function, RecordedStep).apply
                     given = operands[: 1 + len(cell.states)]

@@ -18,6 +18,7 @@ from fused_rnn.graph.gradients import cut, gradients, unwrapped
 from fused_rnn.graph.kept import Kept
 from fused_rnn.graph.loops import Loop
 from fused_rnn.kernels.protocol import (
+    Backend,
     GateBackend,
     Layer,
     LayerCall,
@@ -41,19 +42,17 @@ class Recorded(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, layer: Layer, result: LayerResult, batch_first: bool, reset: Tensor | None, *operands: Tensor | None
+        ctx: Any, computed: tuple[Layer, LayerResult, bool, Tensor | None], *operands: Tensor | None
     ) -> tuple[Any, ...]:
         """Keep what the backward needs, and give the results to the graph."""
-        ctx.batch_first = batch_first
-        _keep(ctx, layer, reset, operands, result.out, result.tape, inside_transform=False)
-        if result.cell_states is None:
-            return (result.out, *result.states)
-        return (result.out, *result.states, result.cell_states)
+        layer, (out, states, cells, tape), ctx.batch_first, reset = computed
+        _keep(ctx, layer, reset, operands, out, tape, inside_transform=False)
+        return (out, *states) if cells is None else (out, *states, cells)
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
         """The gradients of the operands."""
-        return (None, None, None, None, *_back(ctx, d_outputs, ctx.needs_input_grad[4:], ctx.batch_first))
+        return (None, *_back(ctx, d_outputs, ctx.needs_input_grad[1:], ctx.batch_first))
 
 
 class RecordedStep(torch.autograd.Function):
@@ -67,44 +66,51 @@ class RecordedStep(torch.autograd.Function):
     def forward(ctx: Any, computed: tuple[Layer, LayerResult, bool, Loop], token: Tensor, *operands: Tensor) -> tuple[Any, ...]:
         """Keep what the backward needs, and give the results to the graph."""
         # The loop lives as long as one of its steps.
-        ctx.layer, result, ctx.batch_first, ctx.loop = computed
+        ctx.layer, (out, states, _, tape), ctx.batch_first, ctx.loop = computed
         ctx.set_materialize_grads(False)
-        ctx.kept = Kept(result.out, ctx.layer.cell, operands, inside_transform=False)
-        saved.save(ctx, (None, result.out.data, result.tape, *operands))
-        return (result.out, *result.states)
+        ctx.kept = kept = Kept(out, ctx.layer.cell, operands, inside_transform=False)
+        needed = operands if tape is None else (*operands, tape)
+        if not kept.whole:
+            needed = (*needed, out.data)
+        ctx.save_for_backward(*needed)
+        return (out, *states)
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
         """The gradients of the operands."""
         weights_wanted, *wanted = ctx.needs_input_grad[1:]
-        left = ctx.loop.left
-        tensors, count = saved.tensors(ctx), len(wanted)
-        tensors += left.unchanged_weights()
+        layer, kept, left = ctx.layer, ctx.kept, ctx.loop.left
+        # Once, as in `_back`.
+        operands = [*ctx.saved_tensors]
+        out = kept.changes if kept.whole else operands.pop()
+        tape = None if layer.cell.tape_is_out else operands.pop()
+        weights = left.unchanged_weights()
         if ctx.batch_first:
+            tensors = [None, out]
             d_outputs = tuple(turned_back(ctx, tensors, d_outputs))
+            out = tensors[1]
         if _is_special(ctx, d_outputs):
             left.check_biases()
             asked = (*wanted, *(each and weights_wanted for each in left.wanted))
-            grads = _back_in_general(ctx, tensors, d_outputs, asked)
+            grads = _back_in_general(ctx, [None, out, tape, *operands, *weights], d_outputs, asked)
             if weights_wanted:
-                left.of_this_run().add(grads[count:])
-            return (None, None, *grads[:count])
-        _, out, tape, *operands = tensors
-        call = LayerCall.of(ctx.layer, operands, None)
-        d_out, *d_states = d_outputs
-        of_results = OutputGradients(d_out, d_states, None)
-        backend: GateBackend = ctx.layer.backend
-        grads, d_gates = backend.step_backward(call, out, tape, of_results, wanted)
+                left.of_this_run().add(grads[len(wanted) :])
+            return (None, None, *grads[: len(wanted)])
+        input, *states = operands
+        call = tuple.__new__(LayerCall, (layer, input, states, left.without_biases, None))
+        backend: GateBackend = layer.backend
+        grads, d_gates = backend.step_backward(call, out, tape, d_outputs, wanted)
         if weights_wanted:
-            input, h = operands[0], operands[1]
-            if not call.layer.step:
+            h = states[0]
+            if not layer.step:
                 # Of a layer with T = 1: (1, N, ·).
                 input, h = input.view(-1, input.shape[-1]), h[0]
             operand = None
-            if call.layer.cell.later:
+            if layer.cell.later:
                 assert tape is not None
-                operand = operand_of(call.layer.cell, tape[:, 0])
-            left.of_this_run().add_step(StepOperands(d_gates, input, h, operand))
+                operand = operand_of(layer.cell, tape[:, 0])
+            # As the class does it, in half the time.
+            left.of_this_run().add_step(tuple.__new__(StepOperands, (d_gates, input, h, operand)), layer.steps.batch)
         return (None, None, *grads)
 
 
@@ -183,8 +189,12 @@ def _back(
         d_outputs = turned_back(ctx, tensors, d_outputs)
     if _is_special(ctx, d_outputs):
         return _back_in_general(ctx, tensors, d_outputs, wanted)
-    reset, out, tape, *operands = tensors
-    return gradients(ctx.layer, wanted, None, reset, out, tape, d_outputs, operands)
+    # As `gradients`, in line: of a small layer's backward a third is Python.
+    layer, (reset, out, tape, *operands), (d_out, *d_states) = ctx.layer, tensors, d_outputs
+    d_cells = d_states.pop() if layer.cell_states else None
+    of_results = tuple.__new__(OutputGradients, (d_out, d_states, d_cells))
+    backend: Backend = layer.backend
+    return backend.backward(LayerCall.of(layer, operands, reset), out, tape, of_results, wanted)
 
 
 def _is_special(ctx: Any, d_outputs: Sequence[Tensor | None]) -> bool:
@@ -193,8 +203,10 @@ def _is_special(ctx: Any, d_outputs: Sequence[Tensor | None]) -> bool:
     return (
         torch.is_grad_enabled()
         or kept.inside_transform
-        or kept.output_changed()
-        or transformed()
+        or kept.changes._version != kept.version
+        # `transformed`, in line.
+        or torch_private.transforms_active()
+        or torch_private.forward_ad._current_level >= 0
         or torch_private.any_autocast()
         or batching.mapped_by_autograd(d_outputs)
     )

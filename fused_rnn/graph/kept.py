@@ -29,22 +29,25 @@ class Kept:
     Attributes:
         changes: a tensor that counts the changes of the output. It has no elements where that is large: its memory belongs to
             the saved tensors alone, which hooks may have moved elsewhere.
+        whole: whether it has them, which are those of the output.
         biases: (place among the tensors, bias, its version). The parameters outlive the graph anyway.
         inside_transform: whether the forward ran inside of one, whose wrappers the saved tensors may be.
     """
 
-    __slots__ = ("biases", "changes", "inside_transform", "version")
+    __slots__ = ("biases", "changes", "inside_transform", "version", "whole")
 
     def __init__(self, out: Tensor, cell: Cell, tensors: Sequence[Tensor | None], inside_transform: bool) -> None:
         self.version = out._version
         self.changes = out.detach()
         self.biases: list[tuple[int, Tensor, int]] = []
         self.inside_transform = inside_transform
+        self.whole = True
         if inside_transform:
             # No hooks there, and no tensor may be kept but by torch: a transform's wrappers end with it.
             return
         if out.numel() > _SMALL:
             self.changes.data = _NOTHING
+            self.whole = False
         first, each = 1 + len(cell.states), len(Weights._fields)
         for i in range(first, len(tensors), each):
             for place in (i + _BIAS_IH, i + _BIAS_HH):

@@ -36,10 +36,10 @@ class _Sums:
         self.rows = 0
         self.total: Sequence[Tensor | None] = ()
 
-    def add_step(self, step: StepOperands) -> None:
+    def add_step(self, step: StepOperands, rows: int) -> None:
         """Add one step's, later."""
         self.steps.append(step)
-        self.rows += len(step.input)
+        self.rows += rows
         if self.rows > _MOST_ROWS:
             self._sum_up()
 
@@ -82,9 +82,28 @@ class _Node(torch.autograd.Function):
         return (None, *[grad if asked else None for grad, asked in zip(sums.result(), wanted, strict=True)])
 
 
-def versions_of(weights: Weights) -> list[int | None]:
-    """How often each of the weights was changed in place."""
-    return [None if each is None else each._version for each in weights]
+def versions_of(weights: Weights) -> tuple[int, int, int | None, int | None]:
+    """How often each of the weights was changed in place; there is no projection."""
+    ih, hh, bias_ih, bias_hh, _ = weights
+    # In line: this is done at every step.
+    return (
+        ih._version,
+        hh._version,
+        None if bias_ih is None else bias_ih._version,
+        None if bias_hh is None else bias_hh._version,
+    )
+
+
+def wanted_of(weights: Weights) -> tuple[bool, bool, bool, bool, bool]:
+    """Whether the gradient of each of the weights is wanted."""
+    ih, hh, bias_ih, bias_hh, _ = weights
+    return (
+        ih.requires_grad,
+        hh.requires_grad,
+        bias_ih is not None and bias_ih.requires_grad,
+        bias_hh is not None and bias_hh.requires_grad,
+        False,
+    )
 
 
 class Left:
@@ -96,7 +115,9 @@ class Left:
     def __init__(self, cell: Cell, weights: Weights, backend: GateBackend) -> None:
         self.cell, self.weights, self.backend = cell, weights, backend
         self.versions = versions_of(weights)
-        self.wanted = [each is not None and each.requires_grad for each in weights]
+        self.wanted = wanted_of(weights)
+        # As a first gradient reads them.
+        self.without_biases = (Weights(weights.ih, weights.hh),)
         self.by_run: dict[int, _Sums] = {}
 
     def unchanged_weights(self) -> Weights:
@@ -116,7 +137,7 @@ class Left:
             self._refuse_changed()
 
     def _refuse_changed(self) -> None:
-        for weight, now, then in zip(self.weights, versions_of(self.weights), self.versions, strict=True):
+        for weight, now, then in zip(self.weights, versions_of(self.weights), self.versions, strict=False):
             if now != then:
                 assert weight is not None
                 raise RuntimeError(
@@ -163,30 +184,19 @@ def loop_of(call: LayerCall) -> Loop | None:
         return None
     if _shards_by_module():
         return None
-    ih, hh, bias_ih, bias_hh, hr = of = weights[0]
-    if hr is not None or len(weights) > 1 or reset is not None or layer.cell_states or layer.steps.batch_sizes is not None:
+    of = weights[0]
+    if of.hr is not None or len(weights) > 1 or reset is not None or layer.cell_states or layer.steps.batch_sizes is not None:
         return None
-    wanted = [
-        ih.requires_grad,
-        hh.requires_grad,
-        bias_ih is not None and bias_ih.requires_grad,
-        bias_hh is not None and bias_hh.requires_grad,
-        False,
-    ]
-    key = id(hh)
+    key = id(of.hh)
     known = _loops.get(key)
     loop = None if known is None else known()
+    wanted = wanted_of(of)
     if loop is not None:
         left = loop.left
-        first = left.weights
-        same = (
-            left.cell is layer.cell
-            and first.hh is hh
-            and first.ih is ih
-            and first.bias_ih is bias_ih
-            and first.bias_hh is bias_hh
-        )
-        if same and left.wanted == wanted and left.backend is layer.backend and left.versions == versions_of(of):
+        same = left.cell is layer.cell and left.backend is layer.backend
+        for one, other in zip(left.weights, of, strict=True):
+            same = same and one is other
+        if same and left.wanted == wanted and left.versions == versions_of(of):
             return loop
     if not any(wanted) or any(each is not None and each.is_inference() for each in of):
         return None

@@ -46,7 +46,6 @@ library.define("ragged(Tensor lengths, Tensor padded, bool batch_first) -> (Tens
 library.define("one_step_earlier(Tensor reset, Tensor batch_sizes) -> Tensor")
 
 _T = TypeVar("_T")
-_plain = Tensor.__torch_dispatch__
 
 
 def traced(input: Tensor, weight: Tensor) -> bool:
@@ -57,10 +56,10 @@ def traced(input: Tensor, weight: Tensor) -> bool:
     """
     return (
         # What traces without Dynamo does it by a mode.
-        torch.compiler.is_dynamo_compiling()
+        torch_private.dynamo_compiling()
         or torch_private.dispatch_modes() > 0
-        or type(input).__torch_dispatch__ is not _plain
-        or type(weight).__torch_dispatch__ is not _plain
+        or type(input).__torch_dispatch__ is not torch_private.plain_dispatch
+        or type(weight).__torch_dispatch__ is not torch_private.plain_dispatch
         or torch_private.jit_tracing()
     )
 

@@ -13,14 +13,20 @@ from torch import Tensor
 
 def save(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
     """Save what is there of ``tensors``."""
+    absent, there = [], []
+    for place, tensor in enumerate(tensors):
+        if tensor is None:
+            absent.append(place)
+        else:
+            there.append(tensor)
     # Bytes, which the garbage collector does not look at: a graph has one for each of its nodes.
-    ctx.absent = bytes([place for place, tensor in enumerate(tensors) if tensor is None])
-    ctx.save_for_backward(*[tensor for tensor in tensors if tensor is not None])
+    ctx.absent = bytes(absent)
+    ctx.save_for_backward(*there)
 
 
 def tensors(ctx: Any) -> list[Any]:
     """What was given to ``save``."""
-    found = list(ctx.saved_tensors)
+    found = [*ctx.saved_tensors]
     for place in ctx.absent:
         found.insert(place, None)
     return found

@@ -80,7 +80,10 @@ class LayerCall(NamedTuple):
         """The call with these ``operands()``."""
         first = 1 + len(layer.cell.states)
         # As the classes do it, in half the time.
-        weights = [tuple.__new__(Weights, operands[i : i + 5]) for i in range(first, len(operands), 5)]
+        if len(operands) == first + 5:
+            weights = [tuple.__new__(Weights, operands[first:])]
+        else:
+            weights = [tuple.__new__(Weights, operands[i : i + 5]) for i in range(first, len(operands), 5)]
         # All of the states are given, or none.
         states = None if operands[1] is None else tuple(operands[1:first])
         return tuple.__new__(LayerCall, (layer, operands[0], states, weights, reset))
@@ -150,8 +153,7 @@ class Backend(Protocol):
         name: of the backend, as ``fused_rnn.backend`` takes it.
         derives: whether it makes kernels of a cell that was defined by its equations (``fused_rnn.cell``).
         gives_gates: whether it is a ``GateBackend`` too.
-        checks: whether its forward raises before it computes anything if operands do not fit each other. Otherwise its callers
-            have checked them.
+        checks: whether it is a ``CheckingBackend`` too. Otherwise its callers have checked that operands fit each other.
     """
 
     @property
@@ -160,7 +162,7 @@ class Backend(Protocol):
 
     @property
     def checks(self) -> bool:
-        """Whether the forward checks its operands."""
+        """Whether it is a ``CheckingBackend`` too."""
 
     @property
     def derives(self) -> bool:
@@ -209,6 +211,26 @@ class Backend(Protocol):
         """
 
 
+class CheckingBackend(Backend, Protocol):
+    """A backend whose forward raises before it computes anything if operands do not fit each other."""
+
+    def plain_forward(
+        self, cell: Cell, input: Tensor, states: States | None, weights: Weights, step: bool, batch_first: bool = False
+    ) -> tuple[Tensor, States] | None:
+        """Compute a layer of one recurrence over dense steps, of which nothing is kept: what is left of small layers' calls.
+
+        Args:
+            cell, step: as of ``Layer``.
+            input, states: as of ``LayerCall``; all dense, (T, N, I) or of a step (N, I).
+            weights: of the recurrence.
+            batch_first: as of ``forward``.
+
+        Returns:
+            out and the states after the walk, as in ``LayerResult``; None, with nothing done, where a tensor is of a class of
+            its own, which may want to see the call.
+        """
+
+
 class Int8Backend(Backend, Protocol):
     """A backend that computes with int8 weights too."""
 
@@ -242,13 +264,14 @@ class GateBackend(Backend, Protocol):
     """A backend that gives the gradients of the gates away, so that its caller sums up those of the weights over many steps."""
 
     def step_backward(
-        self, call: LayerCall, out: Tensor, tape: Tensor | None, gradients: OutputGradients, wanted: Sequence[bool]
+        self, call: LayerCall, out: Tensor, tape: Tensor | None, d_outputs: Sequence[Tensor | None], wanted: Sequence[bool]
     ) -> tuple[Sequence[Tensor | None], Tensor]:
         """Compute the gradients of a single step, those of its gates in place of the weights'.
 
         Args:
-            call: a dense layer with one recurrence and one step, without resets and projection.
-            out, tape, gradients: as of ``backward``.
+            call: a dense layer with one recurrence and one step, without resets and projection; the biases need not be there.
+            out, tape: as of ``backward``.
+            d_outputs: the gradients of out and of the states after it, each None for zero, in any layout of memory.
             wanted: for the input and each state, whether its gradient is wanted.
 
         Returns:

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn.data import sequences, torch_private
 from fused_rnn.data.cell import Cell, Weights, initial_states
-from fused_rnn.data.steps import Steps
+from fused_rnn.data.steps import Steps, dense_steps
 from fused_rnn.graph import autograd, operators
 from fused_rnn.graph.autograd import Outputs
 from fused_rnn.graph.batch_first import transposed
@@ -24,7 +24,7 @@ from fused_rnn.graph.tracing import quietly
 from fused_rnn.kernels.protocol import Backend, States
 from fused_rnn.nn import checks, connections
 from fused_rnn.nn.connections import Connection
-from fused_rnn.nn.heads import join_states, split_states
+from fused_rnn.nn.heads import run_heads
 
 Input = TypeVar("Input", Tensor, PackedSequence)
 
@@ -35,8 +35,8 @@ _BOTH = (False, True)
 
 def pair(hx: tuple[Tensor, Tensor] | Tensor | None, function: str) -> States | None:
     """A pair of states; raises as torch's ``function`` does where it is none."""
-    if hx is None:
-        return None
+    if hx is None or (type(hx) is tuple and len(hx) == 2):
+        return hx
     if isinstance(hx, Tensor):
         raise TypeError(f"{function}(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
     if len(hx) != 2:
@@ -46,30 +46,43 @@ def pair(hx: tuple[Tensor, Tensor] | Tensor | None, function: str) -> States | N
 
 def step(cell: Cell, input: Tensor, weights: Weights, states: States | None) -> States:
     """Check the arguments of one step of a cell and take it; the states after it, h first."""
-    checks.check_cell_rank(cell, input, states)
     batched = input.dim() == 2
     if not batched:
+        checks.check_cell_rank(cell, input, states)
         input = input.unsqueeze(0)
         states = None if states is None else tuple([state.unsqueeze(0) for state in states])
     backend = autograd.eager_backend(cell, input, weights.hh)
     if backend is None or not backend.checks:
-        checks.check_cell(cell, input, states or (), weights)
-    steps = Steps(1, input.shape[0])
+        _check_step(cell, input, states, weights, batched)
     try:
-        if backend is not None:
+        plain = None
+        if backend is not None and backend.checks and not torch.is_grad_enabled():
+            plain = backend.plain_forward(cell, input, states, weights, True)  # type: ignore[attr-defined]
+        if plain is not None:
+            h, rest = plain
+        elif backend is not None:
+            steps = dense_steps(1, input.shape[0])
             h, rest, _ = autograd.eager_layer(backend, cell, input, steps, states, (weights,), _FORWARD, None, False, True)
-        elif torch_private.any_autocast():
-            if states is None:
-                states = tuple([state.squeeze(0) for state in initial_states(cell, input, 1, steps.batch, weights)])
-            h, rest, _ = autograd.layer_in_autocast(False, cell, input, steps, states, (weights,), _FORWARD, None, False, True)
         else:
-            h, rest, _ = autograd.layer(cell, input, steps, states, (weights,), _FORWARD, None, False, True)
+            run, steps = autograd.layer, Steps(1, input.shape[0])
+            if torch_private.any_autocast():
+                run = partial(autograd.layer_in_autocast, False)
+                if states is None:
+                    states = tuple([state.squeeze(0) for state in initial_states(cell, input, 1, steps.batch, weights)])
+            h, rest, _ = run(cell, input, steps, states, (weights,), _FORWARD, None, False, True)
     except Exception:
         # What does not fit each other has the errors of torch.
-        checks.check_cell(cell, input, states or (), weights)
+        _check_step(cell, input, states, weights, batched)
         raise
     after = (h, *rest)
     return after if batched else tuple([state.squeeze(0) for state in after])
+
+
+def _check_step(cell: Cell, input: Tensor, states: States | None, weights: Weights, batched: bool) -> None:
+    """Check a batch, (N, I), and its states against the weights."""
+    if batched:
+        checks.check_cell_rank(cell, input, states)
+    checks.check_cell(cell, input, states or (), weights)
 
 
 def sequence(
@@ -94,56 +107,58 @@ def sequence(
     Returns:
         out, the states after the last step, and with ``cell_states`` c of every step.
     """
+    one = len(weights) == 1 and lengths is None and reset is None and not (bidirectional or cell_states)
+    if one and connection is None and type(input) is Tensor and input.dim() == 3 and not torch.is_grad_enabled():
+        # Such a call's tensors say all that there is to say.
+        backend = autograd.eager_backend(cell, input, weights[0].hh)
+        if backend is not None and backend.checks:
+            rows = input.transpose(0, 1).contiguous() if batch_first else input
+            try:
+                plain: Any = backend.plain_forward(cell, rows, states, weights[0], False, batch_first)  # type: ignore[attr-defined]
+            except Exception:
+                # What does not fit each other has the errors of torch.
+                _check_dense(cell, input, weights, 1, states, batch_first, None)
+                raise
+            if plain is not None:
+                return (*plain, None)
     reverse: tuple[bool, ...] = _BOTH if bidirectional else _FORWARD
     layers: Callable[..., Outputs] = _layers
     if heads > 1:
         reverse = tuple([back for back in reverse for _ in range(heads)])
-        layers = partial(_of_heads, heads)
+        layers = partial(run_heads, _layers, heads)
     directions = len(reverse)
     if not weights or len(weights) % directions:
         checks.check_count(weights, directions)
     if isinstance(input, PackedSequence):
-        return _packed(layers, cell, input, weights, states, reverse, dropout, lengths, reset, cell_states, connection, heads)
+        first = weights[0]
+        checks.check_input(input.data, first.ih, 2)
+        backend = autograd.eager_backend(cell, input.data, first.hh)
+        run = partial(layers, cell, weights, reverse, dropout, cell_states, connection, backend, as_dense=True)
+        grows = connection is not None and connection.grows
+
+        def check(rows: Tensor, states: States | None, batch: int) -> None:
+            checks.check_layers(cell, rows, weights, directions, states, batch, grows, heads)
+
+        return packed(run, check, input, states, lengths, reset, first.ih)
     batched = input.dim() == 3
     if not batched:
         checks.check_rank(cell, input)
-    if states is not None:
-        checks.check_state_ranks(states, batched)
-    if not batched:
-        states = None if states is None else tuple([state.unsqueeze(1) for state in states])
+        if states is not None:
+            checks.check_state_ranks(states, batched)
+            states = tuple([state.unsqueeze(1) for state in states])
         reset = None if reset is None else checks.check_reset(reset, tuple(input.shape[:1]), input).unsqueeze(1)
         input, batch_first = input.unsqueeze(1), False
     elif reset is not None:
         reset = checks.check_reset(reset, tuple(input.shape[:2]), input)
-    length, batch, _ = input.shape
-    if batch_first:
-        length, batch = batch, length
     backend = autograd.eager_backend(cell, input, weights[0].hh)
     if backend is None or not backend.checks:
-        _check_dense(cell, input, weights, directions, states, length, batch, connection, heads)
-    rows = input
+        _check_dense(cell, input, weights, directions, states, batch_first, connection, heads)
     try:
-        steps = Steps(length, batch)
-        if lengths is not None:
-            run = partial(layers, cell, weights, reverse, dropout, cell_states, connection, backend)
-            out, after, cells = padded(run, input, steps, states, reset, lengths, batched, batch_first, weights[0].hh)
-        else:
-            turned = False
-            if batch_first:
-                # The kernels can write results with N before T.
-                rows, turned = input.transpose(0, 1).contiguous(), backend is not None
-            mask = None
-            if reset is not None:
-                mask = (reset.t() if batch_first else reset).reshape(-1)
-            out, after, cells = layers(
-                cell, weights, reverse, dropout, cell_states, connection, backend, rows, steps, states, mask, True, turned
-            )
-            if batch_first and not turned:
-                plain = not (operators.traced(input, weights[0].hh) or transformed())
-                out, cells = _batch_first(out, cells, plain)
+        run = partial(layers, cell, weights, reverse, dropout, cell_states, connection, backend)
+        out, after, cells = _dense(run, input, weights[0].hh, states, backend, lengths, reset, batched, batch_first)
     except Exception:
         # What does not fit each other has the errors of torch.
-        _check_dense(cell, input, weights, directions, states, length, batch, connection, heads)
+        _check_dense(cell, input, weights, directions, states, batch_first, connection, heads)
         raise
     if not batched:
         out, cells = out.squeeze(1), None if cells is None else cells.squeeze(1)
@@ -158,16 +173,46 @@ def _check_dense(
     weights: Sequence[Weights],
     directions: int,
     states: States | None,
-    length: int,
-    batch: int,
+    batch_first: bool,
     connection: Connection | None,
-    heads: int,
+    heads: int = 1,
 ) -> None:
     """Check a batch, (T, N, I) or (N, T, I), against the weights and the states."""
+    if states is not None:
+        checks.check_state_ranks(states, True)
     checks.check_input(input, weights[0].ih, 3)
-    checks.check_layers(cell, input, weights, directions, states, batch, connection is not None and connection.grows, heads)
-    if length == 0:
+    batch, grows = input.shape[0 if batch_first else 1], connection is not None and connection.grows
+    checks.check_layers(cell, input, weights, directions, states, batch, grows, heads)
+    if input.shape[1 if batch_first else 0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+
+def _dense(
+    run: Callable[..., Outputs],
+    input: Tensor,
+    weight: Tensor,
+    states: States | None,
+    backend: Backend | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    batched: bool,
+    batch_first: bool,
+) -> Outputs:
+    """Run the layers over a batch, (T, N, I) or (N, T, I)."""
+    length, batch, _ = input.shape
+    if batch_first:
+        length, batch = batch, length
+    steps = Steps(length, batch) if backend is None else dense_steps(length, batch)
+    if lengths is not None:
+        return padded(run, input, steps, states, reset, lengths, batched, batch_first, weight)
+    if not batch_first:
+        return run(input, steps, states, None if reset is None else reset.reshape(-1), True)
+    rows, mask = input.transpose(0, 1).contiguous(), None if reset is None else reset.t().reshape(-1)
+    # The kernels can write results with N before T.
+    out, after, cells = run(rows, steps, states, mask, True, backend is not None)
+    if backend is None:
+        out, cells = _batch_first(out, cells, not (operators.traced(input, weight) or transformed()))
+    return out, after, cells
 
 
 def padded(
@@ -223,27 +268,28 @@ def _ragged(
     return None if input.is_meta else sequences.Ragged.of(values, steps.length, batch_first, input.device)
 
 
-def _packed(
-    layers: Callable[..., Outputs],
-    cell: Cell,
+def packed(
+    run: Callable[[Tensor, Steps, States | None, Tensor | None], Outputs],
+    check: Callable[[Tensor, States | None, int], None],
     input: PackedSequence,
-    weights: Sequence[Weights],
     states: States | None,
-    reverse: tuple[bool, ...],
-    dropout: float,
     lengths: Tensor | None,
     mask: Any,
-    cell_states: bool,
-    connection: Connection | None,
-    heads: int,
+    weight: Tensor,
 ) -> tuple[PackedSequence, States, PackedSequence | None]:
-    """As ``sequence``: the rows of a PackedSequence are ragged steps as they stand."""
+    """Run the layers over a PackedSequence, whose rows are ragged steps as they stand.
+
+    Args:
+        run: the layers, of rows, steps, states and resets.
+        check: raises unless rows, states and N fit each other and the weights.
+        input, states, lengths, mask: of the call.
+        weight: one of the weights.
+    """
     data, batch_sizes, sorted_indices, unsorted_indices = input
-    checks.check_input(data, weights[0].ih, 2)
     if lengths is not None:
         raise ValueError("lengths: expected None for a packed input, which has its own, got a tensor")
     reset = None if mask is None else checks.check_packed_reset(mask, input)
-    if operators.traced(data, weights[0].ih):
+    if operators.traced(data, weight):
         steps = operators.packed_steps(batch_sizes, data, states, sorted_indices)
         if isinstance(mask, PackedSequence):
             reset = operators.packed_reset(mask, input)
@@ -253,14 +299,10 @@ def _packed(
         if isinstance(mask, PackedSequence):
             sequences.check_packed_alike(mask.batch_sizes, mask.sorted_indices, batch_sizes, sorted_indices)
     # Sizes first: an index into a batch that is too small has a message that nobody understands.
-    grows = connection is not None and connection.grows
-    checks.check_layers(cell, data, weights, len(reverse), states, steps.batch, grows, heads)
+    check(data, states, steps.batch)
     if states is not None and sorted_indices is not None:
         states = tuple([state.index_select(1, sorted_indices) for state in states])
-    backend = autograd.eager_backend(cell, data, weights[0].hh)
-    out, after, cells = layers(
-        cell, weights, reverse, dropout, cell_states, connection, backend, data, steps, states, reset, True
-    )
+    out, after, cells = run(data, steps, states, reset)
     if unsorted_indices is not None:
         after = tuple([state.index_select(1, unsorted_indices) for state in after])
 
@@ -268,27 +310,6 @@ def _packed(
         return PackedSequence(values, batch_sizes, sorted_indices, unsorted_indices)
 
     return as_input(out), after, None if cells is None else as_input(cells)
-
-
-def _of_heads(
-    heads: int,
-    cell: Cell,
-    weights: Sequence[Weights],
-    reverse: tuple[bool, ...],
-    dropout: float,
-    cell_states: bool,
-    connection: Connection | None,
-    backend: Backend | None,
-    rows: Tensor,
-    steps: Steps,
-    states: States | None,
-    *others: Any,
-) -> Outputs:
-    """As ``_layers``, which has the states of each head."""
-    if states is not None:
-        states = split_states(states, heads, weights[0].hh.shape[1])
-    out, after, cells = _layers(cell, weights, reverse, dropout, cell_states, connection, backend, rows, steps, states, *others)
-    return out, join_states(after, heads, len(weights) // heads), cells
 
 
 def _layers(
@@ -346,20 +367,13 @@ def _layers(
         return connections.layers(
             connection, run, cell, rows, steps, states, weights, reverse, resets, dropout, cell_states, batch_first
         )
-    ends: list[States] = []
-    cells = None
-    for first in range(0, len(weights), directions):
-        if first and dropout:
-            rows = torch.dropout(rows, dropout, True)
-        part = slice(first, first + directions)
-        before = None if states is None else tuple([state[part] for state in states])
-        last = part.stop == len(weights)
+
+    def one(rows: Tensor, before: States | None, part: slice, last: bool) -> Outputs:
         if last and batch_first:
-            rows, end, cells = run(cell, rows, steps, before, weights[part], reverse, resets, cell_states, False, True)
-        else:
-            rows, end, cells = run(cell, rows, steps, before, weights[part], reverse, resets, cell_states and last)
-        ends.append(end)
-    return rows, tuple([torch.cat(parts) for parts in zip(*ends, strict=True)]), cells
+            return run(cell, rows, steps, before, weights[part], reverse, resets, cell_states, False, True)
+        return run(cell, rows, steps, before, weights[part], reverse, resets, cell_states and last)
+
+    return connections.layer_after_layer(one, len(weights), directions, dropout, rows, states)
 
 
 @quietly

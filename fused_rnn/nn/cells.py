@@ -16,6 +16,7 @@ from fused_rnn.nn.qconfig import Quantizable
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
+
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
@@ -23,10 +24,13 @@ class _Cell(Quantizable, Initialised, torch.nn.modules.rnn.RNNCellBase):
     """What the cells share."""
 
     def _step(self, cell: Cell, input: Tensor, states: States | None) -> States:
-        parameters = self._parameters
-        # A parametrized, pruned or reassigned weight is an attribute, not a parameter; and so is a bias that is not there.
-        weights: list[Any] = [getattr(self, name) if (weight := parameters.get(name)) is None else weight for name in _NAMES]
-        return calls.step(cell, input, tuple.__new__(Weights, (*weights, None)), states)
+        get: Any = self._parameters.get
+        ih, hh, bias_ih, bias_hh = get("weight_ih"), get("weight_hh"), get("bias_ih"), get("bias_hh")
+        if ih is None or hh is None or bias_ih is None or bias_hh is None:
+            # A parametrized, pruned or reassigned weight is an attribute, not a parameter; and so is a bias that is not there.
+            ih, hh, bias_ih, bias_hh = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+        # As the class does it, in half the time.
+        return calls.step(cell, input, tuple.__new__(Weights, (ih, hh, bias_ih, bias_hh, None)), states)
 
 
 class RNNCell(_Cell, torch.nn.RNNCell):
@@ -71,7 +75,7 @@ class RNNCell(_Cell, torch.nn.RNNCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; shapes and errors in the class docstring."""
-        if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx)) is not None:
+        if symbolic.trace._is_fx_tracing_flag and (proxy := symbolic.recorded(self, input, hx)) is not None:
             return proxy  # type: ignore[no-any-return]
         if self.nonlinearity == "tanh":
             return self._step(RNN_TANH, input, None if hx is None else (hx,))[0]
@@ -123,7 +127,7 @@ class GRUCell(_Cell, torch.nn.GRUCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; shapes and errors in the class docstring."""
-        if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx)) is not None:
+        if symbolic.trace._is_fx_tracing_flag and (proxy := symbolic.recorded(self, input, hx)) is not None:
             return proxy  # type: ignore[no-any-return]
         return self._step(GRU if self.reset_after else GRU_RESET_BEFORE, input, None if hx is None else (hx,))[0]
 
@@ -176,7 +180,7 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Take one step; shapes and errors in the class docstring."""
-        if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx)) is not None:
+        if symbolic.trace._is_fx_tracing_flag and (proxy := symbolic.recorded(self, input, hx)) is not None:
             return proxy  # type: ignore[no-any-return]
         h, c = self._step(LSTM_COUPLED if self.coupled else LSTM, input, calls.pair(hx, "lstm_cell"))
         return h, c

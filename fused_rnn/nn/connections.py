@@ -154,3 +154,36 @@ def layers(
         ends.append(end)
     after = tuple([torch.cat(parts) for parts in zip(*ends, strict=True)])
     return connection.joined(last, x, out, batch_first), after, cells
+
+
+def layer_after_layer(
+    run: Callable[[Tensor, States | None, slice, bool], Outputs],
+    count: int,
+    directions: int,
+    dropout: float,
+    rows: Tensor,
+    states: States | None,
+) -> Outputs:
+    """Run layer after layer, with dropout between them.
+
+    Args:
+        run: one of them: of its rows, the states before it, which of the L·D weights are its own, and whether it is the last.
+        count: L·D.
+        directions: D.
+        dropout: between layers.
+        rows, states: as of ``fused_rnn.nn.calls``.
+
+    Returns: as ``layers``.
+    """
+    ends: list[States] = []
+    cells = None
+    for first in range(0, count, directions):
+        if first and dropout:
+            rows = torch.dropout(rows, dropout, True)
+        part = slice(first, first + directions)
+        before = None if states is None else tuple([state[part] for state in states])
+        rows, end, cells = run(rows, before, part, part.stop == count)
+        ends.append(end)
+    if len(ends) == 1:
+        return rows, ends[0], cells
+    return rows, tuple([torch.cat(parts) for parts in zip(*ends, strict=True)]), cells

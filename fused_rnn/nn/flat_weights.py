@@ -105,19 +105,21 @@ class FlatWeights(torch.nn.RNNBase):
         return self._given_weights
 
     def _weights(self) -> list[Weights]:
-        parameters, names = self._parameters, self._flat_weights_names
-        # A parametrized, pruned or reassigned weight is an attribute, not a parameter.
-        tensors: list[Any] = [parameters.get(name) for name in names]
+        names, get = self._flat_weights_names, self._parameters.get
+        if len(names) == 4 and self.bias and self._given_weights is None:
+            # Of one layer in one direction, in line: a small layer's call takes little longer than this.
+            ih, hh, bias_ih, bias_hh = get("weight_ih_l0"), get("weight_hh_l0"), get("bias_ih_l0"), get("bias_hh_l0")
+            if ih is not None and hh is not None and bias_ih is not None and bias_hh is not None:
+                return [tuple.__new__(Weights, (ih, hh, bias_ih, bias_hh, None))]
+        tensors: list[Any] = [get(name) for name in names]
         if self._given_weights is None:
             for tensor in tensors:
                 if tensor is None:
+                    # A parametrized, pruned or reassigned weight is an attribute, not a parameter.
                     tensors = [getattr(self, name) for name in names]
                     break
         else:
             tensors = self._given(tensors)
-        if len(tensors) == 4 and self.bias and not self.proj_size:
-            # As the class does it, in half the time.
-            return [tuple.__new__(Weights, (*tensors, None))]
         each = 2 + 2 * self.bias + (self.proj_size > 0)
         weights = []
         for first in range(0, len(tensors), each):

@@ -9,14 +9,18 @@ each other. Source: Pöppel et al. 2025, "FlashRNN", section 3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from fused_rnn.data.cell import Weights
+from fused_rnn.data.cell import Cell, Weights
+from fused_rnn.data.steps import Steps
+from fused_rnn.graph.autograd import Outputs
 from fused_rnn.kernels.protocol import States
 
-__all__ = ["join_states", "split_states", "split_weights"]
+__all__ = ["run_heads", "split_weights"]
 
 
 def split_weights(weights: Sequence[Weights], heads: int) -> list[Weights]:
@@ -28,7 +32,31 @@ def split_weights(weights: Sequence[Weights], heads: int) -> list[Weights]:
     return found
 
 
-def split_states(states: States, heads: int, units: int) -> States:
+def run_heads(
+    layers: Callable[..., Outputs],
+    heads: int,
+    cell: Cell,
+    weights: Sequence[Weights],
+    reverse: tuple[bool, ...],
+    dropout: float,
+    cell_states: bool,
+    connection: Any,
+    backend: Any,
+    rows: Tensor,
+    steps: Steps,
+    states: States | None,
+    *others: Any,
+    **keywords: Any,
+) -> Outputs:
+    """Call ``layers`` (``fused_rnn.nn.calls``), which has the weights and the states of each head, with those of the layers."""
+    if states is not None:
+        states = _split_states(states, heads, weights[0].hh.shape[1])
+    given = (cell, weights, reverse, dropout, cell_states, connection, backend, rows, steps, states)
+    out, after, cells = layers(*given, *others, **keywords)
+    return out, _join_states(after, heads, len(weights) // heads), cells
+
+
+def _split_states(states: States, heads: int, units: int) -> States:
     """The states of the heads, (L·D·heads, N, units) each, from those of the layers, (L·D, N, heads·units).
 
     Raises:
@@ -38,7 +66,7 @@ def split_states(states: States, heads: int, units: int) -> States:
     return tuple([torch.unflatten(state, -1, (heads, units)).transpose(1, 2).flatten(0, 1) for state in states])
 
 
-def join_states(states: States, heads: int, recurrences: int) -> States:
+def _join_states(states: States, heads: int, recurrences: int) -> States:
     """The states of the L·D layers and directions from those of the heads."""
     # Their number is given: nothing could be told from a state where N is 0.
     return tuple([torch.unflatten(state, 0, (recurrences, heads)).transpose(1, 2).flatten(-2) for state in states])

@@ -19,7 +19,7 @@ from fused_rnn.data.steps import Steps
 from fused_rnn.graph import int8, operators
 from fused_rnn.graph.autograd import Outputs
 from fused_rnn.kernels.protocol import Int8Weights, States
-from fused_rnn.nn import calls, checks
+from fused_rnn.nn import calls, checks, connections
 
 
 class Stack(NamedTuple):
@@ -52,7 +52,9 @@ def sequence(
     Raises: as the float modules; ValueError or RuntimeError for a dtype other than float32.
     """
     if isinstance(input, PackedSequence):
-        return _packed(stack, input, states, lengths, reset, cell_states)
+        input = PackedSequence(_computed(input.data), *input[1:])
+        run, check = partial(_layers, stack, cell_states), partial(_check, stack, 2)
+        return calls.packed(run, check, input, states, lengths, reset, input.data)
     batched = input.dim() == 3
     if not batched:
         checks.check_rank(stack.cell, input)
@@ -68,7 +70,7 @@ def sequence(
     length, batch, _ = input.shape
     if batch_first:
         length, batch = batch, length
-    _check(stack, input, 3, states, batch)
+    _check(stack, 3, input, states, batch)
     if length == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     steps = Steps(length, batch)
@@ -121,37 +123,6 @@ def step(stack: Stack, input: Tensor, states: States | None) -> States:
     return after if batched else tuple([state.squeeze(0) for state in after])
 
 
-def _packed(
-    stack: Stack, input: PackedSequence, states: States | None, lengths: Any, mask: Any, cell_states: bool
-) -> tuple[PackedSequence, States, PackedSequence | None]:
-    """As ``sequence``: the rows of a PackedSequence are ragged steps as they stand."""
-    data, batch_sizes, sorted_indices, unsorted_indices = input
-    if lengths is not None:
-        raise ValueError("lengths: expected None for a packed input, which has its own, got a tensor")
-    data = _computed(data)
-    reset = None if mask is None else checks.check_packed_reset(mask, input)
-    if operators.traced(data, data):
-        steps = operators.packed_steps(batch_sizes, data, states, sorted_indices)
-        if isinstance(mask, PackedSequence):
-            reset = operators.packed_reset(mask, input)
-    else:
-        sequences.check_batch_sizes(batch_sizes, data.shape[0])
-        steps = Steps.packed(batch_sizes)
-        if isinstance(mask, PackedSequence):
-            sequences.check_packed_alike(mask.batch_sizes, mask.sorted_indices, batch_sizes, sorted_indices)
-    _check(stack, data, 2, states, steps.batch)
-    if states is not None and sorted_indices is not None:
-        states = tuple([state.index_select(1, sorted_indices) for state in states])
-    out, after, cells = _layers(stack, cell_states, data, steps, states, reset)
-    if unsorted_indices is not None:
-        after = tuple([state.index_select(1, unsorted_indices) for state in after])
-
-    def as_input(values: Tensor) -> PackedSequence:
-        return PackedSequence(values, batch_sizes, sorted_indices, unsorted_indices)
-
-    return as_input(out), after, None if cells is None else as_input(cells)
-
-
 def _layers(
     stack: Stack,
     cell_states: bool,
@@ -162,35 +133,20 @@ def _layers(
     batch_first: bool = False,
 ) -> Outputs:
     """Run layer after layer; arguments and results as of ``calls``."""
-    directions, count = stack.directions, len(stack.weights)
     resets = None
     if reset is not None:
         by_direction = operators if operators.traced(rows, rows) else sequences
-        resets = by_direction.resets_by_direction(reset, steps, directions)
-    reverse = (False, True)[:directions]
-    ends: list[States] = []
-    cells = None
-    for first in range(0, count, directions):
-        if first and stack.dropout:
-            rows = torch.dropout(rows, stack.dropout, True)
-        part, last = slice(first, first + directions), first + directions == count
-        before = None if states is None else tuple([state[part] for state in states])
-        rows, end, cells = int8.layer(
-            stack.cell,
-            stack.hidden_size,
-            stack.weights[part],
-            reverse,
-            rows,
-            steps,
-            before,
-            resets,
-            cell_states and last,
-            batch_first=batch_first and last,
+        resets = by_direction.resets_by_direction(reset, steps, stack.directions)
+    reverse = (False, True)[: stack.directions]
+
+    def one(rows: Tensor, before: States | None, part: slice, last: bool) -> Outputs:
+        wanted, turned = cell_states and last, batch_first and last
+        weights = stack.weights[part]
+        return int8.layer(
+            stack.cell, stack.hidden_size, weights, reverse, rows, steps, before, resets, wanted, batch_first=turned
         )
-        ends.append(end)
-    if len(ends) == 1:
-        return rows, ends[0], cells
-    return rows, tuple([torch.cat(parts) for parts in zip(*ends, strict=True)]), cells
+
+    return connections.layer_after_layer(one, len(stack.weights), stack.directions, stack.dropout, rows, states)
 
 
 def _computed(input: Tensor) -> Tensor:
@@ -205,7 +161,7 @@ def _check_dtype(input: Tensor) -> None:
         )
 
 
-def _check(stack: Stack, input: Tensor, rank: int, states: States | None, batch: int) -> None:
+def _check(stack: Stack, rank: int, input: Tensor, states: States | None, batch: int) -> None:
     """Check a sequence and its states, (L·D, N, H) each; raises as ``checks.check_input`` and ``checks.check_layers``."""
     _check_dtype(input)
     if input.dim() != rank:

@@ -24,7 +24,7 @@ every_cell = pytest.mark.parametrize("name", CELLS)
 # As they were first written, by hand.
 ROWS = {
     "rnn_tanh": Cell(
-        "rnn_tanh", "RNN_TANH", ("h",), ("h",), ("h",), ("h",), reads_before=None, direct=False, tape_is_out=True, module="rnn"
+        "rnn_tanh", "RNN_TANH", ("h",), ("h",), ("h",), ("h",), reads_before=None, direct=False, tape_is_out=True
     ),
     "lstm": Cell(
         "lstm", "LSTM", tuple("ifgo"), ("h", "c"), tuple("ifgoc"), tuple("ifgo"), reads_before="c", direct=False, forget="f",

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
-from fused_rnn.graph import loops
+from fused_rnn.graph import kept, loops
 
 STEPS, BATCH, INPUTS, HIDDEN = 6, 3, 5, 7
 CELLS = ("RNNCell", "GRUCell", "LSTMCell")
@@ -269,10 +269,13 @@ def test_threads() -> None:
         torch.testing.assert_close(grads, torch.autograd.grad(loss_of(plain, input), list(plain.parameters())))
 
 
-def test_changes_in_place() -> None:
+@every_cell
+@pytest.mark.parametrize("batch", [BATCH, 600], ids=["small", "large"])
+def test_changes_in_place(name: str, batch: int) -> None:
     """An output that was changed is computed again, as outside of loops; a weight that was changed is refused."""
-    plain, fused = pair("LSTMCell")
-    input = torch.randn(STEPS, BATCH, INPUTS, dtype=torch.float64)
+    plain, fused = pair(name)
+    assert BATCH * HIDDEN <= kept._SMALL < 600 * HIDDEN
+    input = torch.randn(STEPS, batch, INPUTS, dtype=torch.float64)
     outputs(plain, input)[-1].sum().backward()
     last = outputs(fused, input)[-1]
     total = last.sum()

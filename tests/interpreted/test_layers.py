@@ -8,7 +8,10 @@ from tolerances import assert_close_to_reference
 from torch import Tensor
 
 import fused_rnn
+from fused_rnn.cells import GRU
+from fused_rnn.data.steps import Steps
 from fused_rnn.kernels.triton import plan
+from fused_rnn.kernels.triton.derived import recurrence_of
 
 
 def results(module: torch.nn.Module, input: Tensor, states: tuple[Tensor, ...], backend: str) -> dict[str, Tensor]:
@@ -77,32 +80,22 @@ def test_the_cpu_is_served_on_request_only() -> None:
 
 
 def test_other_dtypes_are_refused() -> None:
-    from fused_rnn.data.steps import Steps
-    from fused_rnn.kernels.triton import gru
-
     with pytest.raises(TypeError, match=r"expected weights of bfloat16, .*, got torch\.int32, which no backend"):
-        gru.gru_pack([torch.zeros(12, 4, dtype=torch.int32)], None, Steps(9, 3), False)
+        recurrence_of(GRU).pack([torch.zeros(12, 4, dtype=torch.int32)], None, Steps(9, 3), False)
 
 
 def test_wrong_buffers_are_refused() -> None:
     """The error names the buffer, what was expected and what came."""
-    from fused_rnn.data.steps import Steps
-    from fused_rnn.kernels.triton import gru
-
-    steps = Steps(2, 3)
-    packed = gru.gru_pack([torch.zeros(12, 4)], None, steps, False)
+    gru, steps = recurrence_of(GRU), Steps(2, 3)
+    packed = gru.pack([torch.zeros(12, 4)], None, steps, False)
     tape, out, h = torch.zeros(6, 1, 16), torch.zeros(6, 1, 4), torch.zeros(1, 3, 4)
     with pytest.raises(ValueError, match=r"out: expected contiguous columns of torch\.float32, got torch\.float16"):
-        gru.gru_forward(tape, out.half(), (h,), packed, None, steps, (False,), None, True)
+        gru.forward(tape, out.half(), (h,), (h,), packed, None, steps, (False,), None, True)
     with pytest.raises(ValueError, match=r"tape: expected rows of shape \(·, 1, 16\), got \(6, 2, 16\)"):
-        gru.gru_forward(torch.zeros(6, 2, 16), out, (h,), packed, None, steps, (False,), None, True)
-    with pytest.raises(
-        ValueError, match=r"states: expected contiguous torch\.float32 of shape \(1, 3, 4\), got .* \(1, 2, 4\)"
-    ):
-        gru.gru_forward(tape, out, (h[:, :2],), packed, None, steps, (False,), None, True)
-    packed = gru.gru_pack([torch.zeros(12, 4)], None, steps, True)
+        gru.forward(torch.zeros(6, 2, 16), out, (h,), (h,), packed, None, steps, (False,), None, True)
+    packed = gru.pack([torch.zeros(12, 4)], None, steps, True)
     with pytest.raises(ValueError, match=r"d_cells: expected None for gru"):
-        gru.gru_backward(tape, (h,), None, out, tape, out, (h,), packed, steps, 0, 2, (False,), None)
+        gru.backward(tape, (h,), (h,), None, out, tape, out, (h,), packed, steps, 0, 2, (False,), None)
 
 
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])

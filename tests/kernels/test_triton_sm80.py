@@ -10,13 +10,15 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
+from equations_support import coupled, late, linear, nested, rnn_of_n
 from triton.backends.compiler import GPUTarget
 from triton_choices import BFLOAT16, FLOAT64, FORMS, TWO_PLANES, drawn, representative
 from triton_support import A100, L40S, Configuration, build, check_resources, record, record_all
 
 from benchmarks.gpu.barrier import meet
 from benchmarks.gpu.floors import BARRIER_OPTIONS
-from fused_rnn.cells import GRU, GRU_RESET_BEFORE, LSTM, RNN_RELU
+from fused_rnn.cells import GRU, GRU_RESET_BEFORE, LSTM, RNN_RELU, mgu
+from fused_rnn.data.cell import Cell
 from fused_rnn.kernels.triton.heuristic import choose
 from fused_rnn.kernels.triton.plan import Call
 
@@ -80,11 +82,30 @@ def test_a_launch_as_at_run_time(call: Call, monkeypatch: pytest.MonkeyPatch) ->
     assert made.metadata.launch_cooperative_grid == plan.meets
 
 
+# Cells of users: other numbers of gates, a block that nobody reads, h after the step read behind the tape.
+OF_USERS = [
+    Configuration(call, choose(call, A100), A100)
+    for call in (
+        Call(coupled.row, False, 512, 16, 1, torch.bfloat16),
+        Call(nested.row, True, 96, 16, 1, torch.float32, tf32=True),
+        Call(linear.row, False, 96, 16, 1, torch.bfloat16),
+        Call(rnn_of_n.row, True, 512, 16, 1, torch.bfloat16),
+        Call(rnn_of_n.row, True, 1024, 4096, 1, torch.bfloat16),
+    )
+]
+
+
+@pytest.mark.parametrize("configuration", OF_USERS, ids=str)
+def test_cells_of_users(configuration: Configuration, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_resources(configuration, monkeypatch)
+
+
 @pytest.mark.parametrize("everything", [True, False])
 @pytest.mark.parametrize("backward", [False, True])
-def test_both_launches_of_two_stages(backward: bool, everything: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cell", [GRU_RESET_BEFORE, mgu.row, late.row], ids=lambda cell: cell.mode)
+def test_both_launches_of_two_stages(cell: Cell, backward: bool, everything: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step with a second product has a launch for each; both fit the chip, and hold nothing on the stack."""
-    call = Call(GRU_RESET_BEFORE, backward, 320, 33, 2, torch.bfloat16)
+    call = Call(cell, backward, 320, 33, 2, torch.bfloat16)
     plan = choose(call, A100)
     assert plan.regime == "library"
     launches = record_all(call, plan, everything, monkeypatch)

@@ -211,13 +211,13 @@ def test_the_source_can_be_read() -> None:
 
 def test_without_a_folder_that_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels are made all the same, for this process alone."""
-    from fused_rnn.kernels.numba import derived
+    from fused_rnn.kernels import written
 
     @fused_rnn.cell(gates="n")
     def fresh(x: Any, W: Any, h: Any) -> Any:
         return fused_rnn.cells.tanh(x.n + W.n(h)) * 0.625
 
-    monkeypatch.setattr(derived, "_folder", lambda: (_ for _ in ()).throw(OSError("no folder")))
+    monkeypatch.setattr(written, "folder", lambda _: (_ for _ in ()).throw(OSError("no folder")))
     module, input, states = make(fresh)
     torch.testing.assert_close(
         results(module, lambda x, s: module(x, s[0]), input, states), results(module, Plain(module), input, states)

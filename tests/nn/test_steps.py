@@ -21,13 +21,18 @@ _C = pytest.importorskip("fused_rnn._C", reason="the extension is not built here
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each forward of the extension had so far."""
     rows: list[int] = []
-    forward = _C.layer_forward
 
-    def watched(cell: str, input: torch.Tensor, *rest: Any) -> Any:
-        rows.append(input.numel() // input.shape[-1])
-        return forward(cell, input, *rest)
+    def watch(name: str) -> None:
+        forward = getattr(_C, name)
 
-    monkeypatch.setattr(_C, "layer_forward", watched)
+        def watched(cell: str, input: torch.Tensor, *rest: Any) -> Any:
+            rows.append(input.numel() // input.shape[-1])
+            return forward(cell, input, *rest)
+
+        monkeypatch.setattr(_C, name, watched)
+
+    watch("layer_forward")
+    watch("plain_forward")
     return rows
 
 

@@ -43,7 +43,6 @@ float32 or float64 on the CPU backends: who stores bfloat16 or float16 converts 
 
 from __future__ import annotations
 
-import importlib
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -105,9 +104,3 @@ class Walk(NamedTuple):
     pack: Pack
     forward: WalkForward
     backward: WalkBackward
-
-
-def walk_in(module: str, cell: str) -> Walk:
-    """The walk of a cell, from the module that has it."""
-    found = importlib.import_module(module)
-    return Walk(*(getattr(found, f"{cell}_{way}") for way in Walk._fields))

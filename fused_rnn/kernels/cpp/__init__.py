@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn.data.cell import Cell, Weights
-from fused_rnn.kernels.protocol import COMPUTE, Int8Call, LayerCall, LayerResult, OutputGradients, StepOperands
+from fused_rnn.kernels.protocol import COMPUTE, Int8Call, LayerCall, LayerResult, OutputGradients, States, StepOperands
 from fused_rnn.kernels.weight_gradients import grouped
 
 _missing: str | None = None
@@ -68,26 +68,29 @@ class _Cpp:
 
     def forward(self, call: LayerCall, keep: bool, batch_first: bool = False) -> LayerResult:
         """Compute a layer."""
-        cell, _, steps, reverse, cell_states, step = call.layer
-        return tuple.__new__(
-            LayerResult,
-            _C.layer_forward(
-                cell.name,
-                call.input,
-                call.states,
-                call.weights,
-                steps.length,
-                steps.batch,
-                steps.batch_sizes,
-                reverse,
-                call.reset,
-                keep,
-                cell_states,
-                step,
-                torch.get_num_threads(),
-                batch_first,
-            ),
+        (cell, _, steps, reverse, cell_states, step), input, states, weights, reset = call
+        return _C.layer_forward(
+            cell.name,
+            input,
+            states,
+            weights,
+            steps.length,
+            steps.batch,
+            steps.batch_sizes,
+            reverse,
+            reset,
+            keep,
+            cell_states,
+            step,
+            torch.get_num_threads(),
+            batch_first,
         )
+
+    def plain_forward(
+        self, cell: Cell, input: Tensor, states: States | None, weights: Weights, step: bool, batch_first: bool = False
+    ) -> tuple[Tensor, States] | None:
+        """Compute a layer of one recurrence over dense steps without a graph."""
+        return _C.plain_forward(cell.name, input, states, weights, step, torch.get_num_threads(), batch_first)
 
     def int8_forward(self, call: Int8Call, batch_first: bool = False) -> LayerResult:
         """Compute a layer with int8 weights."""
@@ -120,45 +123,47 @@ class _Cpp:
         groups: int | None = None,
     ) -> Sequence[Tensor | None]:
         """Compute the gradients of a layer."""
-        cell, _, steps, reverse, _, step = call.layer
+        (cell, _, steps, reverse, _, step), input, states, weights, reset = call
+        d_out, d_states, d_cells = gradients
         first = 1 + len(cell.states)
         by_group = groups is not None and any(wanted[first:])
-        asked = (*wanted[:first], *(False,) * (len(wanted) - first)) if by_group else wanted
         found = _C.layer_backward(
             cell.name,
-            call.input,
-            call.states,
-            call.weights,
+            input,
+            states,
+            weights,
             steps.length,
             steps.batch,
             steps.batch_sizes,
             reverse,
-            call.reset,
+            reset,
             out,
             tape,
-            gradients.out,
-            gradients.cell_states,
-            gradients.states,
-            asked,
+            d_out,
+            d_cells,
+            d_states,
+            (*wanted[:first], *(False,) * (len(wanted) - first)) if by_group else wanted,
             by_group,
             step,
             torch.get_num_threads(),
         )
-        d_gates = found[-1]
-        if groups is None or not by_group or d_gates is None:
+        if groups is None or not by_group:
             return found
+        d_gates = found[-1]
+        assert d_gates is not None
         return (*found[:first], *grouped(call, out, tape, d_gates, wanted, groups))
 
     def step_backward(
-        self, call: LayerCall, out: Tensor, tape: Tensor | None, gradients: OutputGradients, wanted: Sequence[bool]
+        self, call: LayerCall, out: Tensor, tape: Tensor | None, d_outputs: Sequence[Tensor | None], wanted: Sequence[bool]
     ) -> tuple[Sequence[Tensor | None], Tensor]:
         """Compute the gradients of a single step without those of the weights."""
-        cell, _, steps, reverse, _, step = call.layer
-        found = _C.layer_backward(
+        (cell, _, steps, reverse, _, step), input, states, weights, _ = call
+        d_out, *d_states = d_outputs
+        *grads, _, _, _, _, _, d_gates = _C.layer_backward(
             cell.name,
-            call.input,
-            call.states,
-            call.weights,
+            input,
+            states,
+            weights,
             1,
             steps.batch,
             None,
@@ -166,17 +171,16 @@ class _Cpp:
             None,
             out,
             tape,
-            gradients.out,
+            d_out,
             None,
-            gradients.states,
+            d_states,
             (*wanted, *_NO_WEIGHTS),
             True,
             step,
             torch.get_num_threads(),
         )
-        *grads, d_gates = found
         assert d_gates is not None
-        return grads[: len(wanted)], d_gates
+        return grads, d_gates
 
     def loop_gradients(self, cell: Cell, steps: Sequence[StepOperands], wanted: Sequence[bool]) -> Sequence[Tensor | None]:
         """Sum the gradients of the weights over single steps."""

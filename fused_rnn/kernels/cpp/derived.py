@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from fused_rnn.cells.definition import Definition
 from fused_rnn.cells.derivation import Derived
 from fused_rnn.cells.language import Node, order
-from fused_rnn.kernels.cpp.writer import Writer
+from fused_rnn.kernels.cpp.writer import CppWriter
 
 _LONGEST_LINE = 124
 _HEADER = """\
@@ -89,7 +89,7 @@ def _forward(derived: Derived, later: bool) -> list[str]:
         roots.append(graph.after[0])
     if not later:
         roots += [*others, *([] if graph.operand is None else [graph.operand]), *handed]
-    writer = Writer(derived, roots, before)
+    writer = CppWriter(derived, roots, before)
     _give_states(writer, derived, {"h": "p.h_previous"} if later else {"h": "p.h_previous", "c": "p.c"}, reset=True)
     if later:
         for node in handed:
@@ -142,7 +142,7 @@ def _handed_on(derived: Derived) -> list[Node]:
     return found
 
 
-def _give_states(writer: Writer, derived: Derived, places: dict[str, str], reset: bool = False) -> None:
+def _give_states(writer: CppWriter, derived: Derived, places: dict[str, str], reset: bool = False) -> None:
     """The states before the step, h from ``places["h"]`` and the other one from ``places["c"]``."""
     for state, key in zip(derived.graph.states, "hc", strict=False):
         node = derived.graph.leaf("state", state)
@@ -154,7 +154,7 @@ def _give_states(writer: Writer, derived: Derived, places: dict[str, str], reset
         writer.give(node, f"p.reset ? Vec<T>{{}} : {source}" if reset and key == "c" else source, f"{state}_before")
 
 
-def _give_kept(writer: Writer, derived: Derived, tape: str = "p.tape") -> None:
+def _give_kept(writer: CppWriter, derived: Derived, tape: str = "p.tape") -> None:
     for block, node in derived.kept.items():
         writer.give(node, f"io.load({_at(tape, derived.cell.tape.index(block))})", block)
 
@@ -169,7 +169,7 @@ def _backward(derived: Derived) -> list[str]:
     graph, cell = derived.graph, derived.cell
     direct, *others = derived.d_before
     roots = [*derived.d_gates.values(), *(each for each in derived.d_before if each is not None)]
-    writer = Writer(derived, roots, derived.available())
+    writer = CppWriter(derived, roots, derived.available())
     writer.names[derived.gradients[0]] = "d_h"
     _give_kept(writer, derived)
     if writer.needs(graph.after[0]):
@@ -195,7 +195,7 @@ def _later_backward(derived: Derived) -> list[str]:
     cell, direct = derived.cell, derived.later_direct
     assert derived.d_operand is not None
     roots = [*derived.later_d_gates.values(), *([] if direct is None else [direct])]
-    writer = Writer(derived, roots, derived.available_later())
+    writer = CppWriter(derived, roots, derived.available_later())
     writer.names[derived.d_operand] = "d_operand"
     _give_kept(writer, derived)
     _give_states(writer, derived, _previous(derived))
@@ -212,7 +212,7 @@ def _later_backward(derived: Derived) -> list[str]:
 
 def _unprojected(derived: Derived) -> list[str]:
     """What a projection multiplies, from the tape."""
-    writer = Writer(derived, derived.graph.after[:1], {*derived.kept.values()})
+    writer = CppWriter(derived, derived.graph.after[:1], {*derived.kept.values()})
     _give_kept(writer, derived, "tape")
     writer.activate()
     return [*writer.lines, f"return {writer.write(derived.graph.after[0])};"]

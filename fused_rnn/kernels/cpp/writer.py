@@ -2,42 +2,44 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Container, Sequence
 
 from fused_rnn.cells.derivation import Derived, gradients_of
 from fused_rnn.cells.language import Node, order
+from fused_rnn.kernels.written import OPERATORS, Writer
 
-_OPERATORS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+# How tightly an operation holds together.
+_SUM, _PRODUCT, _NAME = range(3)
+_BINDING = {"add": _SUM, "sub": _SUM, "mul": _PRODUCT, "div": _PRODUCT, "neg": _PRODUCT}
 # The activations that kernels compute several of at once (``activate`` in csrc/walk/simd.h), in the order that it wants.
 _SIDE_BY_SIDE = ("sigmoid", "tanh")
 _MOST_SIDE_BY_SIDE = 4
 
 
-class Writer:
-    """Writes values as statements of C++: a name for each that is used twice or is an activation, the others inside those."""
+class CppWriter(Writer):
+    """Values as statements of C++: a name for each that is used twice or is an activation, the others inside those."""
 
     def __init__(self, derived: Derived, roots: Sequence[Node], known: Container[Node] = ()) -> None:
-        self.lines: list[str] = []
-        self.names: dict[Node, str] = {}
-        self._roots = roots
-        self._nodes = order(roots, known.__contains__)
-        self.uses = Counter(each for node in self._nodes if node not in known for each in node.operands) + Counter(roots)
+        super().__init__(roots, known)
         self.wanted = _good_names(derived)
         # Those of the functions' arguments, and of what the text uses beside.
         self._taken = {"io", "recurrent", "p", "tape", "T", "Io", "H", "one", "d_h", "d_operand"}
-        if any(node.operation == "constant" and node.value == 1 for node in self._nodes):
-            self.lines.append("const Vec<T> one = broadcast<T>(1);")
+        if any(node.operation == "constant" and node.value == 1 for node in self.nodes):
+            self.lines.append(self.line("one", "broadcast<T>(1)"))
+
+    def line(self, name: str, source: str) -> str:
+        """The statement that gives a value its name."""
+        return f"const Vec<T> {name} = {source};"
 
     def needs(self, node: Node) -> bool:
         """Whether a value is part of what is to be written, and has no name yet."""
-        return node in self._nodes and node not in self.names
+        return node in self.nodes and node not in self.names
 
     def give(self, node: Node, source: str, name: str) -> None:
         """Have a value come from memory, if it is used."""
         if self.needs(node):
             self.names[node] = self._free(name)
-            self.lines.append(f"const Vec<T> {self.names[node]} = {source};")
+            self.lines.append(self.line(self.names[node], source))
 
     def give_sum(self, node: Node, source: str, name: str, maybe: str) -> None:
         """The same, where a second pointer adds to it or is null."""
@@ -47,15 +49,16 @@ class Writer:
 
     def activate(self) -> None:
         """Write the activations, together those that do not wait for one another: each is a long chain of operations."""
-        waiting = [node for node in self._nodes if node.operation in _SIDE_BY_SIDE and node not in self.names]
+        waiting = [node for node in self.nodes if node.operation in _SIDE_BY_SIDE and node not in self.names]
         while waiting:
             ready = [node for node in waiting if not {*waiting} & {*order(node.operands, self.names.__contains__)}]
             ready = sorted(ready, key=lambda node: _SIDE_BY_SIDE.index(node.operation))[:_MOST_SIDE_BY_SIDE]
             waiting = [node for node in waiting if node not in ready]
-            arguments = [self._text(node.operands[0])[0] for node in ready]
-            names = [self._name(node) for node in ready]
+            arguments = [self.write(node.operands[0]) for node in ready]
+            names = [self.new_name(node) for node in ready]
+            self.names.update(zip(ready, names, strict=True))
             if len(ready) == 1:
-                self.lines.append(f"const Vec<T> {names[0]} = {ready[0].operation}<T>({arguments[0]});")
+                self.lines.append(self.line(names[0], f"{ready[0].operation}<T>({arguments[0]})"))
                 continue
             counts = [sum(node.operation == kind for node in ready) for kind in _SIDE_BY_SIDE]
             group = self._free("group")
@@ -63,52 +66,44 @@ class Writer:
             self.lines.append(f"activate<T, {counts[0]}, {counts[1]}>({group});")
             self.lines.append("const Vec<T> " + ", ".join(f"{name} = {group}[{i}]" for i, name in enumerate(names)) + ";")
 
-    def write(self, node: Node) -> str:
-        """A value as an expression; the lines that it needs are written before."""
-        return self._text(node)[0]
-
     def named(self, node: Node) -> str:
         """A value under a name, for what is written more than once."""
         source = self.write(node)
-        if node not in self.names and node.operation != "constant":
-            self.lines.append(f"const Vec<T> {self._name(node)} = {source};")
-            return self.names[node]
-        return source
+        if node in self.names or node.operation == "constant":
+            return source
+        self.names[node] = name = self.new_name(node)
+        self.lines.append(self.line(name, source))
+        return name
 
-    def _text(self, node: Node) -> tuple[str, int]:
-        """An expression, and how tightly it holds together: 3 for a name or a call, 2 for a product, 1 for a sum."""
-        if node in self.names:
-            return self.names[node], 3
-        source, tight = self._expression(node)
-        if self.uses[node] > 1 and node.operation != "constant":
-            self.lines.append(f"const Vec<T> {self._name(node)} = {source};")
-            return self.names[node], 3
-        return source, tight
+    def has_line(self, node: Node) -> bool:
+        """Whether a value has a statement and a name of its own."""
+        return super().has_line(node) and node.operation != "constant"
 
-    def _expression(self, node: Node) -> tuple[str, int]:
-        if node.operation == "constant":
-            number = "Vec<T>{}" if node.value == 0 else "one" if node.value == 1 else f"broadcast<T>(T({node.value!r}))"
-            return number, 3
-        operands = [self._text(each) for each in node.operands]
-        if node.operation in _OPERATORS:
-            own = 1 if node.operation in ("add", "sub") else 2
-            (left, of_left), (right, of_right) = operands
-            left = left if of_left >= own else f"({left})"
-            # The order of the operations is that of the equations.
-            right = right if of_right > own else f"({right})"
-            return f"{left} {_OPERATORS[node.operation]} {right}", own
-        if node.operation == "neg":
-            source, tight = operands[0]
-            return f"-{source}" if tight == 3 else f"-({source})", 2
-        assert node.operation in ("relu", "where_positive", *_SIDE_BY_SIDE), node.operation
-        return f"{node.operation}<T>({', '.join(source for source, _ in operands)})", 3
-
-    def _name(self, node: Node) -> str:
+    def new_name(self, node: Node) -> str:
+        """The name of a value that has a statement."""
         wanted = self.wanted.get(node)
         if wanted is None and node.operation in _SIDE_BY_SIDE and node.operands[0] in self.names:
             wanted = f"{node.operation}_{self.names[node.operands[0]]}"
-        self.names[node] = name = self._free("v" if wanted is None else wanted)
-        return name
+        return self._free("v" if wanted is None else wanted)
+
+    def expression(self, node: Node) -> str:
+        """How a value is computed from its operands."""
+        if node.operation == "constant":
+            return "Vec<T>{}" if node.value == 0 else "one" if node.value == 1 else f"broadcast<T>(T({node.value!r}))"
+        if node.operation in OPERATORS:
+            left, right = node.operands
+            # The order of the operations is that of the equations.
+            binding = _BINDING[node.operation]
+            return f"{self._operand(left, binding)} {OPERATORS[node.operation]} {self._operand(right, binding + 1)}"
+        if node.operation == "neg":
+            return f"-{self._operand(node.operands[0], _NAME)}"
+        return f"{node.operation}<T>({', '.join(self.write(each) for each in node.operands)})"
+
+    def _operand(self, node: Node, binding: int) -> str:
+        """A value as an operand, in parentheses if it holds together less tightly than that."""
+        source = self.write(node)
+        own = _NAME if node in self.names else _BINDING.get(node.operation, _NAME)
+        return source if own >= binding else f"({source})"
 
     def _free(self, name: str) -> str:
         found, number = name, 1

@@ -6,26 +6,18 @@ stage has pointwise parts of its own, ``_later`` and ``_later_backward``.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
-import importlib.util
-import linecache
-import os
-import sys
-import tempfile
 import types
-from collections import Counter
 from collections.abc import Container, Sequence
-from pathlib import Path
 
 from fused_rnn.cells.definition import DEFINED
 from fused_rnn.cells.derivation import Derived
-from fused_rnn.cells.language import ACTIVATIONS, Node, order
+from fused_rnn.cells.language import ACTIVATIONS, Node
 from fused_rnn.data.cell import Cell
+from fused_rnn.kernels import written
 from fused_rnn.kernels.by_walk.walk import Walk
+from fused_rnn.kernels.written import OPERATORS, Writer
 
-_OPERATORS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 _TEMPLATE = '''"""The pointwise parts of the cell {mode}, made from its equations by fused_rnn."""
 
 from numba import njit
@@ -66,15 +58,12 @@ _OF_BACKWARD = "like, d_h, d_c, d_cell, tape, out, h, c, d_gates, reset, block, 
 _OF_LATER_BACKWARD = "like, d_operand, tape, h, d_gates, block, count"
 
 
-class _Writer:
-    """Writes values as lines of Python: a name for each that is used twice or is an activation, the others inside of those."""
+class _Writer(Writer):
+    """Values as lines of what Numba compiles: a name for each that is used twice or is an activation."""
 
     def __init__(self, roots: Sequence[Node], known: Container[Node] = ()) -> None:
-        self.lines: list[str] = []
-        self.names: dict[Node, str] = {}
+        super().__init__(roots, known)
         self.constants: dict[float, str] = {}
-        self.nodes = order(roots, known.__contains__)
-        self.uses = Counter(operand for node in self.nodes if node not in known for operand in node.operands) + Counter(roots)
 
     def give(self, node: Node, source: str, name: str) -> None:
         """Have a value come from memory, if it is used."""
@@ -82,38 +71,27 @@ class _Writer:
             self.names[node] = name
             self.lines.append(f"{name} = {source}")
 
-    def write(self, node: Node) -> str:
-        """A value as an expression; the lines that it needs are written before."""
-        if node in self.names:
-            return self.names[node]
-        source = self._expression(node)
-        if self.uses[node] > 1 or node.operation in ACTIVATIONS:
-            self.names[node] = name = f"v{sum(each.startswith('v') for each in self.names.values())}"
-            self.lines.append(f"{name} = {_bare(source)}")
-            return name
-        return source
+    def has_line(self, node: Node) -> bool:
+        return super().has_line(node) or node.operation in ACTIVATIONS
 
-    def _expression(self, node: Node) -> str:
+    def expression(self, node: Node) -> str:
         if node.operation == "constant":
             name = self.constants.setdefault(node.value, f"_CONSTANT_{len(self.constants)}")
             return f"{name}(like)"
-        operands = [self.write(each) for each in node.operands]
-        if node.operation in _OPERATORS:
-            return f"({operands[0]} {_OPERATORS[node.operation]} {operands[1]})"
+        if node.operation in OPERATORS:
+            left, right = (self.operand(each) for each in node.operands)
+            return f"{left} {OPERATORS[node.operation]} {right}"
         if node.operation == "neg":
-            return f"(splat(like) - {operands[0]})"
+            return f"splat(like) - {self.operand(node.operands[0])}"
         if node.operation == "relu":
-            return f"where_positive({operands[0]}, {operands[0]})"
-        return f"{node.operation}({', '.join(map(_bare, operands))})"
+            operand = self.operand(node.operands[0])
+            return f"where_positive({operand}, {operand})"
+        return f"{node.operation}({', '.join(self.write(each) for each in node.operands)})"
 
-    def text(self) -> str:
-        """The lines, indented as the body of a function."""
-        return "\n".join(f"    {line}" for line in self.lines) + "\n"
-
-
-def _bare(source: str) -> str:
-    """An expression without the parentheses around the whole of it."""
-    return source[1:-1] if source[0] == "(" else source
+    def operand(self, node: Node) -> str:
+        """A value as an operand: in parentheses, unless it is a name or a call."""
+        source = self.write(node)
+        return f"({source})" if node not in self.names and node.operation in (*OPERATORS, "neg") else source
 
 
 def _at(address: str, block: int, size: str = "block") -> str:
@@ -161,7 +139,7 @@ def _give_kept(writer: _Writer, derived: Derived, kept: dict[str, Node]) -> None
 
 
 def _store(writer: _Writer, stores: Sequence[tuple[str, str]]) -> None:
-    writer.lines += [f"store({place}, {_bare(value)}, count)" for place, value in stores]
+    writer.lines += [f"store({place}, {value}, count)" for place, value in stores]
 
 
 def _backward(derived: Derived) -> _Writer:
@@ -178,10 +156,10 @@ def _backward(derived: Derived) -> _Writer:
     _give_states(writer, derived)
     stores = [(_at("d_gates", cell.d_gates.index(block)), writer.write(node)) for block, node in derived.d_gates.items()]
     result = "splat(like)" if direct is None else writer.write(direct)
-    carried = ["splat(like)" if each is None else writer.write(each) for each in others]
+    carried = ["splat(like)" if each is None else writer.operand(each) for each in others]
     stores += [("d_c", f"splat(like) if reset else {value}") for value in carried]
     _store(writer, stores)
-    writer.lines.append(f"return {_bare(result)}")
+    writer.lines.append(f"return {result}")
     return writer
 
 
@@ -195,11 +173,12 @@ def _later_backward(derived: Derived) -> _Writer:
     _give_states(writer, derived)
     stores = []
     for block, node in derived.later_d_gates.items():
-        place, value = _at("d_gates", cell.d_gates.index(block)), writer.write(node)
-        stores.append((place, f"load(like, {place}, count) + {value}" if block in derived.d_gates else value))
+        place = _at("d_gates", cell.d_gates.index(block))
+        added = block in derived.d_gates
+        stores.append((place, f"load(like, {place}, count) + {writer.operand(node)}" if added else writer.write(node)))
     result = "splat(like)" if direct is None else writer.write(direct)
     _store(writer, stores)
-    writer.lines.append(f"return {_bare(result)}")
+    writer.lines.append(f"return {result}")
     return writer
 
 
@@ -228,50 +207,10 @@ def source_of(derived: Derived) -> str:
     )
 
 
-def _folder() -> Path:
-    """Where sources are kept: Numba's own folder if one is named, or the user's cache."""
-    named = os.environ.get("NUMBA_CACHE_DIR")
-    base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "fused_rnn"
-
-
-def _kept_file(name: str, source: str) -> Path | None:
-    """The file with this source, written if it is not there yet; None where the user has no folder that can be written."""
-    with contextlib.suppress(OSError, RuntimeError):
-        folder = _folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{name}.py"
-        if not path.exists() or path.read_text() != source:
-            # By a rename, so that no other process reads half of it.
-            with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
-                file.write(source)
-            Path(file.name).replace(path)
-        return path
-    return None
-
-
 @functools.cache
 def module_of(derived: Derived) -> types.ModuleType:
     """The module of a cell's kernels."""
-    source = source_of(derived)
-    # By what it says, so that versions of this package do not take turns with one file.
-    name = f"fused_rnn_cell_{derived.cell.name}_{hashlib.sha256(source.encode()).hexdigest()[:8]}"
-    path = _kept_file(name, source)
-    if path is not None:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-        return module
-    # Compiled anew in every process.
-    module = types.ModuleType(name)
-    file = f"<{name}>"
-    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    sys.modules[name] = module
-    exec(compile(source, file, "exec"), module.__dict__)
-    return module
+    return written.module_of(f"fused_rnn_cell_{derived.cell.name}", source_of(derived), "NUMBA_CACHE_DIR")
 
 
 def walk_of(cell: Cell) -> Walk:

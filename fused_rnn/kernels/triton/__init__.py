@@ -17,15 +17,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from fused_rnn.cells import CELLS
-from fused_rnn.kernels import import_cells
-from fused_rnn.kernels.protocol import COMPUTE, LayerCall, LayerResult, OutputGradients
+from fused_rnn.cells import CELLS, named
+from fused_rnn.cells.definition import DEFINED
+from fused_rnn.kernels.protocol import Backend
 
 if TYPE_CHECKING:
     from fused_rnn.kernels.triton.plan import Device
@@ -42,9 +40,7 @@ def unavailable() -> str | None:
     except ImportError as error:
         return f"Triton cannot be imported ({error}); pip install triton, or a torch built for CUDA, which brings it"
     try:
-        from fused_rnn.kernels.triton import version
-
-        import_cells(__name__)
+        from fused_rnn.kernels.triton import layer, version  # noqa: F401
     except Exception as error:  # A Triton too old or too new fails in ways of its own; the caller is told which.
         return f"its kernels do not load with triton {triton.__version__} ({type(error).__name__}: {error})"
     if version.INTERPRETED:
@@ -85,7 +81,7 @@ def explain(
     """Say which regime and tiles the forward and the backward of a layer would take, and why.
 
     Args:
-        cell: the name of a row of ``fused_rnn.cells``: ``"lstm"``, ``"gru"``, ``"rnn_tanh"``, …
+        cell: the name of a cell's row: ``"lstm"``, ``"gru"``, ``"rnn_tanh"``, …, or ``mine.row.name`` of one of your own.
         hidden_size: H.
         batch: N, the number of sequences.
         dtype: of the layer.
@@ -97,7 +93,7 @@ def explain(
         two lines.
 
     Raises:
-        ValueError: if there is no such cell, or a size is below 1.
+        ValueError: if there is no such cell, the kernels cannot take it, or a size is below 1.
         RuntimeError: if no device was given and there is none, or its chip is too old.
 
     >>> from fused_rnn.kernels.triton.plan import Device
@@ -107,8 +103,12 @@ def explain(
     """
     from fused_rnn.kernels.triton import heuristic, plan
 
-    if cell not in CELLS:
-        raise ValueError(f"explain(): cell: expected one of {', '.join(CELLS)}, got {cell!r}")
+    if cell not in DEFINED:
+        raise ValueError(f"explain(): cell: expected one of {', '.join(CELLS)} or the name of a defined row, got {cell!r}")
+    row = named(cell)
+    reason = plan.refusal(row)
+    if reason is not None:
+        raise ValueError(f"explain(): cell: {cell}: {reason}")
     for name, size in (("hidden_size", hidden_size), ("batch", batch)):
         if size < 1:
             raise ValueError(f"explain(): {name}: expected 1 or more, got {size}")
@@ -121,54 +121,16 @@ def explain(
         device = device_of(torch.device("cuda") if device is None else device)
     lines = []
     for backward in (False, True):
-        call = plan.Call(CELLS[cell], backward, hidden_size, batch, 2 if bidirectional else 1, dtype, projected)
+        call = plan.Call(row, backward, hidden_size, batch, 2 if bidirectional else 1, dtype, projected)
         lines.append(plan.explain(call, heuristic.choose(call, device)))
     return "\n".join(lines)
 
 
-class _Triton:
-    """The backend (``fused_rnn.kernels.protocol.Backend``)."""
-
-    name = "triton"
-    checks = False
-    derives = False
-    gives_gates = False
-
-    def supports(self, call: LayerCall) -> str | None:
-        """It computes every layer of a cell that it has kernels of, on a chip that is new enough."""
-        from fused_rnn.kernels.triton.recurrence import RECURRENCES
-
-        cell, input = call.layer.cell.name, call.input
-        if cell not in RECURRENCES:
-            return f"it has no kernels of {cell}"
-        return None if input.dtype in COMPUTE else f"it does not compute in {input.dtype}"
-
-    def forward(self, call: LayerCall, keep: bool, batch_first: bool = False) -> LayerResult:
-        """Compute a layer."""
-        from fused_rnn.kernels.triton import layer
-
-        return layer.forward(call, keep, batch_first)
-
-    def backward(
-        self,
-        call: LayerCall,
-        out: Tensor,
-        tape: Tensor | None,
-        gradients: OutputGradients,
-        wanted: Sequence[bool],
-        groups: int | None = None,
-    ) -> Sequence[Tensor | None]:
-        """Compute the gradients of a layer."""
-        from fused_rnn.kernels.triton import layer
-
-        return layer.backward(call, out, tape, gradients, wanted, groups)
-
-
-def load() -> _Triton:
+def load() -> Backend:
     """The backend."""
-    import_cells(__name__)
+    from fused_rnn.kernels.triton.layer import Triton
 
-    return _Triton()
+    return Triton()
 
 
 def describe() -> str:

@@ -41,3 +41,21 @@ def tanh(x):
     y = x * x
     near = x + x * y * (-1.0 / 3.0 + y * (2.0 / 15.0 + y * (-17.0 / 315.0 + y * (62.0 / 2835.0))))
     return tl.where(tl.abs(x) < 0.25, near, wide)
+
+
+@triton.jit
+def where_positive(x, y):
+    """Y where x is positive, else zero; where x is NaN, y too, as in the derivative of torch's relu."""
+    return tl.where(x <= 0.0, 0.0, y)
+
+
+@triton.jit
+def relu(x):
+    """X where positive, else zero; NaN stays NaN."""
+    return where_positive(x, x)
+
+
+@triton.jit
+def everywhere(like, number):
+    """A number for every unit, in the dtype of ``like``."""
+    return (like != like).to(like.dtype) * 0.0 + number

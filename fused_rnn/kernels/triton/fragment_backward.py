@@ -59,10 +59,11 @@ def _weights(p_weight, i_u, H, tail, GATES: tl.constexpr, FIRST: tl.constexpr, P
 
 @jit
 def _read(
-    p_tape, p_before, p_before_0, p_d_out, p_d_carries, p_lengths, p_reset, p_offsets, t, t_begin, t_end, o_b, o_u, i_d,
-    reverse, T, N, H, tape_row, before_row, d_out_row, d_carries_row,
-    TAPE: tl.constexpr, CARRY: tl.constexpr, RAGGED: tl.constexpr, HAS_RESET: tl.constexpr, HAS_STATES: tl.constexpr,
-    HAS_D_OUT: tl.constexpr, HAS_D_CARRIES: tl.constexpr, BATCH: tl.constexpr, POINT: tl.constexpr,
+    p_tape, p_out, p_before_0, p_d_out, p_d_carries, p_lengths, p_reset, p_offsets, t, t_begin, t_end, o_b, o_u, i_d,
+    reverse, T, N, H, tape_row, out_row, d_out_row, d_carries_row,
+    TAPE: tl.constexpr, CELL: tl.constexpr, CARRY: tl.constexpr, READS_OUT: tl.constexpr, RAGGED: tl.constexpr,
+    HAS_RESET: tl.constexpr, HAS_STATES: tl.constexpr, HAS_D_OUT: tl.constexpr, HAS_D_CARRIES: tl.constexpr,
+    BATCH: tl.constexpr, POINT: tl.constexpr,
 ):  # fmt: skip
     """What step t of a tile reads of its own.
 
@@ -86,12 +87,18 @@ def _read(
     tape = ()
     for block in gl.static_range(TAPE):
         tape = tape + (gl.load(p_tape + (rows * tape_row + block * H + o_u), mask=mask, other=0.0),)
+    if READS_OUT:
+        tape = tape + (gl.load(p_out + (rows * out_row + o_u), mask=mask, other=0.0),)
     m_fresh = m_b
     if HAS_RESET:
         m_fresh = m_b & (gl.load(p_reset + rows, mask=m_b, other=0) == 0)
     before = ()
     if CARRY:
-        before = (gl.load(p_before + (rows_before * before_row + o_u), mask=m_u & m_fresh & m_before, other=0.0),)
+        m_kept = m_u & m_fresh & m_before
+        if CARRY == 1:
+            before = (gl.load(p_tape + (rows_before * tape_row + CELL * H + o_u), mask=m_kept, other=0.0),)
+        else:
+            before = (gl.load(p_out + (rows_before * out_row + o_u), mask=m_kept, other=0.0),)
         if HAS_STATES:
             o_state = (i_d * N + o_b).to(gl.int64) * H + o_u
             before = before + (gl.load(p_before_0 + o_state, mask=m_u & m_fresh & (m_before == 0), other=0.0),)
@@ -109,17 +116,17 @@ def _read(
     ]
 )  # fmt: skip
 def fragment_backward(
-    p_d_gates, p_ring, p_d_h_n, p_d_h_0, p_d_carry_n, p_d_carry_0, p_d_out, p_d_carries, p_tape, p_before, p_before_0, p_weight,
+    p_d_gates, p_ring, p_d_h_n, p_d_h_0, p_d_carry_n, p_d_carry_0, p_d_out, p_d_carries, p_tape, p_out, p_before_0, p_weight,
     p_weight_back, p_reset, p_lengths, p_offsets, p_counters,
     t_begin, t_end, first_row, first_tile, tiles_each, first_d, reverse_bits, tiles, D, T, N, H, ring_rows,
-    d_gates_row, d_gates_d, d_out_row, d_out_d, d_carries_row, d_carries_d, tape_row, tape_d, before_row, before_d,
-    STEP: tl.constexpr, GATES: tl.constexpr, FIRST: tl.constexpr, TAPE: tl.constexpr, EMITTED: tl.constexpr,
-    CARRY: tl.constexpr, RAGGED: tl.constexpr, HAS_RESET: tl.constexpr, HAS_STATES: tl.constexpr, HAS_D_OUT: tl.constexpr,
-    HAS_D_H: tl.constexpr, HAS_D_CARRY: tl.constexpr, HAS_D_CARRIES: tl.constexpr, ALONE: tl.constexpr, MOST: tl.constexpr,
-    UNITS: tl.constexpr, BATCH: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr, PLANES: tl.constexpr,
-    HELD: tl.constexpr, AHEAD: tl.constexpr, CHAINS: tl.constexpr, DTYPE: tl.constexpr, MMA: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, POINT: tl.constexpr, TURN: tl.constexpr, SUMS: tl.constexpr,
-    NOTHING: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr,
+    d_gates_row, d_gates_d, d_out_row, d_out_d, d_carries_row, d_carries_d, tape_row, tape_d, out_row, out_d,
+    STEP: tl.constexpr, GATES: tl.constexpr, FIRST: tl.constexpr, TAPE: tl.constexpr, CELL: tl.constexpr, EMITTED: tl.constexpr,
+    CARRY: tl.constexpr, READS_OUT: tl.constexpr, RAGGED: tl.constexpr, HAS_RESET: tl.constexpr, HAS_STATES: tl.constexpr,
+    HAS_D_OUT: tl.constexpr, HAS_D_H: tl.constexpr, HAS_D_CARRY: tl.constexpr, HAS_D_CARRIES: tl.constexpr, ALONE: tl.constexpr,
+    MOST: tl.constexpr, UNITS: tl.constexpr, BATCH: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr,
+    PLANES: tl.constexpr, HELD: tl.constexpr, AHEAD: tl.constexpr, CHAINS: tl.constexpr, DTYPE: tl.constexpr, MMA: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, POINT: tl.constexpr, TURN: tl.constexpr, SUMS: tl.constexpr, NOTHING: tl.constexpr,
+    ROWS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Walk steps t_begin .. t_end - 1. Grid: (slices of units, groups of batch tiles, recurrences from first_d on).
 
@@ -131,9 +138,9 @@ def fragment_backward(
         p_d_h_0: (D, N, H), written: the gradient of h before them. It may be p_d_h_n.
         p_d_carry_n, p_d_carry_0: likewise of c, with CARRY 1 alone.
         p_d_out: (R, D, H), if HAS_D_OUT. p_d_carries: (R, D, H), the gradient of every step's carry, if HAS_D_CARRIES.
-        p_tape: (R, D, TAPE blocks·H).
-        p_before: where the carry of every step lies, one column block of (R, D, ·); p_before_0: that before the first step,
-            (D, N, H), zero without HAS_STATES. Both are read with CARRY alone.
+        p_tape: (R, D, TAPE blocks·H); with CARRY 1 the carry of every step is its block CELL.
+        p_out: (R, D, H), with CARRY 2 the carry of every step; if READS_OUT the STEP gets it behind the tape.
+        p_before_0: the carry before the first step, (D, N, H), zero without HAS_STATES; with CARRY alone.
         p_weight: (G·H, H) of the first recurrence, p_weight_back of the second.
         FIRST: the gate of the weights to which the first block of d_gates belongs; the next ones follow, and the first again.
         p_reset, p_lengths, p_offsets, p_counters, tiles_each, AHEAD, …: as in the forward, the counters for n + 2 steps.
@@ -151,7 +158,7 @@ def fragment_backward(
     p_d_out += i_d * d_out_d
     p_d_carries += i_d * d_carries_d
     p_tape += i_d * tape_d
-    p_before += i_d * before_d
+    p_out += i_d * out_d
     n = t_end - t_begin
     p_counters += (i_d * tiles + i_first).to(gl.int64) * ((n + 2) * WARPS)
 
@@ -209,9 +216,9 @@ def fragment_backward(
     o_b = i_first * BATCH + o_tile
     t = gl.where(reverse != 0, t_begin + begin, t_end - 1 - begin)
     tape, before, above, m_b, m_fresh, rows = _read(
-        p_tape, p_before, p_before_0, p_d_out, p_d_carries, p_lengths, p_reset, p_offsets, t, t_begin, t_end, o_b, o_u, i_d,
-        reverse, T, N, H, tape_row, before_row, d_out_row, d_carries_row, TAPE, CARRY, RAGGED, HAS_RESET, HAS_STATES, HAS_D_OUT,
-        HAS_D_CARRIES, BATCH, POINT,
+        p_tape, p_out, p_before_0, p_d_out, p_d_carries, p_lengths, p_reset, p_offsets, t, t_begin, t_end, o_b, o_u, i_d,
+        reverse, T, N, H, tape_row, out_row, d_out_row, d_carries_row, TAPE, CELL, CARRY, READS_OUT, RAGGED, HAS_RESET,
+        HAS_STATES, HAS_D_OUT, HAS_D_CARRIES, BATCH, POINT,
     )  # fmt: skip
     # One more step follows the last one, for its product alone.
     for s in range(begin, gl.where(begin < end, end + 1, end)):
@@ -224,9 +231,9 @@ def fragment_backward(
                 o_next = (i_first + gl.where(i + 1 < count, i + 1, 0)) * BATCH + o_tile
             t_next = gl.where(reverse != 0, t_begin + s_next, t_end - 1 - s_next)
             next_tape, next_before, next_above, next_m_b, next_m_fresh, next_rows = _read(
-                p_tape, p_before, p_before_0, p_d_out, p_d_carries, p_lengths, p_reset, p_offsets, t_next, t_begin, t_end,
-                o_next, o_u, i_d, reverse, T, N, H, tape_row, before_row, d_out_row, d_carries_row, TAPE, CARRY, RAGGED,
-                HAS_RESET, HAS_STATES, HAS_D_OUT, HAS_D_CARRIES, BATCH, POINT,
+                p_tape, p_out, p_before_0, p_d_out, p_d_carries, p_lengths, p_reset, p_offsets, t_next, t_begin, t_end,
+                o_next, o_u, i_d, reverse, T, N, H, tape_row, out_row, d_out_row, d_carries_row, TAPE, CELL, CARRY, READS_OUT,
+                RAGGED, HAS_RESET, HAS_STATES, HAS_D_OUT, HAS_D_CARRIES, BATCH, POINT,
             )  # fmt: skip
             if MOST > 1:
                 d_h = d_hs.index(i).load(POINT)
@@ -250,7 +257,7 @@ def fragment_backward(
             if HAS_D_CARRIES:
                 d_carry += above[len(above) - 1].to(gl.float32)
             blocks = ()
-            for block in gl.static_range(TAPE):
+            for block in gl.static_range(TAPE + READS_OUT):
                 blocks = blocks + (tape[block].to(gl.float32),)
             carry_before = d_carry
             if CARRY:

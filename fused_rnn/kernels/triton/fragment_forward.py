@@ -123,6 +123,7 @@ def fragment_forward(
         p_reset: (R,) bytes.
         p_lengths: (N,) steps of each sequence, longest first, if RAGGED. p_offsets: (T,) first row of each step, if RAGGED.
         p_counters: (D, batch tiles, T + 1, WARPS) zeros; in the shared form alone.
+        KEEP: the blocks of the tape that are written, a bit each.
         tiles_each: batch tiles of a program, from first_tile on, no more than MOST. While one waits, another is computed.
         AHEAD, MMA, LEFT, …: as of ``fragments``. SUMS, ROWS, TAIL: layouts in shared memory.
     """
@@ -285,7 +286,8 @@ def fragment_forward(
                     carries.index(i).store(carry)
             if KEEP:
                 for block in gl.static_range(TAPE):
-                    gl.store(p_tape + (o_tape + block * H), blocks[block].to(p_tape.dtype.element_ty), mask=mask)
+                    if KEEP >> block & 1:
+                        gl.store(p_tape + (o_tape + block * H), blocks[block].to(p_tape.dtype.element_ty), mask=mask)
             gates_x, m_b, o_b = gates_next, m_next, o_next
 
     if CARRY:

@@ -14,8 +14,10 @@ from torch import Tensor
 from fused_rnn.data.biases import summed_biases
 from fused_rnn.data.cell import Cell, Weights
 from fused_rnn.data.steps import Steps
-from fused_rnn.kernels.protocol import LayerCall, LayerResult, OutputGradients, States
+from fused_rnn.kernels.protocol import COMPUTE, LayerCall, LayerResult, OutputGradients, States
 from fused_rnn.kernels.triton import products
+from fused_rnn.kernels.triton.derived import recurrence_of
+from fused_rnn.kernels.triton.plan import refusal
 from fused_rnn.kernels.triton.recurrence import RECURRENCES, Bias, Packed, Recurrence, compute_dtype
 from fused_rnn.kernels.weight_gradients import WeightGradients, grouped, operand_of, previous_h
 
@@ -48,7 +50,7 @@ def walk_forward(
 ) -> tuple[States, Tensor]:
     """Compute a layer into ``result``; as a backend's ``whole_forward``. states: None for zero."""
     rows, recurrences = input.shape[0], len(weights)
-    recurrence = RECURRENCES[cell.name]
+    recurrence = RECURRENCES.get(cell.name) or recurrence_of(cell)
     gates, output = weights[0].hh.shape
     hidden = gates // cell.num_gates
     packed = _packed(recurrence, steps, weights, backward=False)
@@ -99,7 +101,7 @@ def walk_backward(
 ) -> tuple[Tensor, States]:
     """Walk a layer back; as a backend's ``whole_backward``. states: None for zero."""
     rows, recurrences = input.shape[0], len(weights)
-    recurrence = RECURRENCES[cell.name]
+    recurrence = RECURRENCES.get(cell.name) or recurrence_of(cell)
     hidden, output = weights[0].hh.shape[0] // cell.num_gates, weights[0].hh.shape[1]
     packed = _packed(recurrence, steps, weights, backward=True)
     saved = out if tape is None else tape
@@ -325,3 +327,35 @@ def _weight_gradients(
             # A tensor of its own even where the values are the same: two parameters must not share a .grad.
             d_bias_hh = d_bias_ih.clone()
     return d_ih, d_hh, d_bias_ih if wanted[2] else None, d_bias_hh if wanted[3] else None, None
+
+
+class Triton:
+    """The backend (``fused_rnn.kernels.protocol.Backend``)."""
+
+    name = "triton"
+    checks = False
+    derives = True
+    gives_gates = False
+
+    def supports(self, call: LayerCall) -> str | None:
+        """It computes every layer of a cell whose states its walks can carry, on a chip that is new enough."""
+        reason = refusal(call.layer.cell)
+        if reason is not None:
+            return reason
+        return None if call.input.dtype in COMPUTE else f"it does not compute in {call.input.dtype}"
+
+    def forward(self, call: LayerCall, keep: bool, batch_first: bool = False) -> LayerResult:
+        """Compute a layer."""
+        return forward(call, keep, batch_first)
+
+    def backward(
+        self,
+        call: LayerCall,
+        out: Tensor,
+        tape: Tensor | None,
+        gradients: OutputGradients,
+        wanted: Sequence[bool],
+        groups: int | None = None,
+    ) -> Sequence[Tensor | None]:
+        """Compute the gradients of a layer."""
+        return backward(call, out, tape, gradients, wanted, groups)

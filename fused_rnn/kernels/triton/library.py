@@ -68,7 +68,7 @@ def forward(
     arguments["p_product"] = product
     again, again_options = arguments, options
     if second is not None:
-        arguments["p_handed"] = torch.empty(ring.shape[1:], dtype=h_n.dtype, device=ring.device)
+        arguments["p_handed"] = h_n.new_empty((*h_n.shape[:2], options["HANDED"] * h_n.shape[2]))
         product_of_operand = torch.empty((*h.shape[:2], second.weights.shape[2]), dtype=ring.dtype, device=ring.device)
         again, again_options = arguments | {"p_product": product_of_operand}, options | second.options
     for s in range(steps.length):
@@ -119,6 +119,7 @@ def backward(
     if second is not None:
         # Apart from the other product: rows that a step has not keep what they had there.
         d_operand = torch.zeros_like(product)
+        arguments["p_handed"] = d_h.new_empty((*d_h.shape[:2], options["HANDED"] * d_h.shape[2]))
         again, again_options = arguments | {"p_product": d_operand}, options | second.options
     if projection is not None:
         # The kernel sees the gradient of o·tanh(c), made here from that of h; no product reaches it in another way.

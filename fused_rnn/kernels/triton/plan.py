@@ -160,6 +160,13 @@ class Plan:
         return math.ceil(self.tiles / self.tiles_at_once)
 
 
+def refusal(cell: Cell) -> str | None:
+    """Why no plan serves a cell, or None where one does."""
+    if cell.cell_state is not None and cell.direct:
+        return f"the Triton kernels carry one state beside the product, not both of {cell.states}"
+    return None
+
+
 def power_of_two(number: int) -> int:
     """The smallest power of two that is no less."""
     return 1 << max(0, number - 1).bit_length()

@@ -1,7 +1,7 @@
 """The recurrence of a cell on this backend: from torch tensors to a walk.
 
 Plans, checks the buffers, names the kernel's arguments. ``Recurrence`` takes the states before a walk and writes those after
-it, so that a layer needs no copies; ``contract`` makes a walk of it, whose states are in place.
+it, so that a layer needs no copies.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fused_rnn.kernels.triton import launch, library, packing
 from fused_rnn.kernels.triton.fragment_backward import fragment_backward
 from fused_rnn.kernels.triton.fragment_forward import fragment_forward
 from fused_rnn.kernels.triton.layouts import layouts
-from fused_rnn.kernels.triton.plan import Plan, power_of_two
+from fused_rnn.kernels.triton.plan import Plan, power_of_two, refusal
 from fused_rnn.kernels.triton.walk import Walk
 from fused_rnn.kernels.triton.walk_backward import walk_backward
 from fused_rnn.kernels.triton.walk_forward import walk_forward
@@ -30,6 +30,7 @@ _CHAINS = 4
 
 # bias_ih and bias_hh of each recurrence, as they are; or the sums that ``fused_rnn.kernels.by_walk.walk`` describes; or zero.
 Bias = Sequence[tuple[Tensor, Tensor]] | Tensor | None
+# By the names of their cells; ``derived.recurrence_of`` makes them.
 RECURRENCES: dict[str, Recurrence] = {}
 
 
@@ -52,20 +53,26 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Later:
-    """The pointwise part of a second stage (``Cell.later``), functions that Triton compiles.
+class Stage:
+    """The pointwise parts of a step, or of one of its two stages: functions that Triton compiles.
 
     Attributes:
-        step: (handed, x, product, bias, carry) → (h, carry, tape): x, product and tape of the later gates alone. The first
-            stage's step is (x, product, bias, carry) → (operand, handed, tape), of the other gates.
-        step_backward: (tape, carry before, d_operand) → (d_gates, d_h past the product), of the first ``emitted`` blocks of
-            d_gates. The first stage's step_backward gives those behind them.
-        emitted: how many blocks of d_gates wait for the gradient of the operand.
+        step: (x, product, bias, carry) → (h, carry, tape). Of two stages (``Cell.later``) the first one's is (x, product, bias,
+            carry) → (operand, handed, tape), the second's (handed, x, product, bias, carry) → (h, carry, tape); x and product
+            are those of the stage's gates, bias that of all.
+        back: (tape, carry before, d_h, d_carry) → (d_gates, d_h past the product, d_carry before). Of two stages the first
+            one's gives what it hands to the second behind d_gates; the second's is (tape, carry before, d_operand, handed) →
+            (d_gates, d_h past the product).
+        tape, d_gates: the blocks that they give, a bit each. In the place of others there is a zero.
+        handed, handed_back: how many values of each unit step, or back, hands to the other stage, or gets of it.
     """
 
     step: Any
-    step_backward: Any
-    emitted: int
+    back: Any
+    tape: int
+    d_gates: int
+    handed: int = 0
+    handed_back: int = 0
 
 
 def _rows(name: str, buffer: Tensor, directions: int, columns: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -88,10 +95,9 @@ def carry_kind(cell: Cell) -> int:
     Raises:
         NotImplementedError: if a cell needs both.
     """
-    if cell.cell_state is not None and cell.direct:
-        raise NotImplementedError(
-            f"cell {cell.name}: the Triton kernels carry one state beside the product, not both of {cell.states}"
-        )
+    reason = refusal(cell)
+    if reason is not None:
+        raise NotImplementedError(f"cell {cell.name}: {reason}")
     return 1 if cell.cell_state is not None else 2 if cell.direct else 0
 
 
@@ -140,15 +146,12 @@ class Recurrence:
 
     Attributes:
         cell: which cell.
-        step: its pointwise part, a function that Triton compiles: (x, product, bias, carry) → (h, carry, tape).
-        step_backward: (tape, carry before, d_h, d_carry) → (d_gates, d_h past the product, d_carry before).
-        later: of the second stage, for a cell with later gates; else None.
+        stage: its pointwise parts, or those of the first stage. later: of the second, for a cell with later gates; else None.
+        reads_out: whether ``stage.back`` gets h after the step too, behind the tape.
     """
 
-    def __init__(self, cell: Cell, step: Any, step_backward: Any, later: Later | None = None) -> None:
-        if (later is not None) != bool(cell.later):
-            raise ValueError(f"cell {cell.name}: later: expected the part of a second stage where the row has later gates")
-        self.cell, self.step, self.step_backward, self.later = cell, step, step_backward, later
+    def __init__(self, cell: Cell, stage: Stage, later: Stage | None, reads_out: bool) -> None:
+        self.cell, self.stage, self.later, self.reads_out = cell, stage, later, reads_out
         self.carry = carry_kind(cell)
         RECURRENCES[cell.name] = self
 
@@ -189,7 +192,7 @@ class Recurrence:
         reset: Tensor | None,
         keep: bool,
     ) -> None:
-        """Walk all steps; arguments as of a contract's ``forward``, but for the states.
+        """Walk all steps; arguments as of a walk's (``by_walk.walk``), but for the states.
 
         Args:
             states_0: before the walk, (D, N, ·) each, or None for zero. states_n: after it, written; the same tensors, or
@@ -211,12 +214,12 @@ class Recurrence:
             "out_d": out_d,
         }
         options = {
-            "STEP": self.step,
+            "STEP": self.stage.step,
             "GATES": cell.num_gates,
             "TAPE": len(cell.tape),
             "BIAS": len(cell.bias),
             "CARRY": self.carry,
-            "KEEP": keep and not cell.tape_is_out,
+            "KEEP": self.stage.tape if keep else 0,
             "HAS_BIAS": bias is not None,
         }
         if plan.fragments:
@@ -267,15 +270,15 @@ class Recurrence:
             "ring_row": ring.shape[3],
         }
         options |= stream_options(plan, tape.dtype) | {"HAS_OUT": packed.projection is None, "STACKED": plan.stacked}
-        options |= {"STAGE": 0, "FIRST": 0, "OPERAND": 0}
+        options |= {"STAGE": 0, "FIRST": 0, "HANDED": 0}
         second: library.Second | None = None
         if self.later is not None:
             first, later = len(cell.first), len(cell.later)
-            more = {"STEP": self.later.step, "STAGE": 2, "FIRST": first, "GATES": later, "TAPE": later, "HAS_OUT": True}
+            more = {"STEP": self.later.step, "STAGE": 2, "FIRST": first, "GATES": later, "HAS_OUT": True}
+            more["KEEP"] = self.later.tape if keep else 0
             assert packed.later is not None
             second = library.Second(packed.later, more)
-            options |= {"STAGE": 1, "GATES": first, "TAPE": first, "HAS_OUT": False}
-            options["OPERAND"] = cell.tape.index(cell.operand)
+            options |= {"STAGE": 1, "GATES": first, "HAS_OUT": False, "HANDED": self.stage.handed}
         if given:
             projection = packed.projection
             library.forward(
@@ -301,7 +304,7 @@ class Recurrence:
         reverse: Sequence[bool],
         reset: Tensor | None,
     ) -> None:
-        """Walk steps t_begin .. t_end - 1 back; arguments as of a contract's ``backward``, but for the gradients of the states.
+        """Walk steps t_begin .. t_end - 1 back; arguments as of a walk's, but for the gradients of the states.
 
         Args:
             d_states_n: after the walked steps, (D, N, ·) each, or None for zero. d_states_0: before them, written; the same
@@ -313,7 +316,7 @@ class Recurrence:
         emitted = len(cell.d_gates) * hidden + (0 if packed.projection is None else size)
         strides = {}
         strides["tape_row"], strides["tape_d"] = _rows("tape", tape, directions, len(cell.tape) * hidden, tape.dtype)
-        out_row, out_d = _rows("out", out, directions, size, tape.dtype)
+        strides["out_row"], strides["out_d"] = _rows("out", out, directions, size, tape.dtype)
         strides["d_gates_row"], strides["d_gates_d"] = _rows("d_gates", d_gates, directions, emitted, tape.dtype)
         strides["d_out_row"], strides["d_out_d"] = (
             (0, 0) if d_out is None else _rows("d_out", d_out, directions, size, tape.dtype)
@@ -323,18 +326,13 @@ class Recurrence:
         strides["d_carries_row"], strides["d_carries_d"] = (
             (0, 0) if d_cells is None else _rows("d_cells", d_cells, directions, hidden, tape.dtype)
         )
-        # c is a block of the tape, h the output.
-        before = out if cell.cell_state is None else tape[:, :, cell.tape.index(cell.cell_state) * hidden :]
-        strides["before_row"], strides["before_d"] = (
-            (strides["tape_row"], strides["tape_d"]) if carry == 1 else (out_row, out_d)
-        )
         walk = Walk(plan, reverse, steps, reset, tape)
         arguments = {
             "p_d_gates": d_gates,
             "p_d_out": tape if d_out is None else d_out,
             "p_d_carries": tape if d_cells is None else d_cells,
             "p_tape": tape,
-            "p_before": before,
+            "p_out": out,
             "p_before_0": tape if states_0 is None else states_0[-1],
             "t_begin": t_begin,
             "t_end": t_end,
@@ -343,11 +341,13 @@ class Recurrence:
             **strides,
         }
         options = {
-            "STEP": self.step_backward,
+            "STEP": self.stage.back,
             "GATES": cell.num_gates,
             "TAPE": len(cell.tape),
+            "CELL": 0 if cell.cell_state is None else cell.tape.index(cell.cell_state),
             "EMITTED": len(cell.d_gates),
             "CARRY": carry,
+            "READS_OUT": self.reads_out,
             "HAS_D_OUT": d_out is not None and packed.projection is None,
             "HAS_D_CARRIES": d_cells is not None,
         }
@@ -376,15 +376,15 @@ class Recurrence:
             walk.launch(fragment_backward, arguments, options)
             return
         arguments |= {"p_d_h": d_states_0[0], "p_d_carry": d_states_0[-1], "p_weight": packed.weights[0], "p_product": tape}
-        arguments |= {"p_ring": tape, "p_counters": tape, "ring_rows": 0, "ring_row": 0}
-        options |= stream_options(plan, tape.dtype) | {"STAGE": 0, "FIRST": 0}
+        arguments |= {"p_handed": tape, "p_ring": tape, "p_counters": tape, "ring_rows": 0, "ring_row": 0}
+        options |= stream_options(plan, tape.dtype) | {"STAGE": 0, "HANDED": 0, "EMITS": self.stage.d_gates}
         second: library.Second | None = None
         if self.later is not None:
-            emitted = self.later.emitted
-            more = {"STEP": self.later.step_backward, "STAGE": 2, "FIRST": 0, "EMITTED": emitted, "HAS_D_OUT": False}
+            more = {"STEP": self.later.back, "STAGE": 2, "EMITS": self.later.d_gates}
+            more |= {"READS_OUT": False, "HAS_D_OUT": False, "HAS_D_CARRIES": False}
             assert packed.later is not None
             second = library.Second(packed.later, more)
-            options |= {"STAGE": 1, "FIRST": emitted, "EMITTED": len(cell.d_gates) - emitted}
+            options |= {"STAGE": 1, "HANDED": self.stage.handed_back}
         if plan.regime == "library":
             weights, projection = packed.weights[0], packed.projection
             library.backward(walk, walk_backward, arguments, options, weights, projection, d_out, reverse, reset, second)

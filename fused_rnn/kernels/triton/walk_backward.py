@@ -5,7 +5,7 @@ this walk) send to its units of h, W[:, units]ᵀ · d_gatesᵀ, then differenti
 all programs of the tile read in the next step. One more step follows the last one, for its product alone.
 
 A cell with later gates has two launches a step, the STAGEs 1 and 2: the second is GIVEN the gradient of the operand, and adds
-what the h before receives through it.
+what the h before and the d_gates receive through it; those that have a share of both stages pass through ``p_handed``.
 
 Legend: T steps, N sequences, H units, s counts steps in the order of this walk, t in the order of the rows.
 """
@@ -40,14 +40,14 @@ def _product(p_weight, p_rows, mask, i_program, K, UNITS: tl.constexpr, BATCH: t
     ]
 )  # fmt: skip
 def walk_backward(
-    p_d_gates, p_ring, p_d_h, p_d_carry, p_d_out, p_d_carries, p_tape, p_before, p_before_0, p_weight, p_product, p_reset,
-    p_lengths, p_offsets, p_counters,
+    p_d_gates, p_ring, p_d_h, p_d_carry, p_d_out, p_d_carries, p_tape, p_out, p_before_0, p_handed, p_weight, p_product,
+    p_reset, p_lengths, p_offsets, p_counters,
     s_begin, s_end, t_begin, t_end, first_row, first_tile, first_d, reverse_bits, tiles, D, T, N, H, ring_rows, ring_row,
-    d_gates_row, d_gates_d, d_out_row, d_out_d, d_carries_row, d_carries_d, tape_row, tape_d, before_row, before_d,
-    STEP: tl.constexpr, STAGE: tl.constexpr, FIRST: tl.constexpr, GATES: tl.constexpr, TAPE: tl.constexpr,
-    EMITTED: tl.constexpr, CARRY: tl.constexpr, RAGGED: tl.constexpr, HAS_RESET: tl.constexpr, HAS_D_OUT: tl.constexpr,
-    HAS_D_CARRIES: tl.constexpr, GIVEN: tl.constexpr, UNITS: tl.constexpr, BATCH: tl.constexpr, CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    d_gates_row, d_gates_d, d_out_row, d_out_d, d_carries_row, d_carries_d, tape_row, tape_d, out_row, out_d,
+    STEP: tl.constexpr, STAGE: tl.constexpr, HANDED: tl.constexpr, GATES: tl.constexpr, TAPE: tl.constexpr, CELL: tl.constexpr,
+    EMITTED: tl.constexpr, EMITS: tl.constexpr, CARRY: tl.constexpr, READS_OUT: tl.constexpr, RAGGED: tl.constexpr,
+    HAS_RESET: tl.constexpr, HAS_D_OUT: tl.constexpr, HAS_D_CARRIES: tl.constexpr, GIVEN: tl.constexpr, UNITS: tl.constexpr,
+    BATCH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Walk steps s_begin .. s_end - 1 of n + 1, n = t_end - t_begin. Grid: (slices of units, batch tiles, recurrences).
 
@@ -57,13 +57,14 @@ def walk_backward(
             s % 2 is read in step s. Unused if the product is GIVEN.
         p_d_h, p_d_carry: (D, N, H), in and out; without another carry than h, p_d_carry is unused.
         p_d_out: (R, D, H), if HAS_D_OUT. p_d_carries: (R, D, H), the gradient of every step's carry, if HAS_D_CARRIES.
-        p_tape: (R, D, TAPE blocks·H).
-        p_before: where the carry of every step lies, one column block of (R, D, ·); p_before_0: that before the first step,
-            (D, N, H). Both are read with CARRY alone.
+        p_tape: (R, D, TAPE blocks·H); with CARRY 1 the carry of every step is its block CELL.
+        p_out: (R, D, H), with CARRY 2 the carry of every step; if READS_OUT the STEP gets it behind the tape.
+        p_before_0: the carry before the first step, (D, N, H); with CARRY alone.
+        p_handed: (D, N, HANDED·H), from the first of two launches to the second; unused where STAGE is 0.
         p_weight: (D, slices, UNITS, ring_row), padded with zeros.
         p_product: (D, N, H): Wᵀ·d_gates of the step before, if GIVEN; in STAGE 2, the gradient of the operand.
         p_reset, p_lengths, p_offsets, p_counters: as in the forward, the last for n + 1 steps.
-        STAGE: 0 for a step in one piece. Blocks of d_gates are emitted from FIRST on.
+        STAGE: 0 for a step in one piece. Of the EMITTED blocks those are written whose bits EMITS has.
     """
     i_u = tl.program_id(0)
     i_b = first_tile + tl.program_id(1)
@@ -75,11 +76,12 @@ def walk_backward(
     m_all = m_u & (o_b < N)
     reverse = (reverse_bits >> i_d) & 1
     o_state = (i_d * N + o_b).to(tl.int64) * H + o_u
+    o_handed = (i_d * N + o_b).to(tl.int64) * (HANDED * H) + o_u
     p_d_gates += i_d * d_gates_d
     p_d_out += i_d * d_out_d
     p_d_carries += i_d * d_carries_d
     p_tape += i_d * tape_d
-    p_before += i_d * before_d
+    p_out += i_d * out_d
     n = t_end - t_begin
     p_counters += (i_d * tiles + i_b) * (n + 1)
 
@@ -120,6 +122,8 @@ def walk_backward(
         tape = ()
         for block in tl.static_range(TAPE):
             tape = tape + (tl.load(p_tape + rows * tape_row + block * H + o_u, mask=mask, other=0.0).to(COMPUTE),)
+        if READS_OUT:
+            tape = tape + (tl.load(p_out + rows * out_row + o_u, mask=mask, other=0.0).to(COMPUTE),)
         before = tl.zeros((UNITS, BATCH), COMPUTE)
         m_fresh = m_b
         if HAS_RESET:
@@ -127,7 +131,10 @@ def walk_backward(
             m_done = m_done & (tl.load(p_reset + rows_done, mask=m_done, other=0) == 0)
         if CARRY:
             m_kept = m_u & m_fresh & m_before
-            before = tl.load(p_before + rows_before * before_row + o_u, mask=m_kept, other=0.0).to(COMPUTE)
+            if CARRY == 1:
+                before = tl.load(p_tape + rows_before * tape_row + CELL * H + o_u, mask=m_kept, other=0.0).to(COMPUTE)
+            else:
+                before = tl.load(p_out + rows_before * out_row + o_u, mask=m_kept, other=0.0).to(COMPUTE)
             m_first = m_u & m_fresh & ~m_before
             before += tl.load(p_before_0 + o_state, mask=m_first, other=0.0).to(COMPUTE)
         d_above = tl.zeros((UNITS, BATCH), COMPUTE)
@@ -148,9 +155,16 @@ def walk_backward(
             d_h += _product(p_weight, p_rows, m_done, i_program, ring_row, UNITS, BATCH, CHUNK, PRECISION)
 
         if STAGE == 2:
-            d_gates, d_direct = STEP(tape, before, d_operand)
+            handed = ()
+            for i in tl.static_range(HANDED):
+                handed = handed + (tl.load(p_handed + o_handed + i * H, mask=mask, other=0.0),)
+            d_gates, d_direct = STEP(tape, before, d_operand, handed)
             d_direct += d_h
             d_carry_before = d_carry
+        elif STAGE == 1:
+            d_gates, handed, d_direct, d_carry_before = STEP(tape, before, d_h + d_above, d_carry)
+            for i in tl.static_range(HANDED):
+                tl.store(p_handed + o_handed + i * H, handed[i], mask=mask)
         else:
             d_gates, d_direct, d_carry_before = STEP(tape, before, d_h + d_above, d_carry)
 
@@ -164,7 +178,8 @@ def walk_backward(
             arrive(p_counters + s)
         # What no other program waits for.
         for block in tl.static_range(EMITTED):
-            tl.store(p_d_gates + o_gates + (FIRST + block) * H, d_gates[block].to(p_d_gates.dtype.element_ty), mask=mask)
+            if EMITS >> block & 1:
+                tl.store(p_d_gates + o_gates + block * H, d_gates[block].to(p_d_gates.dtype.element_ty), mask=mask)
         # A sequence that has no step here keeps its gradients; one that was reset sends none further back.
         d_h = tl.where(m_b, tl.where(m_fresh, d_direct, 0.0), d_h)
         if CARRY == 1:

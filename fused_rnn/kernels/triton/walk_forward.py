@@ -12,7 +12,7 @@ Gates are computed with the operands swapped, gatesᵀ = W · hᵀ: the weights 
 few sequences there are. ``STACKED`` weights put four blocks of units under one another in one product, and it is split after.
 
 A cell with later gates (``Cell.later``) has two launches a step, the STAGEs 1 and 2, around the product of those gates. The
-first leaves the operand in the ring, where the second then writes h, and one number of each unit in ``p_handed``.
+first leaves the operand in the ring, where the second then writes h, and what the second reads of it in ``p_handed``.
 
 Legend: T steps, N sequences, H units, s counts steps in the order of the walk, t in the order of the rows.
 """
@@ -67,7 +67,7 @@ def walk_forward(
     p_tape, p_out, p_ring, p_carry, p_handed, p_h_n, p_weight, p_product, p_bias, p_reset, p_lengths, p_offsets, p_counters,
     s_begin, s_end, first_tile, first_d, reverse_bits, tiles, D, T, N, H, ring_rows, ring_row, tape_row, tape_d, out_row,
     out_d,
-    STEP: tl.constexpr, STAGE: tl.constexpr, FIRST: tl.constexpr, OPERAND: tl.constexpr, GATES: tl.constexpr,
+    STEP: tl.constexpr, STAGE: tl.constexpr, FIRST: tl.constexpr, HANDED: tl.constexpr, GATES: tl.constexpr,
     TAPE: tl.constexpr, BIAS: tl.constexpr, CARRY: tl.constexpr,
     KEEP: tl.constexpr, HAS_OUT: tl.constexpr, RAGGED: tl.constexpr, HAS_RESET: tl.constexpr, HAS_BIAS: tl.constexpr,
     GIVEN: tl.constexpr, STACKED: tl.constexpr, UNITS: tl.constexpr, BATCH: tl.constexpr, CHUNK: tl.constexpr,
@@ -80,7 +80,7 @@ def walk_forward(
         p_out: (R, D, H), if HAS_OUT.
         p_ring: (2, D, ring_rows, ring_row): h, zero beyond H up to the next multiple of CHUNK; slot s % 2 is read in step s.
         p_carry: (D, N, H), in and out; unused without CARRY (1: c, 2: h).
-        p_handed: (D, N, H), from the first of two launches to the second; unused where STAGE is 0.
+        p_handed: (D, N, HANDED·H), from the first of two launches to the second; unused where STAGE is 0.
         p_h_n: (D, N, H): h of every sequence's last step, if HAS_OUT; unused where h is the carry.
         p_weight: (D, slices, piles, rows, ring_row), padded with zeros.
         p_product: (D, N, GATES·H): W·h of this one step, if GIVEN; in STAGE 2, W·operand.
@@ -89,8 +89,8 @@ def walk_forward(
         p_lengths: (N,) steps of each sequence, longest first, if RAGGED.
         p_offsets: (T,) first row of each step, if RAGGED.
         p_counters: (D, batch tiles, T + 1) zeros, unless the product is GIVEN.
-        STAGE: 0 for a step in one piece. GATES are those of the stage, from gate FIRST on; TAPE blocks are written from there
-            on; in STAGE 1 also the operand, to block OPERAND.
+        STAGE: 0 for a step in one piece. GATES are those of the stage, from gate FIRST on. Of the TAPE blocks those are
+            written whose bits KEEP has.
     """
     i_u = tl.program_id(0)
     i_b = first_tile + tl.program_id(1)
@@ -102,6 +102,7 @@ def walk_forward(
     m_all = m_u & (o_b < N)
     reverse = (reverse_bits >> i_d) & 1
     o_state = (i_d * N + o_b).to(tl.int64) * H + o_u
+    o_handed = (i_d * N + o_b).to(tl.int64) * (HANDED * H) + o_u
     p_tape += i_d * tape_d
     p_out += i_d * out_d
     p_counters += (i_d * tiles + i_b) * (T + 1)
@@ -149,10 +150,12 @@ def walk_forward(
                 wait(p_counters + s - 1, tl.num_programs(0))
         slot = ((s % 2) * D + i_d).to(tl.int64)
         if GIVEN:
+            # A product with h is zero after a reset; one with the operand, which this step has made, is what it is.
+            m_product = m_u & (m_b if STAGE == 2 else m_h)
             product = ()
             for gate in tl.static_range(GATES):
                 o_product = (i_d * N + o_b).to(tl.int64) * (GATES * H) + gate * H + o_u
-                product = product + (tl.load(p_product + o_product, mask=m_u & m_h, other=0.0).to(COMPUTE),)
+                product = product + (tl.load(p_product + o_product, mask=m_product, other=0.0).to(COMPUTE),)
         else:
             p_h = p_ring + (slot * ring_rows + o_b) * ring_row
             product = _product(p_weight, p_h, m_h, i_program, ring_row, GATES, STACKED, UNITS, BATCH, CHUNK, PRECISION)
@@ -166,9 +169,12 @@ def walk_forward(
             # In the place of h the operand.
             h, handed, blocks = STEP(x, product, bias, carry)
             after = carry
-            tl.store(p_handed + o_state, handed, mask=mask)
+            for i in tl.static_range(HANDED):
+                tl.store(p_handed + o_handed + i * H, handed[i], mask=mask)
         else:
-            handed = tl.load(p_handed + o_state, mask=mask, other=0.0)
+            handed = ()
+            for i in tl.static_range(HANDED):
+                handed = handed + (tl.load(p_handed + o_handed + i * H, mask=mask, other=0.0),)
             h, after, blocks = STEP(handed, x, product, bias, carry)
 
         stored = h.to(p_out.dtype.element_ty)
@@ -187,9 +193,8 @@ def walk_forward(
             carry = tl.where(m_b, after, carry)
         if KEEP:
             for block in tl.static_range(TAPE):
-                tl.store(p_tape + o_tape + (FIRST + block) * H, blocks[block].to(p_tape.dtype.element_ty), mask=mask)
-            if STAGE == 1:
-                tl.store(p_tape + o_tape + OPERAND * H, stored, mask=mask)
+                if KEEP >> block & 1:
+                    tl.store(p_tape + o_tape + block * H, blocks[block].to(p_tape.dtype.element_ty), mask=mask)
 
     if CARRY:
         tl.store(p_carry + o_state, carry, mask=m_all)
