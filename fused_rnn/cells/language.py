@@ -82,6 +82,13 @@ class Node:
         """Itself where positive, else zero."""
         return self.graph.make("relu", self)
 
+    def _unknown(self, other: Any) -> Any:
+        known = ", ".join(("+", "-", "*", "/", *ACTIVATIONS))
+        raise TypeError(f"{self.graph.name}: expected an operation of the language ({known}), got another operator")
+
+    __pow__ = __rpow__ = __matmul__ = __rmatmul__ = __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = _unknown
+    __lt__ = __le__ = __gt__ = __ge__ = _unknown
+
     def __bool__(self) -> bool:
         raise TypeError(f"{self.graph.name}: an equation cannot branch on a value; every unit goes the same way")
 

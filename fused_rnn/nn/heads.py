@@ -24,9 +24,19 @@ __all__ = ["run_heads", "split_weights"]
 
 
 def split_weights(weights: Sequence[Weights], heads: int) -> list[Weights]:
-    """The parameters of each head of each layer and direction, from those of the layers and directions: views of them."""
+    """The parameters of each head of each layer and direction, from those of the layers and directions: views of them.
+
+    Raises:
+        RuntimeError: if there are rows that the heads cannot share.
+    """
     found = []
     for weight in weights:
+        for field, tensor in zip(Weights._fields, weight, strict=True):
+            if tensor is not None and tensor.shape[0] % heads:
+                name = field if field.startswith("bias") else f"weight_{field}"
+                raise RuntimeError(
+                    f"{name} with num_heads={heads}: expected as many rows for each head, got {tensor.shape[0]} rows"
+                )
         parts = [[None] * heads if tensor is None else tensor.chunk(heads) for tensor in weight]
         found += [Weights(*part) for part in zip(*parts, strict=True)]
     return found

@@ -234,6 +234,12 @@ def branching(x: Any, W: Any, h: Any) -> Any:
         (fails(lambda x, W, h: tanh(x.n + W.n(h)) * float("inf")), ValueError, "<lambda>: expected a finite number, got inf"),
         (fails(lambda x, W, h: tanh(x.n + W.n(h)) + float("nan")), ValueError, "<lambda>: expected a finite number, got nan"),
         (fails(lambda x, W, h: x.n + W.n(h) + True), TypeError, "expected a value of the step or a number, got bool"),
+        (
+            fails(lambda x, W, h: tanh(x.n + W.n(h)) ** 2),
+            TypeError,
+            r"expected an operation of the language .* another operator",
+        ),
+        (fails(lambda x, W, h: tanh(x.n + W.n(h)) > h), TypeError, "expected an operation of the language"),
         (fails(branching), TypeError, "branching: an equation cannot branch on a value"),
         (
             fails(lambda x, W, h: tanh(x.a * W.a(h) + x.b + W.b(h)), gates="a b"),

@@ -232,6 +232,10 @@ def test_what_is_refused() -> None:
         module(torch.randn(4, 2, 3), (torch.randn(1, 2, 6), torch.randn(1, 2, 5)))
     with pytest.raises(RuntimeError):
         module(torch.randn(4, 2, 3), (torch.randn(1, 3, 6), torch.randn(1, 3, 6)))
+    wrong = fused_rnn.LSTM(3, 6, num_heads=3)
+    wrong.weight_hh_l0 = torch.nn.Parameter(torch.zeros(2, 2))
+    with pytest.raises(RuntimeError, match="weight_hh with num_heads=3: expected as many rows for each head, got 2 rows"):
+        wrong(torch.randn(4, 2, 3))
     report: list[fused_rnn.Conversion] = []
     ours = torch.nn.ModuleList([module])
     fused_rnn.revert(ours, report)
