@@ -48,6 +48,12 @@ class Tree:
         self.folder = folder
         (folder / "fused_rnn").mkdir()
         (folder / "fused_rnn" / "__init__.py").touch()
+        # What the cells' header is written from.
+        for room in ("cells", "data", "kernels/cpp"):
+            shutil.copytree(
+                ROOT / "fused_rnn" / room, folder / "fused_rnn" / room, ignore=shutil.ignore_patterns("__pycache__")
+            )
+        shutil.copy(ROOT / "fused_rnn" / "kernels" / "written.py", folder / "fused_rnn" / "kernels")
         for room in ("kernels", "bind", "run"):
             (folder / "csrc" / room).mkdir(parents=True)
         shutil.copy(ROOT / "setup.py", folder)
@@ -56,8 +62,8 @@ class Tree:
         self.write("forward.h", '#include "kernel.h"')
         self.write("bind/binding.h", "")
         self.write("bind/module.cpp", MODULE)
-        for part in ("table", "int8"):
-            self.write(f"kernels/{part}.cpp", "")
+        self.write("kernels/int8.cpp", "")
+        self.write("kernels/table.cpp", '#define FUSED_RNN_CELL(name, Struct)\n#include "cells/cells.def"')
         for part in PARTS:
             self.write(f"kernels/{part}.cpp", f'#include "{"forward" if part == "forward" else "kernel"}.h"')
 
@@ -131,6 +137,12 @@ def test_what_has_changed_is_compiled_again(tree: Tree) -> None:
     made = tree.build()
     assert _files(made) == {"backward.o", "forward.o", "others.o"}
     assert len(made) == 6
+
+    # A cell less.
+    cells = tree.folder / "fused_rnn" / "cells" / "__init__.py"
+    assert cells.read_text().count(", mgu)}") == 1
+    cells.write_text(cells.read_text().replace(", mgu)}", ")}"))
+    assert _files(tree.build()) == {"table.o"}
 
     # An object of another making, as a checkout of an older setup.py leaves one.
     (module,) = (tree.folder / "build").rglob("module.o")
