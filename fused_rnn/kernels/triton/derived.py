@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import keyword
-import math
 import types
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
@@ -124,7 +123,7 @@ class _Writer(Writer):
         if node in self.sums:
             return self.sums[node]
         if node.operation == "constant":
-            return repr(node.value) if math.isfinite(node.value) else f'float("{node.value}")'
+            return repr(node.value)
         if node.operation in OPERATORS:
             left, right = node.operands
             binding = _BINDING[node.operation]
