@@ -363,17 +363,15 @@ def _layers(
         return run(cell, rows, steps, states, weights, reverse, resets, cell_states)
     if states is not None:
         _check_state_counts(states, len(weights))
-    if connection is not None:
-        return connections.layers(
-            connection, run, cell, rows, steps, states, weights, reverse, resets, dropout, cell_states, batch_first
-        )
 
     def one(rows: Tensor, before: States | None, part: slice, last: bool) -> Outputs:
         if last and batch_first:
             return run(cell, rows, steps, before, weights[part], reverse, resets, cell_states, False, True)
         return run(cell, rows, steps, before, weights[part], reverse, resets, cell_states and last)
 
-    return connections.layer_after_layer(one, len(weights), directions, dropout, rows, states)
+    return connections.layers(
+        connection or connections.PLAIN, one, len(weights), directions, dropout, rows, states, batch_first
+    )
 
 
 @quietly

@@ -16,7 +16,6 @@ from fused_rnn.nn.qconfig import Quantizable
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
-
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 

@@ -22,16 +22,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fused_rnn.data.cell import Cell, Weights
-from fused_rnn.data.steps import Steps
 from fused_rnn.graph.autograd import Outputs
 from fused_rnn.kernels.protocol import States
 
-__all__ = ["Connection", "Dense", "Highway", "Residual", "layers"]
+__all__ = ["PLAIN", "Connection", "Dense", "Highway", "Residual", "layers"]
 
 
 class Connection:
-    """How the output of a layer is joined with what it read.
+    """How the output of a layer is joined with what it read. This one: not at all, as in torch.nn.
 
     Attributes:
         first: the first layer around which there is a connection.
@@ -40,7 +38,7 @@ class Connection:
 
     grows = False
 
-    def __init__(self, first: int) -> None:
+    def __init__(self, first: int = 0) -> None:
         self.first = first
 
     def read(self, x: Tensor, dropout: float) -> Tensor:
@@ -53,7 +51,10 @@ class Connection:
 
     def joined(self, layer: int, x: Tensor, out: Tensor, batch_first: bool) -> Tensor:
         """The output of a layer and its connection; with ``batch_first``, ``out`` has N before T, and ``x`` has not."""
-        raise NotImplementedError
+        return out
+
+
+PLAIN = Connection()
 
 
 class Residual(Connection):
@@ -91,12 +92,9 @@ class Highway(Connection):
 
 
 class Dense(Connection):
-    """A layer reads the module's input and the outputs of all layers before it."""
+    """A layer reads the module's input and the outputs of all layers before it; the last one's output is the module's."""
 
     grows = True
-
-    def __init__(self) -> None:
-        super().__init__(1)
 
     def read(self, x: Tensor, dropout: float) -> Tensor:
         """All of x_l; its dropout has been done."""
@@ -106,65 +104,18 @@ class Dense(Connection):
         """[x_l, dropout(y_l)]."""
         return torch.cat((x, torch.dropout(out, dropout, True) if dropout else out), -1)
 
-    def joined(self, layer: int, x: Tensor, out: Tensor, batch_first: bool) -> Tensor:
-        """y_l: the output of the last layer is the module's."""
-        return out
-
 
 def layers(
     connection: Connection,
-    run: Callable[..., Outputs],
-    cell: Cell,
-    rows: Tensor,
-    steps: Steps,
-    states: States | None,
-    weights: Sequence[Weights],
-    reverse: tuple[bool, ...],
-    resets: Tensor | None,
-    dropout: float,
-    cell_states: bool,
-    batch_first: bool,
-) -> Outputs:
-    """Run layer after layer, each with its connection.
-
-    Args:
-        run: runs a layer; as ``fused_rnn.graph.autograd.layer``.
-        rows, states: as of ``fused_rnn.nn.calls``.
-        resets: of each direction.
-        batch_first: as of ``fused_rnn.graph.autograd.eager_layer``, for the last layer.
-
-    Returns:
-        out, the states after the walk, (L·D, N, ·) each, and with ``cell_states`` c of the last layer at every step.
-    """
-    directions = len(reverse)
-    last = len(weights) // directions - 1
-    ends: list[States] = []
-    x, cells = rows, None
-    for layer in range(last + 1):
-        part = slice(layer * directions, (layer + 1) * directions)
-        before = None if states is None else tuple([state[part] for state in states])
-        read = connection.read(x, dropout if layer else 0.0)
-        if layer < last:
-            out, end, _ = run(cell, read, steps, before, weights[part], reverse, resets, False)
-            x = connection.next(layer, x, out, dropout)
-        elif batch_first:
-            out, end, cells = run(cell, read, steps, before, weights[part], reverse, resets, cell_states, False, True)
-        else:
-            out, end, cells = run(cell, read, steps, before, weights[part], reverse, resets, cell_states)
-        ends.append(end)
-    after = tuple([torch.cat(parts) for parts in zip(*ends, strict=True)])
-    return connection.joined(last, x, out, batch_first), after, cells
-
-
-def layer_after_layer(
     run: Callable[[Tensor, States | None, slice, bool], Outputs],
     count: int,
     directions: int,
     dropout: float,
     rows: Tensor,
     states: States | None,
+    batch_first: bool = False,
 ) -> Outputs:
-    """Run layer after layer, with dropout between them.
+    """Run layer after layer, each with its connection, with dropout between them.
 
     Args:
         run: one of them: of its rows, the states before it, which of the L·D weights are its own, and whether it is the last.
@@ -172,18 +123,20 @@ def layer_after_layer(
         directions: D.
         dropout: between layers.
         rows, states: as of ``fused_rnn.nn.calls``.
+        batch_first: whether ``run`` gives the last layer's output with N before T.
 
-    Returns: as ``layers``.
+    Returns:
+        out, the states after the walk, (L·D, N, ·) each, and what ``run`` gives of c of the last layer at every step.
     """
     ends: list[States] = []
-    cells = None
+    x, cells = rows, None
     for first in range(0, count, directions):
-        if first and dropout:
-            rows = torch.dropout(rows, dropout, True)
-        part = slice(first, first + directions)
+        layer, part = first // directions, slice(first, first + directions)
+        last = part.stop == count
         before = None if states is None else tuple([state[part] for state in states])
-        rows, end, cells = run(rows, before, part, part.stop == count)
+        out, end, cells = run(connection.read(x, dropout if first else 0.0), before, part, last)
+        x = connection.joined(layer, x, out, batch_first) if last else connection.next(layer, x, out, dropout)
         ends.append(end)
     if len(ends) == 1:
-        return rows, ends[0], cells
-    return rows, tuple([torch.cat(parts) for parts in zip(*ends, strict=True)]), cells
+        return x, ends[0], cells
+    return x, tuple([torch.cat(parts) for parts in zip(*ends, strict=True)]), cells

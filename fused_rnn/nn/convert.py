@@ -88,7 +88,7 @@ def convert(model: Model, report: list[Conversion] | None = None, *, keep_class:
     ``RNNCellBase``, which may compute anything; modules of which ``forward``, or a method that it calls, was replaced on the
     instance; scripted and traced modules; modules quantized or prepared for it; parameters of a dtype that the kernels do not
     compute in, or of a tensor subclass; modules with an attribute that has the name of an option here (``connections``,
-    ``weight_dropout``).
+    ``weight_dropout``, ``num_heads``).
 
     torch.jit.script compiles no kernel of this package: revert before it. torch.fx.symbolic_trace takes the modules whole, as
     those of torch.nn.
@@ -136,8 +136,8 @@ def convert(model: Model, report: list[Conversion] | None = None, *, keep_class:
 def revert(model: Model, report: list[Conversion] | None = None) -> Model:
     """Undo ``convert``: give every fused module in ``model`` the class of torch.nn of the same name.
 
-    Left alone, each with its reason in the report: what torch.nn has not (``reset_after=False``, ``connections``,
-    ``weight_dropout``), and subclasses, which may compute anything.
+    Left alone, each with its reason in the report: what torch.nn has not (``reset_after=False``, ``coupled``,
+    ``connections``, ``weight_dropout``, ``num_heads``), and subclasses, which may compute anything.
 
     Args:
         model: the model, changed in place.

@@ -146,7 +146,8 @@ def _layers(
             stack.cell, stack.hidden_size, weights, reverse, rows, steps, before, resets, wanted, batch_first=turned
         )
 
-    return connections.layer_after_layer(one, len(stack.weights), stack.directions, stack.dropout, rows, states)
+    count, plain = len(stack.weights), connections.PLAIN
+    return connections.layers(plain, one, count, stack.directions, stack.dropout, rows, states, batch_first)
 
 
 def _computed(input: Tensor) -> Tensor:
