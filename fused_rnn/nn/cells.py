@@ -74,7 +74,7 @@ class RNNCell(_Cell, torch.nn.RNNCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; shapes and errors in the class docstring."""
-        if symbolic.trace._is_fx_tracing_flag and (proxy := symbolic.recorded(self, input, hx)) is not None:
+        if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx)) is not None:
             return proxy  # type: ignore[no-any-return]
         if self.nonlinearity == "tanh":
             return self._step(RNN_TANH, input, None if hx is None else (hx,))[0]
@@ -126,7 +126,7 @@ class GRUCell(_Cell, torch.nn.GRUCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; shapes and errors in the class docstring."""
-        if symbolic.trace._is_fx_tracing_flag and (proxy := symbolic.recorded(self, input, hx)) is not None:
+        if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx)) is not None:
             return proxy  # type: ignore[no-any-return]
         return self._step(GRU if self.reset_after else GRU_RESET_BEFORE, input, None if hx is None else (hx,))[0]
 
@@ -179,7 +179,7 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Take one step; shapes and errors in the class docstring."""
-        if symbolic.trace._is_fx_tracing_flag and (proxy := symbolic.recorded(self, input, hx)) is not None:
+        if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx)) is not None:
             return proxy  # type: ignore[no-any-return]
         h, c = self._step(LSTM_COUPLED if self.coupled else LSTM, input, calls.pair(hx, "lstm_cell"))
         return h, c

@@ -116,10 +116,7 @@ class RNN(_Layers):
         """Run the layers; shapes and errors in the class docstring."""
         if positional:
             checks.refuse_positional(self, positional)
-        if (
-            symbolic.trace._is_fx_tracing_flag
-            and (proxy := symbolic.recorded(self, input, hx, lengths=lengths, reset=reset)) is not None
-        ):
+        if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx, lengths=lengths, reset=reset)) is not None:
             return proxy  # type: ignore[no-any-return]
         cell = RNN_TANH if self.mode == "RNN_TANH" else RNN_RELU
         out, states, _ = self._run(cell, input, self._weights(), None if hx is None else (hx,), lengths, reset)
@@ -220,10 +217,7 @@ class GRU(_Layers):
         """Run the layers; shapes and errors in the class docstring."""
         if positional:
             checks.refuse_positional(self, positional)
-        if (
-            symbolic.trace._is_fx_tracing_flag
-            and (proxy := symbolic.recorded(self, input, hx, lengths=lengths, reset=reset)) is not None
-        ):
+        if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx, lengths=lengths, reset=reset)) is not None:
             return proxy  # type: ignore[no-any-return]
         cell = GRU_CELL if self.reset_after else GRU_RESET_BEFORE
         out, states, _ = self._run(cell, input, self._weights(), None if hx is None else (hx,), lengths, reset)
@@ -386,7 +380,7 @@ class LSTM(_Layers):
         """Run the layers; shapes and errors in the class docstring."""
         if positional:
             checks.refuse_positional(self, positional)
-        if symbolic.trace._is_fx_tracing_flag:
+        if symbolic.traced():
             keywords = {"lengths": lengths, "reset": reset, "return_cell_states": return_cell_states}
             if (proxy := symbolic.recorded(self, input, hx, **keywords)) is not None:
                 return proxy

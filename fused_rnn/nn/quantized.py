@@ -335,10 +335,7 @@ class QuantizedGRU(_Layers):
 
 
 def _single(module: _Layers, input: Any, hx: Tensor | None, lengths: Any, reset: Any) -> Any:
-    if (
-        symbolic.trace._is_fx_tracing_flag
-        and (proxy := symbolic.recorded(module, input, hx, lengths=lengths, reset=reset)) is not None
-    ):
+    if symbolic.traced() and (proxy := symbolic.recorded(module, input, hx, lengths=lengths, reset=reset)) is not None:
         return proxy
     out, states, _ = module._run(input, None if hx is None else (hx,), lengths, reset)
     return out, states[0]
@@ -373,7 +370,7 @@ class QuantizedLSTM(_Layers):
         return_cell_states: bool = False,
     ) -> Any:
         """Run the layers; shapes and errors as ``fused_rnn.LSTM``."""
-        if symbolic.trace._is_fx_tracing_flag:
+        if symbolic.traced():
             keywords = {"lengths": lengths, "reset": reset, "return_cell_states": return_cell_states}
             if (proxy := symbolic.recorded(self, input, hx, **keywords)) is not None:
                 return proxy

@@ -91,7 +91,7 @@ class QuantizedGRUCell(_Cell):
 
 
 def _single(module: _Cell, input: Tensor, hx: Tensor | None) -> Tensor:
-    if symbolic.trace._is_fx_tracing_flag and (proxy := symbolic.recorded(module, input, hx)) is not None:
+    if symbolic.traced() and (proxy := symbolic.recorded(module, input, hx)) is not None:
         return proxy  # type: ignore[no-any-return]
     return module._step(input, None if hx is None else (hx,))[0]
 
@@ -108,7 +108,7 @@ class QuantizedLSTMCell(_Cell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Take one step; shapes and errors as ``fused_rnn.LSTMCell``."""
-        if symbolic.trace._is_fx_tracing_flag and (proxy := symbolic.recorded(self, input, hx)) is not None:
+        if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx)) is not None:
             return proxy  # type: ignore[no-any-return]
         h, c = self._step(input, calls.pair(hx, "lstm_cell"))
         return h, c

@@ -139,10 +139,7 @@ class Recurrent(StackOptions):
         """Run the layers; shapes and errors in the class docstring."""
         if positional:
             checks.refuse_positional(self, positional)
-        if (
-            symbolic.trace._is_fx_tracing_flag
-            and (proxy := symbolic.recorded(self, input, hx, lengths=lengths, reset=reset)) is not None
-        ):
+        if symbolic.traced() and (proxy := symbolic.recorded(self, input, hx, lengths=lengths, reset=reset)) is not None:
             return proxy  # type: ignore[no-any-return]
         cell = self.cell.row
         weights = [Weights(*[getattr(self, name) for name in names]) for names in self._names]

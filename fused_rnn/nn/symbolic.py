@@ -12,8 +12,10 @@ from torch import nn
 from torch.fx import Proxy, _symbolic_trace
 from torch.utils._pytree import tree_leaves
 
-# Whose flag tells that a trace of torch.fx runs, of this kind or of make_fx, which traces tensors. It is read at every call.
-trace = _symbolic_trace
+
+def traced() -> bool:
+    """Whether a trace of torch.fx runs, of this kind or of make_fx, which traces tensors."""
+    return _symbolic_trace._is_fx_tracing_flag
 
 
 def recorded(module: nn.Module, input: Any, hx: Any, **keywords: Any) -> Any:
