@@ -107,20 +107,6 @@ def sequence(
     Returns:
         out, the states after the last step, and with ``cell_states`` c of every step.
     """
-    one = len(weights) == 1 and lengths is None and reset is None and not (bidirectional or cell_states)
-    if one and connection is None and type(input) is Tensor and input.dim() == 3 and not torch.is_grad_enabled():
-        # Such a call's tensors say all that there is to say.
-        backend = autograd.eager_backend(cell, input, weights[0].hh)
-        if backend is not None and backend.checks:
-            rows = input.transpose(0, 1).contiguous() if batch_first else input
-            try:
-                plain: Any = backend.plain_forward(cell, rows, states, weights[0], False, batch_first)  # type: ignore[attr-defined]
-            except Exception:
-                # What does not fit each other has the errors of torch.
-                _check_dense(cell, input, weights, 1, states, batch_first, None)
-                raise
-            if plain is not None:
-                return (*plain, None)
     reverse: tuple[bool, ...] = _BOTH if bidirectional else _FORWARD
     layers: Callable[..., Outputs] = _layers
     if heads > 1:
@@ -154,8 +140,17 @@ def sequence(
     if backend is None or not backend.checks:
         _check_dense(cell, input, weights, directions, states, batch_first, connection, heads)
     try:
-        run = partial(layers, cell, weights, reverse, dropout, cell_states, connection, backend)
-        out, after, cells = _dense(run, input, weights[0].hh, states, backend, lengths, reset, batched, batch_first)
+        plain: Any = None
+        one = len(weights) == 1 and connection is None and lengths is None and reset is None and not cell_states
+        if one and backend is not None and backend.checks and type(input) is Tensor and not torch.is_grad_enabled():
+            # Such a call's tensors say all that there is to say.
+            rows = input.transpose(0, 1).contiguous() if batch_first else input
+            plain = backend.plain_forward(cell, rows, states, weights[0], False, batch_first)  # type: ignore[attr-defined]
+        if plain is not None:
+            (out, after), cells = plain, None
+        else:
+            run = partial(layers, cell, weights, reverse, dropout, cell_states, connection, backend)
+            out, after, cells = _dense(run, input, weights[0].hh, states, backend, lengths, reset, batched, batch_first)
     except Exception:
         # What does not fit each other has the errors of torch.
         _check_dense(cell, input, weights, directions, states, batch_first, connection, heads)
