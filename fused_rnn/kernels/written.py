@@ -21,6 +21,9 @@ from pathlib import Path
 from fused_rnn.cells.language import Node, order
 
 OPERATORS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+# How tightly an operation holds its operands together: those of the same kind from left to right.
+SUM, PRODUCT, SIGN, NAME = range(4)
+BINDING = {"add": SUM, "sub": SUM, "mul": PRODUCT, "div": PRODUCT, "neg": SIGN}
 
 
 class Writer:
@@ -46,7 +49,32 @@ class Writer:
         return f"v{sum(each.startswith('v') for each in self.names.values())}"
 
     def expression(self, node: Node) -> str:
-        """How a value is computed from its operands."""
+        """How a value is computed from its operands, in the order of the equations."""
+        if node.operation == "constant":
+            return self.number(node.value)
+        if node.operation in OPERATORS:
+            left, right = node.operands
+            binding = BINDING[node.operation]
+            return f"{self.operand(left, binding)} {OPERATORS[node.operation]} {self.operand(right, binding + 1)}"
+        if node.operation == "neg":
+            return f"-{self.operand(node.operands[0], NAME)}"
+        return self.call(node)
+
+    def binding(self, node: Node, source: str) -> int:
+        """How tightly the text of a value, which has been written, holds together."""
+        return NAME if node in self.names else BINDING.get(node.operation, NAME)
+
+    def operand(self, node: Node, binding: int = NAME) -> str:
+        """A value as an operand, in parentheses if it holds together less tightly than that."""
+        source = self.write(node)
+        return source if self.binding(node, source) >= binding else f"({source})"
+
+    def number(self, value: float) -> str:
+        """A number as an operand."""
+        raise NotImplementedError
+
+    def call(self, node: Node) -> str:
+        """A function of values."""
         raise NotImplementedError
 
     def write(self, node: Node) -> str:

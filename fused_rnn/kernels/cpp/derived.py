@@ -100,16 +100,16 @@ def _forward(derived: Derived, later: bool) -> list[str]:
             writer.give(graph.operand, "io.load(p.operand)", str(cell.operand))
     for number, gate in enumerate(cell.later if later else cell.first):
         place = cell.gates.index(gate)
-        if gate in derived.sums:
-            # Each of them is the operand of one operation, mostly an activation.
-            writer.names[derived.sums[gate]] = f"gate<T>(io, p, {place}, recurrent[{number}])"
-        else:
+        if gate not in derived.sums:
             writer.give(graph.leaf("x", gate), f"gate<T>(io, p, {place}, recurrent[kGates])", f"x_{gate}")
             writer.give(graph.leaf("w", gate), f"gate<T>(io, p, kGates, recurrent[{number}])", f"h{gate}")
-    for gate, node in derived.sums.items():
-        if writer.uses[node] > 1 and node in writer.names:
-            source = writer.names.pop(node)
+            continue
+        node, source = derived.sums[gate], f"gate<T>(io, p, {place}, recurrent[{number}])"
+        if writer.uses[node] > 1:
             writer.give(node, source, f"sum_{gate}")
+        else:
+            # Where the one operation on it stands, mostly an activation.
+            writer.names[node] = source
     writer.activate()
     stores = [(_at("p.tape", cell.tape.index(block)), writer.named(node)) for block, node in kept]
     after = [("p.c", writer.named(node)) for node in others] if not later else []

@@ -6,11 +6,8 @@ from collections.abc import Container, Sequence
 
 from fused_rnn.cells.derivation import Derived, gradients_of
 from fused_rnn.cells.language import Node, order
-from fused_rnn.kernels.written import OPERATORS, Writer
+from fused_rnn.kernels.written import Writer
 
-# How tightly an operation holds together.
-_SUM, _PRODUCT, _NAME = range(3)
-_BINDING = {"add": _SUM, "sub": _SUM, "mul": _PRODUCT, "div": _PRODUCT, "neg": _PRODUCT}
 # The activations that kernels compute several of at once (``activate`` in csrc/walk/simd.h), in the order that it wants.
 _SIDE_BY_SIDE = ("sigmoid", "tanh")
 _MOST_SIDE_BY_SIDE = 4
@@ -86,24 +83,13 @@ class CppWriter(Writer):
             wanted = f"{node.operation}_{self.names[node.operands[0]]}"
         return self._free("v" if wanted is None else wanted)
 
-    def expression(self, node: Node) -> str:
-        """How a value is computed from its operands."""
-        if node.operation == "constant":
-            return "Vec<T>{}" if node.value == 0 else "one" if node.value == 1 else f"broadcast<T>(T({node.value!r}))"
-        if node.operation in OPERATORS:
-            left, right = node.operands
-            # The order of the operations is that of the equations.
-            binding = _BINDING[node.operation]
-            return f"{self._operand(left, binding)} {OPERATORS[node.operation]} {self._operand(right, binding + 1)}"
-        if node.operation == "neg":
-            return f"-{self._operand(node.operands[0], _NAME)}"
-        return f"{node.operation}<T>({', '.join(self.write(each) for each in node.operands)})"
+    def number(self, value: float) -> str:
+        """A number as a vector of it."""
+        return "Vec<T>{}" if value == 0 else "one" if value == 1 else f"broadcast<T>(T({value!r}))"
 
-    def _operand(self, node: Node, binding: int) -> str:
-        """A value as an operand, in parentheses if it holds together less tightly than that."""
-        source = self.write(node)
-        own = _NAME if node in self.names else _BINDING.get(node.operation, _NAME)
-        return source if own >= binding else f"({source})"
+    def call(self, node: Node) -> str:
+        """A function of vectors."""
+        return f"{node.operation}<T>({', '.join(self.write(each) for each in node.operands)})"
 
     def _free(self, name: str) -> str:
         found, number = name, 1

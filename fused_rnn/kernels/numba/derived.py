@@ -16,7 +16,7 @@ from fused_rnn.cells.language import ACTIVATIONS, Node
 from fused_rnn.data.cell import Cell
 from fused_rnn.kernels import written
 from fused_rnn.kernels.by_walk.walk import Walk
-from fused_rnn.kernels.written import OPERATORS, Writer
+from fused_rnn.kernels.written import NAME, Writer
 
 _TEMPLATE = '''"""The pointwise parts of the cell {mode}, made from its equations by fused_rnn."""
 
@@ -75,23 +75,22 @@ class _Writer(Writer):
         return super().has_line(node) or node.operation in ACTIVATIONS
 
     def expression(self, node: Node) -> str:
-        if node.operation == "constant":
-            name = self.constants.setdefault(node.value, f"_CONSTANT_{len(self.constants)}")
-            return f"{name}(like)"
-        if node.operation in OPERATORS:
-            left, right = (self.operand(each) for each in node.operands)
-            return f"{left} {OPERATORS[node.operation]} {right}"
         if node.operation == "neg":
             return f"splat(like) - {self.operand(node.operands[0])}"
+        return super().expression(node)
+
+    def operand(self, node: Node, binding: int = NAME) -> str:
+        # In parentheses, unless it is a name or a call.
+        return super().operand(node, NAME)
+
+    def number(self, value: float) -> str:
+        return f"{self.constants.setdefault(value, f'_CONSTANT_{len(self.constants)}')}(like)"
+
+    def call(self, node: Node) -> str:
         if node.operation == "relu":
             operand = self.operand(node.operands[0])
             return f"where_positive({operand}, {operand})"
         return f"{node.operation}({', '.join(self.write(each) for each in node.operands)})"
-
-    def operand(self, node: Node) -> str:
-        """A value as an operand: in parentheses, unless it is a name or a call."""
-        source = self.write(node)
-        return f"({source})" if node not in self.names and node.operation in (*OPERATORS, "neg") else source
 
 
 def _at(address: str, block: int, size: str = "block") -> str:

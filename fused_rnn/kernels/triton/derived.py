@@ -18,11 +18,8 @@ from fused_rnn.cells.language import ACTIVATIONS, Node, order
 from fused_rnn.data.cell import Cell
 from fused_rnn.kernels import written
 from fused_rnn.kernels.triton.recurrence import RECURRENCES, Recurrence, Stage, carry_kind
-from fused_rnn.kernels.written import OPERATORS, Writer
+from fused_rnn.kernels.written import PRODUCT, SIGN, SUM, Writer
 
-# How tightly an operation holds its operands together, in Python.
-_SUM, _PRODUCT, _SIGN, _NAME = range(4)
-_BINDING = {"add": _SUM, "sub": _SUM, "mul": _PRODUCT, "div": _PRODUCT, "neg": _SIGN}
 _FUNCTIONS = ("everywhere", "relu", "sigmoid", "tanh", "where_positive")
 _RESERVED = {*_FUNCTIONS, *keyword.kwlist, "float", "tl", "triton"}
 _TEMPLATE = '''"""The pointwise parts of the cell {mode}, made from its equations by fused_rnn."""
@@ -120,25 +117,18 @@ class _Writer(Writer):
         return self.free_name(super().new_name(node))
 
     def expression(self, node: Node) -> str:
-        if node in self.sums:
-            return self.sums[node]
-        if node.operation == "constant":
-            return repr(node.value)
-        if node.operation in OPERATORS:
-            left, right = node.operands
-            binding = _BINDING[node.operation]
-            return f"{self.operand(left, binding)} {OPERATORS[node.operation]} {self.operand(right, binding + 1)}"
-        if node.operation == "neg":
-            return f"-{self.operand(node.operands[0], _NAME)}"
+        return self.sums[node] if node in self.sums else super().expression(node)
+
+    def number(self, value: float) -> str:
+        return repr(value)
+
+    def call(self, node: Node) -> str:
         return f"{node.operation}({', '.join(map(self.tensor, node.operands))})"
 
-    def operand(self, node: Node, binding: int) -> str:
-        """A value as an operand, in parentheses if it holds together less tightly than that."""
-        source = self.write(node)
-        own = _NAME if node in self.names else _SUM if node in self.sums else _BINDING.get(node.operation, _NAME)
-        if source.startswith("-"):
-            own = min(own, _SIGN)
-        return source if own >= binding else f"({source})"
+    def binding(self, node: Node, source: str) -> int:
+        own = SUM if node in self.sums and node not in self.names else super().binding(node, source)
+        # A number may have a sign.
+        return min(own, SIGN) if source.startswith("-") else own
 
     def tensor(self, node: Node) -> str:
         """A value as an argument or a result, which has one number for each unit even where it is the same for all."""
@@ -306,7 +296,7 @@ def _later_backward(derived: Derived, name: str) -> _Part:
     blocks = {}
     for block, node in d_gates.items():
         if block in both:
-            blocks[block] = f"handed[{both.index(block)}] + {writer.operand(node, _PRODUCT)}"
+            blocks[block] = f"handed[{both.index(block)}] + {writer.operand(node, PRODUCT)}"
         else:
             blocks[block] = writer.tensor(node)
     result = f"{_gradients(derived, blocks)}, {_NOTHING if direct is None else writer.write(direct)}"
