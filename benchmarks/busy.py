@@ -19,15 +19,15 @@ from typing import Any
 
 import torch
 
+from benchmarks import paged, timing
 from benchmarks import peers as peers_module
-from benchmarks import timing
 from benchmarks.arguments import Parser, names, number, positive_seconds
 from benchmarks.beside_loader import LOADER, loader_rows
 from benchmarks.cases import CELLS, MODES, Case
 from benchmarks.gate import Gate
 from benchmarks.peers import OURS, Peer, Provider
 from benchmarks.problem import Problem
-from benchmarks.results import ResultsError, check_writable, default_path, describe_run, save
+from benchmarks.results import ResultsError, check_writable, default_path, describe_run
 from benchmarks.sets import select
 from benchmarks.suite import judge_peer, row_of
 from benchmarks.timing import quantiles, timed_call
@@ -206,34 +206,10 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"nothing to measure: {reason}")
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     info = describe_run(chosen, options.backend, options.threads)
-    results: dict[str, Any] = {"run": info, "rows": [], "growth": []}
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
     jobs: list[Callable[[], list[dict[str, Any]]]] = [
         lambda case=case: measure_case(case, chosen, options.threads, info, rounds, options.slice)  # type: ignore[misc]
         for case in cases
     ]
     if not options.no_loader:
         jobs.append(lambda: loader_rows(LOADER, options.threads, info, rounds, options.slice))
-    try:
-        for i, job in enumerate(jobs):
-            results["rows"] += job()
-            # Written after every case: even a kill leaves what was measured.
-            save(results, path)
-            print(f"{(i + 1) / len(jobs):4.0%} {results['rows'][-1]['case'].rpartition('/')[0]}", file=sys.stderr, flush=True)
-        info["complete"] = True
-    except KeyboardInterrupt:
-        pass
-    finally:
-        torch.set_num_threads(before)
-    try:
-        save(results, path)
-        page = path.with_suffix(".md")
-        page.write_text(markdown(results["rows"], info), encoding="utf-8")
-    except (ResultsError, OSError) as error:
-        parser.error(str(error))
-    print(markdown(results["rows"], info))
-    print(f"{len(results['rows'])} rows in {path}, the page in {page}")
-    if not info["complete"]:
-        return 130
-    return 1 if any(row["status"] == "wrong" for row in results["rows"]) else 0
+    return paged.run(jobs, info, path, parser, lambda row: str(row["case"].rpartition("/")[0]), markdown)

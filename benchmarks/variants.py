@@ -7,7 +7,6 @@ careful author writes it.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import timing
+from benchmarks import paged, timing
 from benchmarks.arguments import Parser, names, number, positive_seconds
 from benchmarks.cases import parse_shape
 from benchmarks.peers import compiling
 from benchmarks.peers.base import Provider
 from benchmarks.peers.fused import package
-from benchmarks.results import ResultsError, check_writable, default_path, describe_run, save
+from benchmarks.results import ResultsError, check_writable, default_path, describe_run
 
 # Steps that torch.compile is to unroll, half a minute of compiling for each cell, shape and mode.
 MOST_UNROLLED = 20
@@ -229,9 +228,8 @@ def measure(name: str, shape: str, mode: str, seconds: float, compiled: bool = T
     return list(rows.values())
 
 
-def markdown(results: Mapping[str, Any]) -> str:
+def markdown(rows: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> str:
     """The rows as a page: a line for each cell, mode and shape."""
-    info = results["run"]
     lines = [
         "# Cells that torch.nn lacks, and a user's own",
         "",
@@ -241,15 +239,15 @@ def markdown(results: Mapping[str, Any]) -> str:
         "`our LSTM` beside them is this package's on the same backend.",
         "",
     ]
-    others = list(dict.fromkeys(row["provider"] for row in results["rows"] if row["provider"] != "ours"))
+    others = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] != "ours"))
     lines += [f"| cell | mode | B×T×H | ours, ms | {' | '.join(others)} |", "|---|---|---|---:|" + "---:|" * len(others)]
     groups: dict[tuple[str, str, str], dict[str, Mapping[str, Any]]] = {}
-    for row in results["rows"]:
+    for row in rows:
         groups.setdefault((row["cell"], row["mode"], row["shape"]), {})[row["provider"]] = row
     for (cell, mode, shape), found in groups.items():
         ratios = [f"{found[who]['ratio']['median']:.2f} ×" if who in found else "-" for who in others]
         lines.append(f"| {cell} | {mode} | {shape} | {found['ours']['ms']['median']:.3g} | {' | '.join(ratios)} |")
-    wrong = [row for row in results["rows"] if row["status"] == "wrong"]
+    wrong = [row for row in rows if row["status"] == "wrong"]
     lines += ["", *(f"{row['cell']} {row['mode']} {row['shape']}, {row['provider']}: {row['reason']}" for row in wrong)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -284,25 +282,10 @@ def main(arguments: Sequence[str]) -> int:
     except (ValueError, ResultsError) as error:
         parser.error(str(error))
     info = describe_run({}, None, options.threads)
-    results: dict[str, Any] = {"run": info, "rows": [], "growth": []}
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    jobs = [(name, shape, mode) for name in options.cells for shape in shapes for mode in options.modes]
-    try:
-        for i, job in enumerate(jobs):
-            results["rows"] += measure(*job, seconds, compiled=not options.quick)
-            save(results, path)
-            print(f"{(i + 1) / len(jobs):4.0%} {' '.join(job)}", file=sys.stderr, flush=True)
-        info["complete"] = True
-    except KeyboardInterrupt:
-        pass
-    finally:
-        torch.set_num_threads(before)
-    save(results, path)
-    page = path.with_suffix(".md")
-    page.write_text(markdown(results), encoding="utf-8")
-    print(markdown(results))
-    print(f"{len(results['rows'])} rows in {path}, the page in {page}")
-    if not info["complete"]:
-        return 130
-    return 1 if any(row["status"] == "wrong" for row in results["rows"]) else 0
+    jobs = [
+        partial(measure, name, shape, mode, seconds, compiled=not options.quick)
+        for name in options.cells
+        for shape in shapes
+        for mode in options.modes
+    ]
+    return paged.run(jobs, info, path, parser, lambda row: f"{row['cell']} {row['shape']} {row['mode']}", markdown)

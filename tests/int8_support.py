@@ -8,6 +8,7 @@ by one. So the bound of a result is that of float32, and for each such number on
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,3 +82,8 @@ def step(mode: str, weights: tuple[Tensor, ...], x: Tensor, h: Tensor, c: Tensor
     now = f * past + i * g
     bound_c = d_f / 4 * past.abs() + d_i / 4 + d_g * (1 + d_i / 4) + 2e-6 * (1 + past.abs())
     return Step(o * now.tanh(), now, d_o / 4 + bound_c + 2e-6, bound_c)
+
+
+def states_of(result: Any) -> tuple[Tensor, ...]:
+    """The states that a module gives, as a tuple."""
+    return result if isinstance(result, tuple) else (result,)

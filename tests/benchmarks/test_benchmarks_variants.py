@@ -37,7 +37,7 @@ def test_a_wrong_result_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = variants.measure("mgu", "3x5x8", "inference", 1e-9, compiled=False)
     # The loop in float64 is that of the loops.
     assert {row["provider"]: row["status"] for row in rows}["ours"] == "wrong"
-    page = variants.markdown({"run": {**run_info(), "command": ["python"], "commit": "0"}, "rows": rows})
+    page = variants.markdown(rows, {**run_info(), "command": ["python"], "commit": "0"})
     assert "mgu inference 3x5x8, ours: an error of" in page
 
 

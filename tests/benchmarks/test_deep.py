@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from jobs_support import keep_torch_settings  # noqa: F401, a fixture for every test
 from matplotlib.image import imread
 
 import fused_rnn
@@ -16,15 +17,6 @@ from benchmarks.training import command, deep, trainer
 from benchmarks.training.layer_norms import LayerNorms
 
 TINY = "--hidden 12 --embedding 8 --layers 4 --batch 4 --bptt 9 --steps 12 --lr 0.03 --threads 1".split()
-
-
-@pytest.fixture(autouse=True)
-def _keep_torch_settings():
-    """The job sets torch's threads and seed for its whole process."""
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_rng_state(state)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import math
 import statistics
 
 import pytest
-import torch
+from jobs_support import keep_torch_settings  # noqa: F401, a fixture for every test
 from matplotlib.image import imread
 
 from benchmarks.training import language_model, trainer
@@ -14,15 +14,6 @@ from benchmarks.training import language_model, trainer
 DIGITS = 2e-5
 
 TINY = "--hidden 12 --embedding 8 --batch 4 --bptt 9 --steps 12 --lr 0.03 --sample-length 30 --threads 1".split()
-
-
-@pytest.fixture(autouse=True)
-def _keep_torch_settings():
-    """The job sets torch's threads and seed for its whole process."""
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_rng_state(state)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from jobs_support import keep_torch_settings  # noqa: F401, a fixture for every test
 from matplotlib.image import imread
 
 from benchmarks.training import adding, classifier, command, gradient_flow, session, tagger, trainer
@@ -17,15 +18,6 @@ TINY = {
 }
 TASKS = {"tagger": [""], "classifier": ["last", "mean", "ends"], "adding": ["T9", "T14"]}
 SOURCE = '# a comment\ndef name(x):\n    """Text."""\n    return 12 + x  # why\n'
-
-
-@pytest.fixture(autouse=True)
-def _keep_torch_settings():
-    """The jobs set torch's threads and seed for their whole process."""
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_rng_state(state)
 
 
 @pytest.fixture

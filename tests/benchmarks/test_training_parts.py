@@ -5,21 +5,13 @@ import math
 
 import pytest
 import torch
+from jobs_support import keep_torch_settings  # noqa: F401, a fixture for every test
 from matplotlib.image import imread
 
 from benchmarks.training import breakdown, trainer
 from benchmarks.training.model import CELLS, CharacterModel, evaluate, generate, sample
 from benchmarks.training.plots import moving_mean, plot_race
 from benchmarks.training.text import Streams, Vocabulary
-
-
-@pytest.fixture(autouse=True)
-def _keep_torch_settings():
-    """A training sets torch's seed for its whole process."""
-    state = torch.get_rng_state()
-    yield
-    torch.set_rng_state(state)
-
 
 # Model, evaluation, samples
 

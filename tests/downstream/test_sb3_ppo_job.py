@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy
 import pytest
 import torch
+from jobs_support import keep_torch_settings  # noqa: F401, a fixture for every test
 
 from benchmarks import jobs
 from benchmarks.training import sb3_ppo
 
 TINY = "--seeds 2 --updates 2 --envs 2 --rollout 8 --batch 8 --epochs 2 --hidden 4 --longest 3".split()
-
-
-@pytest.fixture(autouse=True)
-def _keep_torch_settings() -> Any:
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_rng_state(state)
 
 
 def test_without_the_package_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from int8_support import states_of
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -23,10 +24,6 @@ pytest.importorskip("fused_rnn._C", reason="the extension is not built here; CI 
 LAYERS = ("RNN", "LSTM", "GRU")
 CELLS = ("RNNCell", "LSTMCell", "GRUCell")
 torch_quantize: Any = torch.ao.quantization.quantize_dynamic
-
-
-def states_of(result: Any) -> tuple[torch.Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
 
 
 def test_in_place_with_all_that_users_keep() -> None:

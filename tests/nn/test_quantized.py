@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from int8_support import states_of
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence, pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,10 +21,6 @@ pytest.importorskip("fused_rnn._C", reason="the extension is not built here; CI 
 LAYERS = ("RNN", "LSTM", "GRU")
 CELLS = ("RNNCell", "LSTMCell", "GRUCell")
 torch_quantize: Any = torch.ao.quantization.quantize_dynamic
-
-
-def states_of(result: Any) -> tuple[torch.Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
 
 
 @pytest.mark.parametrize("name", LAYERS)
